@@ -1,0 +1,69 @@
+"""Every error a caller of this package can meet.
+
+    TrimtabError
+    |-- InvalidRequest        a value in a request is wrong: names the field and the fix       (HTTP 400)
+    |   `-- ContextOverflow   the prompt alone does not fit the model's context                (HTTP 400)
+    |-- NotFound              no model or correction of that name                              (HTTP 404)
+    |-- Overloaded            the queue is full; try again later                               (HTTP 503)
+    |-- EngineFailure         one request failed inside the engine; the others go on           (HTTP 500)
+    |-- UnsupportedModel      this model cannot be served, and why
+    |-- CorrectionError       a correction's folder is damaged, or made for another base
+    `-- TaskError             a task file or verifier is wrong: names the line and the fix
+
+Only server/http_errors.py knows the HTTP statuses. Nothing here imports anything, so clients may use it too.
+"""
+
+
+class TrimtabError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class InvalidRequest(TrimtabError):
+    """A request's value is wrong.
+
+    field: the name of the offending field as the caller wrote it, or None when no single field is at fault.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextOverflow(InvalidRequest):
+    """The prompt alone fills the context. Agents match on this message: keep OpenAI's wording."""
+
+    def __init__(self, limit: int, prompt: int, completion: int, field: str = "messages") -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} "
+            f"tokens ({prompt} in the {field}, {completion} in the completion). Please reduce the length of the "
+            f"{field} or completion.",
+            field,
+        )
+
+
+class NotFound(TrimtabError):
+    """No model or correction has this name."""
+
+
+class Overloaded(TrimtabError):
+    """The server's queue is full. retry_after: seconds to wait before trying again."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineFailure(TrimtabError):
+    """One request failed inside the engine (NaN logits, a dead distribution, an internal error)."""
+
+
+class UnsupportedModel(TrimtabError):
+    """The model cannot be served: the message says what it lacks."""
+
+
+class CorrectionError(TrimtabError):
+    """A correction's folder cannot be used: the message names the file, the field and the fix."""
+
+
+class TaskError(TrimtabError):
+    """A task cannot be used: the message names the file, the line and the fix."""

@@ -1,0 +1,49 @@
+"""Counter-based randomness: one uniform a step, keyed by (seed, position), whoever shares the batch.
+
+Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the generator
+that CUDA, JAX and Triton use. Positions are known on the host, so the draw is made there and the step kernel
+takes it as an input: its tests can inject any uniform.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def philox(counter: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """counter uint64 [4, n] of 32-bit words, key uint64 [2, n] of 32-bit words -> uint64 [4, n] of 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = _M0 * c0, _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return np.stack([c0, c1, c2, c3])
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
+    """seeds (any int; taken modulo 2^64) and positions (>= 0), n each -> float64 [n] in the open interval (0, 1).
+
+    52 random bits, so that a rare token keeps its probability and the midpoints are exact in float64.
+    """
+    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    zero = np.zeros_like(seed)
+    words = philox(np.stack([position & _LOW, position >> _SHIFT, zero, zero]), np.stack([seed & _LOW, seed >> _SHIFT]))
+    bits = (words[0] << np.uint64(20)) ^ (words[1] >> np.uint64(12))
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+def derive(seed: int, index: int) -> int:
+    """The seed of sample `index` (n > 1) of a request: independent streams from one seed. Sample 0 keeps the seed."""
+    if index == 0:
+        return seed
+    s = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+    one = np.ones_like(s)
+    words = philox(np.stack([one * np.uint64(index), one, one, one]), np.stack([s & _LOW, s >> _SHIFT]))
+    return int(words[0][0] << _SHIFT | words[1][0])

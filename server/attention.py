@@ -1,0 +1,129 @@
+"""Attention over KV slots, registered with transformers as "trimtab": their modelling code, our cache.
+
+Invariant: a token attends to its own sequence's positions up to its own, within the layer's sliding window if it has
+one. Tokens of a step are packed `[1, tokens]`: the decode rows first, one token each in slot order, then the chunks.
+Consecutive slots form a run whose keys are a view of the cache, not a copy. transformers builds no mask for an
+implementation that registers none, and hands the forward's extra keyword (`kv_batch`) to every attention call.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from trimtab.errors import UnsupportedModel
+from trimtab.server.kv import KVCache
+
+IMPLEMENTATION = "trimtab"
+
+
+class Span(NamedTuple):
+    """Tokens start..end of the sequence in `slot` are new in this step."""
+
+    slot: int
+    start: int
+    end: int
+
+
+class _Run(NamedTuple):
+    """`size` decode rows, from `at` of the packed step, live in slots from `slot`; the longest has `length` tokens."""
+
+    at: int
+    slot: int
+    size: int
+    length: int
+
+
+class KVBatch:
+    """Where one step's packed tokens live in the cache. Built once a step, used by every layer."""
+
+    def __init__(self, cache: KVCache, spans: list[Span]) -> None:
+        """spans: single-token spans in ascending slot order, then longer ones."""
+        device = cache.keys.device
+        self.cache = cache
+        self.decode = next((i for i, span in enumerate(spans) if span.end - span.start > 1), len(spans))
+        self.chunks = spans[self.decode :]
+        self.runs = _group_runs(spans[: self.decode])
+        lengths = torch.tensor([span.end - span.start for span in spans])
+        self.position = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(device)
+        self.slot = torch.tensor([span.slot for span in spans]).repeat_interleave(lengths).to(device)
+        self.last = (lengths.cumsum(0) - 1).to(device)  # [spans]: index of each span's last token
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def mask(self, key: int, queries: Tensor, length: int, window: int | None) -> Tensor:
+        """bool [queries, length]: cached positions each query position may see. `key` names it within the step."""
+        mask = self._masks.get((key, window))
+        if mask is None:
+            seen = torch.arange(length, device=queries.device)[None, :]
+            mask = seen <= queries[:, None]
+            if window is not None:
+                mask &= seen > queries[:, None] - window
+            self._masks[key, window] = mask
+        return mask
+
+
+def _group_runs(spans: list[Span]) -> list[_Run]:
+    runs: list[_Run] = []
+    for at, span in enumerate(spans):
+        if runs and span.slot == runs[-1].slot + runs[-1].size:
+            last = runs[-1]
+            runs[-1] = last._replace(size=last.size + 1, length=max(last.length, span.end))
+        else:
+            runs.append(_Run(at, span.slot, 1, span.end))
+    return runs
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, tokens, head_dim]
+    key: Tensor,  # [1, kv_heads, tokens, head_dim]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    kv_batch: KVBatch | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Write the new keys and values to the cache and attend. -> [1, tokens, heads, head_dim]."""
+    assert kv_batch is not None, "the model was called without kv_batch"
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise UnsupportedModel("this model's attention uses logit soft-capping or sinks, which are not supported")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = kv_batch.cache.keys[layer], kv_batch.cache.values[layer]
+    keys[kv_batch.slot, kv_batch.position] = key[0].transpose(0, 1)
+    values[kv_batch.slot, kv_batch.position] = value[0].transpose(0, 1)
+    grouped = query.shape[1] != key.shape[1]
+    rows = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
+    out = torch.empty_like(rows)
+    for number, run in enumerate(kv_batch.runs):
+        stop = run.at + run.size
+        mask = kv_batch.mask(number, kv_batch.position[run.at : stop], run.length, sliding_window)
+        attended = F.scaled_dot_product_attention(
+            rows[run.at : stop, :, None],  # [size, heads, 1, head_dim]
+            keys[run.slot : run.slot + run.size, : run.length].transpose(1, 2),
+            values[run.slot : run.slot + run.size, : run.length].transpose(1, 2),
+            attn_mask=mask[:, None, None],
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        out[run.at : stop] = attended[:, :, 0]
+    at = kv_batch.decode
+    for number, span in enumerate(kv_batch.chunks, start=len(kv_batch.runs)):
+        stop = at + span.end - span.start
+        mask = kv_batch.mask(number, kv_batch.position[at:stop], span.end, sliding_window)
+        attended = F.scaled_dot_product_attention(
+            query[:, :, at:stop],
+            keys[None, span.slot, : span.end].transpose(1, 2),
+            values[None, span.slot, : span.end].transpose(1, 2),
+            attn_mask=mask[None, None],
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        out[at:stop] = attended[0].transpose(0, 1)
+        at = stop
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)

@@ -1,0 +1,164 @@
+"""The base: the frozen model and its tokenizer, run over KV slots.
+
+Invariant: what `forward` computes equals transformers' own forward on the same weights; this is checked when a model is
+loaded, so that a family our attention does not cover is refused instead of served wrong.
+
+    base = load_base("demo")
+    states = base.forward(token_ids, KVBatch(cache, spans))      # final hidden states
+    logits = base.logits(states[batch.last])
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.errors import UnsupportedModel
+from trimtab.server.attention import IMPLEMENTATION, KVBatch, Span
+from trimtab.server.kv import KVCache
+from trimtab.server.linear import pack_linears
+from trimtab.server.weights import locate
+from trimtab.steering.correction import BaseIdentity
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Base:
+    """A causal language model with a head. Wraps a transformers model made with our attention, on its device."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.config = model.config.get_text_config()
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        head = model.get_output_embeddings()
+        decoder = model.get_decoder()
+        if head is None or decoder is None:
+            raise UnsupportedModel(f"{name} is not a causal language model with an output head")
+        self.head_weight: Tensor = head.weight  # [vocab, hidden]
+        self.vocab, self.hidden = head.weight.shape
+        self.max_len = int(getattr(self.config, "max_position_embeddings", None) or 4096)
+        self.eos = _end_tokens(model, tokenizer)
+        self.identity = identify(model, tokenizer, name)
+        self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._decoder = decoder
+
+    def new_cache(self, slots: int, length: int) -> KVCache:
+        """An empty cache for `slots` sequences of up to `length` tokens."""
+        return KVCache(self.config, slots, length, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int], batch: KVBatch) -> Tensor:
+        """The packed tokens of one step -> h after the last norm, [tokens, hidden]. Writes their keys and values."""
+        ids = torch.tensor([token_ids], device=self.device)
+        out = self._decoder(ids, position_ids=batch.position[None], use_cache=False, kv_batch=batch)
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """h [n, hidden] -> base logits [n, vocab] in the model's dtype, with the family's own soft-cap."""
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        if self._soft_cap is not None:
+            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
+        return logits
+
+    def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced h of whole sequences, [length, hidden] each: position t's h predicts token t + 1."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # single tokens first, as KVBatch asks
+        spans = [Span(slot, 0, len(sequences[i])) for slot, i in enumerate(order)]
+        cache = self.new_cache(len(sequences), max(map(len, sequences)))
+        packed = self.forward([t for i in order for t in sequences[i]], KVBatch(cache, spans))
+        parts = torch.split(packed, [span.end for span in spans])
+        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+
+
+def load_base(model: str, dtype: str = "auto", device: str = "auto") -> Base:
+    """Load MODEL (see weights.py). dtype: auto, float32, bfloat16, float16; device: auto, cpu, cuda.
+
+    auto dtype is bfloat16 where the device multiplies it natively, else float32. Raises UnsupportedModel.
+    """
+    weights = locate(model)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UnsupportedModel(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype}")
+    kind = _native_dtype(where) if dtype == "auto" else DTYPES[dtype]
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(weights.path, dtype=kind, attn_implementation=IMPLEMENTATION)
+        tokenizer = AutoTokenizer.from_pretrained(weights.path)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{model} cannot be loaded: {error}") from error
+    return prepare(loaded.to(where), tokenizer, weights.name)
+
+
+def prepare(model: Any, tokenizer: Any, name: str) -> Base:
+    """Check a loaded transformers model against its own forward and make it a Base. Raises UnsupportedModel."""
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(f"{name} ({type(model).__name__}) does not support transformers' attention back ends")
+    base = Base(model, tokenizer, name)
+    _check_parity(base)
+    pack_linears(model)
+    return base
+
+
+@torch.inference_mode()
+def _check_parity(base: Base) -> None:
+    """A chunk, a second chunk and a decode step through our cache, against transformers' plain forward."""
+    length = min(24, base.max_len)
+    ids = [(7 * i + 3) % base.vocab for i in range(length)]
+    cache = base.new_cache(1, length)
+    cuts = (0, length // 2, length - 1, length)
+    steps = [base.forward(ids[a:b], KVBatch(cache, [Span(0, a, b)])) for a, b in itertools.pairwise(cuts)]
+    ours = base.logits(torch.cat(steps)).float()
+    base.model.set_attn_implementation("sdpa" if base.model._supports_sdpa else "eager")
+    try:
+        plain = base.model(torch.tensor([ids], device=base.device), use_cache=False).logits[0].float()
+    finally:
+        base.model.set_attn_implementation(IMPLEMENTATION)
+    gap = float((ours.log_softmax(-1).exp() - plain.log_softmax(-1).exp()).abs().max())
+    if not gap < (1e-4 if base.dtype == torch.float32 else 0.1):
+        raise UnsupportedModel(
+            f"{base.name} ({type(base.model).__name__}): our forward differs from transformers' by {gap:.2g} in "
+            "probability; its attention or head does something Trimtab does not know"
+        )
+
+
+def identify(model: Any, tokenizer: Any, name: str) -> BaseIdentity:
+    """Who the base is, so that a correction made for another is refused: weights, tokenizer and chat template.
+
+    The fingerprint samples every parameter in bfloat16: fast at any size, the same at any serving dtype.
+    """
+    weights = hashlib.sha256()
+    for key, parameter in sorted(model.state_dict().items()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        weights.update(f"{key}{tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return BaseIdentity(
+        model=name,
+        fingerprint=weights.hexdigest()[:32],
+        tokenizer=hashlib.sha256(words.encode()).hexdigest()[:32],
+        chat_template=hashlib.sha256(str(template).encode()).hexdigest()[:32],
+    )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that the model, its generation config or its tokenizer calls end-of-text."""
+    found: set[int] = set()
+    for source in (model.config, getattr(model, "generation_config", None), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return frozenset(found)
+
+
+def _native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
+    if device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,23 @@
+"""How the engine runs: one frozen dataclass, validated here, passed whole."""
+
+from dataclasses import dataclass
+
+from trimtab.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and limits of one engine. Memory for the KV cache is slots * max_model_len tokens, reserved at start."""
+
+    slots: int = 32  # sequences that run at once
+    max_model_len: int | None = None  # tokens a sequence may hold; None: the model's own, at most 4096
+    step_tokens: int = 512  # tokens computed a step: decode rows first, then prompt chunks
+    max_queue: int = 512  # choices that may wait; beyond it, Overloaded
+    threads: int = 1  # torch threads: more than the free cores is far slower than one
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "step_tokens", "max_queue", "threads"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}", name)
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise InvalidRequest(f"max_model_len must be at least 2, not {self.max_model_len}", "max_model_len")

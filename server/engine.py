@@ -1,0 +1,152 @@
+"""The engine's thread: it alone owns torch; everyone else hands in requests and gets events back.
+
+    engine = Engine(base, bank, config)
+    engine.start(on_events)            # called on the engine's thread, once a step, with that step's events
+    engine.submit(request)             # any thread; raises at once what is wrong with the request
+    engine.abort(request.id)           # any thread; takes effect at the next step's boundary
+    engine.close()
+
+Invariant: after `submit` returned, every choice of the request gets exactly one event with `finish` set, whatever
+happens: a stop, its length, an abort, an error, or the engine's end.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from trimtab.errors import EngineFailure, Overloaded
+from trimtab.server.base import Base
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import Core, set_threads
+from trimtab.server.request import Event, Request
+from trimtab.steering.bank import Bank
+
+log = logging.getLogger(__name__)
+
+_IDLE_BEAT = 1.0  # seconds between heartbeats when there is nothing to do
+
+OnEvents = Callable[[list[Event]], None]
+
+
+class EngineStats(NamedTuple):
+    """A glance from any thread; counts are of choices."""
+
+    running: int
+    waiting: int
+    slots: int
+    alive: bool
+    heartbeat: float  # time.monotonic() of the engine's last loop
+
+
+class _Abort(NamedTuple):
+    request_id: str
+
+
+class Engine:
+    """One thread around a Core."""
+
+    def __init__(self, base: Base, bank: Bank, config: EngineConfig | None = None) -> None:
+        self._core = Core(base, bank, config)
+        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._open: dict[str, set[int]] = {}  # request id -> choices without a finish yet
+        self._lock = threading.Lock()  # guards _open
+        self._on_events: OnEvents = lambda events: None
+        self._thread = threading.Thread(target=self._loop, name="trimtab-engine", daemon=True)
+        self._heartbeat = time.monotonic()
+
+    @property
+    def max_len(self) -> int:
+        """Tokens a sequence may hold, prompt and completion together."""
+        return self._core.max_len
+
+    def start(self, on_events: OnEvents) -> None:
+        """Start the thread."""
+        self._on_events = on_events
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises what Core.submit does, and EngineFailure once the thread has ended."""
+        self._core.check(request)
+        config = self._core.config
+        with self._lock:
+            if not self._thread.is_alive():
+                raise EngineFailure("the engine is not running")
+            unfinished = sum(map(len, self._open.values()))
+            queued = unfinished + request.n - config.slots
+            if unfinished and queued > config.max_queue:
+                raise Overloaded(f"the queue is full: {unfinished} choices are under way; try again in a moment")
+            assert request.id not in self._open, "request ids are unique"
+            self._open[request.id] = set(range(request.n))
+            self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; its open choices get an event with finish "abort". Unknown ids are ignored."""
+        self._inbox.put(_Abort(request_id))
+
+    def stats(self) -> EngineStats:
+        core = self._core
+        return EngineStats(
+            core.running,
+            core.waiting + self._inbox.qsize(),
+            core.config.slots,
+            self._thread.is_alive(),
+            self._heartbeat,
+        )
+
+    def close(self) -> None:
+        """Stop after the current step; open requests are aborted. Returns when the thread has ended."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _loop(self) -> None:
+        set_threads(self._core.config)
+        try:
+            while self._take_messages():
+                self._deliver(self._core.step())
+                self._heartbeat = time.monotonic()
+        except BaseException:
+            log.exception("the engine's thread died")
+            raise
+        finally:
+            with self._lock:
+                left = list(self._open)
+            for request_id in left:
+                self._finish_open(request_id)
+
+    def _take_messages(self) -> bool:
+        """Apply what came in, waiting for it only when idle. -> False once closed."""
+        while True:
+            self._heartbeat = time.monotonic()
+            try:
+                message = self._inbox.get(block=not self._core.busy, timeout=_IDLE_BEAT)
+            except queue.Empty:
+                if self._core.busy:
+                    return True
+                continue
+            if message is None:
+                return False
+            if isinstance(message, _Abort):
+                self._core.abort(message.request_id)
+                self._finish_open(message.request_id)
+            elif message.id in self._open:
+                self._core.add(message)
+
+    def _finish_open(self, request_id: str) -> None:
+        """Tell every choice of a request that has no finish yet that it was aborted."""
+        choices = sorted(self._open.get(request_id, ()))
+        self._deliver([Event(request_id, index, None, 0.0, (), None, "abort") for index in choices])
+
+    def _deliver(self, events: list[Event]) -> None:
+        if not events:
+            return
+        with self._lock:
+            for event in events:
+                if event.finish is not None and event.request_id in self._open:
+                    self._open[event.request_id].discard(event.index)
+                    if not self._open[event.request_id]:
+                        del self._open[event.request_id]
+        self._on_events(events)

@@ -1,0 +1,28 @@
+"""The KV cache: one slot a sequence, `[layers, slots, length, kv_heads, head_dim]`, reserved whole at start.
+
+Invariant: a sequence is admitted only with a slot that holds its longest possible length, so it never runs out of
+memory and is never preempted. A head correction acts after the last norm, so the cache is the base's own: steered and
+unsteered requests share it, and so does every correction. Copying a row is how a prefix is reused.
+"""
+
+from typing import Any
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer and slot. Pages of memory untouched by a sequence cost nothing on CPU."""
+
+    def __init__(self, config: Any, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        """config: the model's text config (transformers)."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (config.num_hidden_layers, slots, length, heads, head_dim)
+        self.length = length
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot onto another."""
+        self.keys[:, target, :length] = self.keys[:, source, :length]
+        self.values[:, target, :length] = self.values[:, source, :length]

@@ -1,0 +1,270 @@
+"""The engine on tiny random models, against transformers' generate and against itself alone."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from tiny import FAMILIES, VOCAB, tiny_base, tiny_correction
+from trimtab.errors import ContextOverflow, InvalidRequest, NotFound, Overloaded
+from trimtab.server.attention import IMPLEMENTATION
+from trimtab.server.base import Base
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import Core
+from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.steering.bank import Bank
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def prompts(lengths: Iterable[int], seed: int = 1) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def bank_for(base: Base, count: int = 2) -> Bank:
+    bank = Bank(base.hidden, "cpu")
+    for i in range(count):
+        bank.add(tiny_correction(base, f"c{i}", seed=i))
+    return bank
+
+
+def run(
+    base: Base, requests: Sequence[Request], slots: int = 4, step_tokens: int = 16
+) -> dict[tuple[str, int], list[Event]]:
+    core = Core(base, bank_for(base), EngineConfig(slots=slots, step_tokens=step_tokens))
+    out = defaultdict(list)
+    for event in core.run(requests):
+        assert event.error is None
+        out[event.request_id, event.index].append(event)
+    assert core.free_slots == slots
+    assert not core.busy
+    return out
+
+
+def tokens(events: list[Event]) -> list[int | None]:
+    return [event.token for event in events]
+
+
+def generate(base: Base, prompt: tuple[int, ...], new: int) -> list[int]:
+    """transformers' own greedy answer."""
+    own = base.model.generation_config
+    base.model.generation_config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
+    base.model.set_attn_implementation("sdpa")
+    try:
+        out = base.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
+    finally:
+        base.model.set_attn_implementation(IMPLEMENTATION)
+        base.model.generation_config = own
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny_base()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_alone_and_in_a_mixed_batch_with_chunked_prefill(family: str) -> None:
+    base = tiny_base(family)
+    asked = prompts((5, 37, 61, 12, 20))
+    expected = [generate(base, prompt, 12) for prompt in asked]
+    requests = [Request(str(i), prompt, GREEDY) for i, prompt in enumerate(asked)]
+    mixed = run(base, requests, slots=3, step_tokens=16)
+    assert [tokens(mixed[str(i), 0]) for i in range(len(asked))] == expected
+    alone = [run(base, [request])[request.id, 0] for request in requests]
+    assert [tokens(events) for events in alone] == expected
+
+
+request_shapes = st.builds(
+    lambda length, temperature, top_p, top_k, seed, repetition, presence, correction, strength, mode, n: (
+        length,
+        SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            max_tokens=6,
+        ),
+        Steering(correction, strength, tau=1.0, mode=mode),
+        n,
+    ),
+    length=st.integers(1, 40),
+    temperature=st.sampled_from([0.0, 0.7, 1.3]),
+    top_p=st.sampled_from([0.8, 1.0]),
+    top_k=st.sampled_from([0, 5, 100]),
+    seed=st.integers(0, 2**63),
+    repetition=st.sampled_from([1.0, 1.3]),
+    presence=st.sampled_from([0.0, 0.5]),
+    correction=st.sampled_from([None, "c0", "c1"]),
+    strength=st.sampled_from([0.0, 1.0, 3.0]),
+    mode=st.sampled_from(["apply", "shadow", "off"]),
+    n=st.integers(1, 3),
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=st.lists(request_shapes, min_size=2, max_size=6))
+def test_a_request_in_a_mixed_batch_gets_what_it_gets_alone(base: Base, shapes: list) -> None:
+    requests = [
+        Request(str(i), prompts([length], seed=i)[0], sampling, steering, n)
+        for i, (length, sampling, steering, n) in enumerate(shapes)
+    ]
+    together = run(base, requests)
+    for request in requests:
+        alone = run(base, [request])
+        for index in range(request.n):
+            assert tokens(together[request.id, index]) == tokens(alone[request.id, index])
+
+
+def test_a_closed_gate_strength_zero_and_shadow_are_the_base_bit_for_bit(base: Base) -> None:
+    prompt = prompts([20])[0]
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=20, ignore_eos=True, alternatives=5)
+    plain = run(base, [Request("r", prompt, sampling)])["r", 0]
+    for steering in (
+        Steering("c0", tau=float("inf")),
+        Steering("c0", strength=0.0, tau=0.0),
+        Steering("c0", strength=5.0, tau=0.0, mode="shadow"),
+        Steering("c0", strength=5.0, tau=0.0, mode="off"),
+    ):
+        steered = run(base, [Request("r", prompt, sampling, steering)])["r", 0]
+        assert [(e.token, e.logprob, e.top) for e in steered] == [(e.token, e.logprob, e.top) for e in plain]
+    shadow = run(base, [Request("r", prompt, sampling, Steering("c0", 5.0, 0.0, "shadow"))])["r", 0]
+    assert any(e.receipt is not None and e.receipt.flip for e in shadow)
+
+
+def test_an_open_gate_fires_and_the_receipt_tells_what_changed(base: Base) -> None:
+    prompt = prompts([20])[0]
+    plain = run(base, [Request("r", prompt, GREEDY)])["r", 0]
+    tau = statistics.median(e.receipt.entropy for e in plain if e.receipt is not None)
+    events = run(base, [Request("r", prompt, GREEDY, Steering("c0", strength=5.0, tau=tau))])["r", 0]
+    receipts = [e.receipt for e in events if e.receipt is not None]
+    assert len(receipts) == 12
+    assert {r.fired for r in receipts} == {True, False}, "the test wants both kinds of step"
+    for event, receipt in zip(events, receipts, strict=True):
+        assert receipt.open == receipt.fired == (receipt.entropy > tau)
+        assert event.token == receipt.steered_token
+        assert event.logprob == receipt.steered_logprob
+        if not receipt.fired:
+            assert receipt.base_logprob == receipt.steered_logprob
+            assert receipt.base_token == receipt.steered_token
+
+
+def test_a_prefix_is_reused_across_corrections_and_changes_nothing(base: Base) -> None:
+    prompt = prompts([40])[0]
+    first = Request("first", prompt, GREEDY)
+    second = Request("second", prompt, GREEDY, Steering("c1", strength=2.0, tau=0.5))
+    core = Core(base, bank_for(base), EngineConfig(slots=2))
+    seen = defaultdict(list)
+    for request in (first, second):
+        for event in core.run([request]):
+            seen[event.request_id].append(event)
+    assert seen["first"][0].cached == 0
+    assert seen["second"][0].cached == len(prompt) - 1
+    assert tokens(seen["second"]) == tokens(run(base, [second])["second", 0])
+
+
+def test_samples_share_one_prefill_and_differ(base: Base) -> None:
+    prompt = prompts([30])[0]
+    sampling = SamplingParams(seed=3, max_tokens=8, ignore_eos=True)
+    out = run(base, [Request("r", prompt, sampling, n=4)])
+    assert [out["r", i][0].cached for i in range(4)] == [0, 29, 29, 29]
+    assert len({tuple(tokens(out["r", i])) for i in range(4)}) == 4
+
+
+def test_stops_lengths_and_minimum_lengths(base: Base) -> None:
+    prompt = prompts([10])[0]
+    free = tokens(run(base, [Request("r", prompt, GREEDY)])["r", 0])
+    stop = free[4]
+    assert stop is not None
+    cut = free.index(stop)
+    stopped = run(
+        base, [Request("r", prompt, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset({stop})))]
+    )
+    assert tokens(stopped["r", 0]) == free[: cut + 1]
+    assert stopped["r", 0][-1].finish == "stop"
+    sampling = SamplingParams(temperature=0, max_tokens=12, min_tokens=9, stop_token_ids=frozenset(range(200)))
+    late = run(base, [Request("r", prompt, sampling)])["r", 0]
+    assert all(t is not None and t >= 200 for t in tokens(late)[:9])
+    full = run(base, [Request("r", prompt, SamplingParams(temperature=0, ignore_eos=True))])["r", 0]
+    assert len(full) == base.max_len - len(prompt)
+    assert full[-1].finish == "length"
+
+
+def test_bias_and_penalties_reach_the_draw(base: Base) -> None:
+    prompt = prompts([10])[0]
+    biased = SamplingParams(temperature=0, max_tokens=3, logit_bias={65: 100.0}, ignore_eos=True)
+    assert tokens(run(base, [Request("r", prompt, biased)])["r", 0]) == [65, 65, 65]
+    penalised = SamplingParams(
+        temperature=0, max_tokens=40, repetition_penalty=100.0, presence_penalty=2, ignore_eos=True
+    )
+    plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    distinct = [len(set(tokens(run(base, [Request("r", prompt, s)])["r", 0]))) for s in (plain, penalised)]
+    assert distinct[0] < distinct[1]
+
+
+def test_what_is_wrong_with_a_request_is_said_before_it_is_queued(base: Base) -> None:
+    core = Core(base, bank_for(base), EngineConfig(slots=1, max_model_len=16, max_queue=2))
+    with pytest.raises(
+        ContextOverflow, match=r"maximum context length is 16 tokens.*18 tokens \(17 in the messages, 1 in"
+    ):
+        core.submit(Request("r", (1,) * 17))
+    with pytest.raises(InvalidRequest, match="token id outside"):
+        core.submit(Request("r", (VOCAB,)))
+    with pytest.raises(InvalidRequest, match="logit_bias names token 999"):
+        core.submit(Request("r", (1,), SamplingParams(logit_bias={999: 1.0})))
+    with pytest.raises(NotFound, match="no correction is called 'nope'; loaded: c0, c1"):
+        core.submit(Request("r", (1,), steering=Steering("nope")))
+    core.submit(Request("a", (1,), n=2))
+    with pytest.raises(Overloaded):
+        core.submit(Request("b", (1,)))
+
+
+def test_a_dead_row_fails_its_own_request_only(base: Base) -> None:
+    prompt = prompts([10])[0]
+    everything = dict.fromkeys(range(VOCAB), -100.0)
+    core = Core(base, bank_for(base), EngineConfig(slots=2))
+    forward = base.logits
+
+    def poisoned(states: torch.Tensor) -> torch.Tensor:
+        logits = forward(states).clone()
+        logits[0] = float("nan")
+        return logits
+
+    good = Request("good", prompt, GREEDY)
+    bad = Request("bad", prompt[:5], SamplingParams(temperature=0, logit_bias=everything, max_tokens=12))
+    expected = tokens(run(base, [good])["good", 0])
+    core.submit(bad)
+    core.submit(good)
+    base.logits = poisoned  # type: ignore[method-assign]
+    try:
+        first = core.step()
+    finally:
+        del base.logits
+    assert [(e.request_id, e.finish) for e in first] == [("bad", "error"), ("good", None)]
+    rest = [event for event in core.run([]) if event.request_id == "good"]
+    assert tokens([e for e in first if e.request_id == "good"] + rest) == expected
+    assert core.free_slots == 2
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(base: Base) -> None:
+    core = Core(base, bank_for(base), EngineConfig(slots=2))
+    core.submit(Request("doomed", (1, 2, 3)))
+    core._step = lambda inputs: (_ for _ in ()).throw(RuntimeError("boom"))
+    (event,) = core.step()
+    assert (event.finish, event.error) == ("error", "the engine failed: boom")
+    assert not core.busy
+    assert core.free_slots == 2
+
+
+def test_bfloat16_runs_the_same_path(base: Base) -> None:
+    half = tiny_base(dtype=torch.bfloat16)
+    out = run(half, [Request(str(i), p, GREEDY) for i, p in enumerate(prompts((5, 30)))])
+    assert all(len(events) == 12 for events in out.values())

@@ -1,0 +1,185 @@
+"""The CPU step against a float64 oracle, and its invariants bit for bit."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import draw, expect
+from steps import make_inputs
+
+from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord, pack, unpack
+from trimtab.kernels.reference import step
+
+row_params = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+        "top_k": st.sampled_from([0, 1, 3, 40, 200]),
+        "top_p": st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5]),
+        "uniform": st.floats(1e-9, 1 - 1e-9),
+        "repetition": st.sampled_from([1.0, 1.5]),
+        "presence": st.sampled_from([0.0, 0.7]),
+        "frequency": st.sampled_from([0.0, 0.3]),
+        "correction": st.sampled_from([-1, 0, 1]),
+        "strength": st.sampled_from([0.0, 1.0, -4.0]),
+        "tau": st.sampled_from([0.0, 2.0, math.inf]),
+        "shadow": st.booleans(),
+    }
+)
+edit_rows = st.dictionaries(
+    st.integers(0, 4), st.tuples(st.integers(-1, 3), st.sampled_from([0.0, 5.0, -100.0, -math.inf])), max_size=4
+)
+
+
+def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
+    for row in range(len(inputs.logits)):
+        expected = expect(inputs, row)
+        status, token = int(record.status[row]), int(record.token[row])
+        if expected is None:
+            assert status & DEAD
+            assert token == -1
+            continue
+        assert not status & DEAD
+        assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
+        assert (bool(status & OPEN), bool(status & FIRED)) == (expected.open, expected.fired)
+        assert token in draw(expected, float(inputs.params.uniform[row]))
+        for value, ids, distribution in (
+            (record.base_logprob, token, expected.base),
+            (record.steered_logprob, token, expected.steered),
+            (record.base_token_logprob, int(record.base_token[row]), expected.base),
+            (record.steered_token_logprob, int(record.steered_token[row]), expected.steered),
+        ):
+            if math.isfinite(distribution[ids]):
+                assert float(value[row]) == pytest.approx(float(distribution[ids]), abs=5e-4)
+        assert float(expected.base[record.base_token[row]]) == float(expected.base.max())
+        assert float(expected.steered[record.steered_token[row]]) == pytest.approx(
+            float(expected.steered.max()), abs=1e-5
+        )
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.lists(st.tuples(row_params, edit_rows), min_size=1, max_size=4),
+    vocab=st.sampled_from([5, 63, 64, 65, 127, 128, 129, 300]),
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.5, 2.0, 8.0]),
+    ties=st.booleans(),
+)
+def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int, spread: float, ties: bool) -> None:
+    inputs = make_inputs([p for p, _ in rows], vocab, seed, spread, ties, edits=[e for _, e in rows])
+    check_against_oracle(inputs, step(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_real_vocabulary_agrees_with_the_oracle(dtype: torch.dtype) -> None:
+    rows = [
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
+        {"correction": 0, "temperature": 1.0, "uniform": 0.999},
+        {"temperature": 1.0, "top_p": 0.99, "uniform": 0.31},
+        {"temperature": 1.0, "top_k": 2000, "uniform": 0.63},
+    ]
+    inputs = make_inputs(rows, 49152, dtype=dtype)
+    check_against_oracle(inputs, step(inputs))
+
+
+def test_a_row_is_bit_identical_whoever_shares_its_batch() -> None:
+    rows = [{"correction": i % 3 - 1, "temperature": 0.5 * (i % 3), "top_p": 0.9, "uniform": 0.1 * i} for i in range(8)]
+    inputs = make_inputs(rows, 5003, alternatives=4)
+    together = pack(step(inputs))
+    for row in range(len(rows)):
+        one = StepInputs(
+            inputs.logits[row : row + 1],
+            inputs.hidden[row : row + 1],
+            inputs.head,
+            type(inputs.params)(*(column[row : row + 1] for column in inputs.params)),
+            None,
+            inputs.corrections,
+            4,
+        )
+        assert torch.equal(pack(step(one))[0], together[row])
+
+
+@pytest.mark.parametrize("change", [{"tau": math.inf}, {"strength": 0.0}, {"shadow": True}])
+def test_what_does_not_fire_or_apply_leaves_the_base_bit_for_bit(change: dict[str, Any]) -> None:
+    rows = [{"temperature": 0.3 * i, "top_p": 0.9, "uniform": 0.13 * i, "strength": 3.0} for i in range(6)]
+    base = step(make_inputs(rows, 5003, alternatives=20))
+    same = step(make_inputs([{**row, "correction": 1, **change} for row in rows], 5003, alternatives=20))
+    for name in ("token", "entropy", "base_logprob", "base_token", "base_token_logprob", "top_ids", "top_logprobs"):
+        assert torch.equal(getattr(base, name), getattr(same, name)), name
+    if "shadow" not in change:
+        assert torch.equal(base.steered_logprob, same.steered_logprob)
+        assert torch.equal(same.steered_token, same.base_token)
+
+
+def test_a_correction_that_demotes_every_candidate_leaves_the_best_other_token() -> None:
+    """Closure is judged after the correction: a token outside the candidates must win."""
+    outside = 0
+    for seed in range(12):
+        inputs = make_inputs([{"correction": 0, "strength": -9.0, "temperature": 0.0}] * 4, 300, seed, top_k=(5, 5))
+        bank = inputs.corrections
+        assert bank is not None
+        inputs = inputs._replace(
+            head=inputs.head.abs(), corrections=bank._replace(A=bank.A * 0, b=torch.ones_like(bank.b))
+        )
+        record = step(inputs)
+        check_against_oracle(inputs, record)
+        candidates = inputs.logits.topk(5).indices
+        outside += sum(int(record.token[row]) not in candidates[row].tolist() for row in range(4))
+    assert outside > 20
+
+
+def test_alternatives_are_the_sampled_distributions_best_and_hold_the_tokens_own_float() -> None:
+    rows = [{"correction": 1, "strength": 3.0, "shadow": i % 2 == 1, "temperature": 0.0} for i in range(4)]
+    inputs = make_inputs(rows, 1000, alternatives=20)
+    record = step(inputs)
+    for row in range(4):
+        expected = expect(inputs, row)
+        assert expected is not None
+        sampled = expected.base if row % 2 else expected.steered
+        best = sampled.topk(20)
+        assert record.top_ids[row].tolist() == best.indices.tolist()
+        torch.testing.assert_close(record.top_logprobs[row], best.values.float(), atol=1e-4, rtol=0)
+        own = record.base_logprob[row] if row % 2 else record.steered_logprob[row]
+        assert float(record.top_logprobs[row, 0]) == float(own)
+
+
+def test_dead_rows_are_marked_and_touch_nobody() -> None:
+    rows: list[dict[str, Any]] = [{"temperature": 0.0, "correction": 0}] * 6
+    inputs = make_inputs(rows, 300)
+    alive = step(inputs)
+    inputs.logits[1] = -math.inf
+    inputs.logits[2, 7] = math.nan
+    inputs.logits[3, 7] = math.inf
+    inputs.logits[4, 1:] = -math.inf
+    record = step(inputs)
+    assert [bool(s & DEAD) for s in record.status] == [False, True, True, True, False, False]
+    assert record.token[[1, 2, 3]].tolist() == [-1, -1, -1]
+    assert int(record.token[4]) == 0
+    assert float(record.entropy[4]) == 0
+    for row in (0, 5):
+        assert torch.equal(pack(record)[row], pack(alive)[row])
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.02}, {"correction": 1}])
+def test_draws_follow_the_distribution_and_never_leave_it(params: dict[str, Any]) -> None:
+    draws = 4000
+    inputs = make_inputs([{**params, "uniform": (i + 0.5) / draws} for i in range(draws)], 200, spread=1.5)
+    inputs.logits[:] = inputs.logits[0].clone()
+    inputs.hidden[:] = inputs.hidden[0].clone()
+    counts = torch.bincount(step(inputs).token.long(), minlength=200).double()
+    expected = expect(inputs, 0)
+    assert expected is not None
+    probabilities = torch.zeros(200).double()
+    probabilities[expected.order] = expected.probabilities
+    assert counts[probabilities == 0].sum() == 0
+    # The uniforms are equidistant, so each token is drawn its share of times, to within one at each edge.
+    assert ((counts - draws * probabilities).abs() <= 2).all()
+
+
+def test_pack_and_unpack_are_inverse() -> None:
+    record = step(make_inputs([{"correction": 0}] * 3, 300, alternatives=7))
+    for a, b in zip(record, unpack(pack(record)), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,66 @@
+"""What the next step computes, without any model."""
+
+import math
+
+from trimtab.server.request import Request
+from trimtab.server.scheduler import Scheduler
+from trimtab.server.sequence import Sequence
+
+
+def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1) -> Sequence:
+    request = Request(name, tuple(prompt), n=n)
+    return Sequence(request, index, 0, 100, -1, 0.0, math.inf, frozenset(), list(prompt))
+
+
+def run_step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
+    work = scheduler.plan()
+    for w in work:
+        scheduler.computed(w)
+        if w.samples:
+            w.sequence.append(99)
+    return [(w.sequence.request.id, w.start, w.end) for w in work]
+
+
+def test_decode_goes_first_and_chunks_share_what_is_left() -> None:
+    scheduler = Scheduler(slots=3, step_tokens=8, copy=lambda *_: None)
+    scheduler.add(sequence("a", [1] * 5))
+    assert run_step(scheduler) == [("a", 0, 5)]
+    scheduler.add(sequence("b", list(range(2, 14))))
+    scheduler.add(sequence("c", list(range(30, 34))))
+    assert run_step(scheduler) == [("a", 5, 6), ("b", 0, 7)]
+    assert run_step(scheduler) == [("a", 6, 7), ("b", 7, 12), ("c", 0, 2)]
+    assert run_step(scheduler) == [("a", 7, 8), ("b", 12, 13), ("c", 2, 4)]
+
+
+def test_a_shared_prefix_is_copied_and_only_the_rest_is_computed() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=2, step_tokens=64, copy=lambda *args: copies.append(args))
+    scheduler.add(sequence("a", [1, 2, 3, 4, 5, 6]))
+    run_step(scheduler)
+    scheduler.add(sequence("b", [1, 2, 3, 4, 9]))
+    assert run_step(scheduler) == [("a", 6, 7), ("b", 4, 5)]
+    assert copies == [(0, 1, 4)]
+
+
+def test_samples_of_one_request_prefill_once() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=4, step_tokens=4, copy=lambda *args: copies.append(args))
+    for index in range(3):
+        scheduler.add(sequence("a", [1, 2, 3, 4, 5, 6], index, n=3))
+    assert run_step(scheduler) == [("a", 0, 4)]
+    assert run_step(scheduler) == [("a", 4, 6)]
+    assert run_step(scheduler) == [("a", 6, 7), ("a", 5, 6), ("a", 5, 6)]
+    assert copies == [(0, 1, 5), (0, 2, 5)]
+
+
+def test_a_removed_sequence_frees_its_slot_and_the_next_takes_it() -> None:
+    scheduler = Scheduler(slots=1, step_tokens=8, copy=lambda *_: None)
+    first, second = sequence("a", [1, 2]), sequence("b", [1, 2, 3])
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run_step(scheduler) == [("a", 0, 2)]
+    assert list(scheduler.waiting) == [("b", 0)]
+    scheduler.remove(first)
+    assert run_step(scheduler) == [("b", 2, 3)]
+    scheduler.remove(second)
+    assert scheduler.free_slots == 1
