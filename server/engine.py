@@ -21,7 +21,7 @@ from trimtab.errors import EngineFailure, Overloaded
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core, set_threads
-from trimtab.server.request import Event, Request
+from trimtab.server.request import Event, FinishReason, Request
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class Engine:
         self._core = Core(base, bank, config)
         self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
         self._open: dict[str, set[int]] = {}  # request id -> choices without a finish yet
-        self._lock = threading.Lock()  # guards _open
+        self._closed = False
+        self._lock = threading.Lock()  # guards _open and _closed
         self._on_events: OnEvents = lambda events: None
         self._thread = threading.Thread(target=self._loop, name="trimtab-engine", daemon=True)
         self._heartbeat = time.monotonic()
@@ -72,7 +73,7 @@ class Engine:
         self._core.check(request)
         config = self._core.config
         with self._lock:
-            if not self._thread.is_alive():
+            if self._closed or not self._thread.is_alive():
                 raise EngineFailure("the engine is not running")
             unfinished = sum(map(len, self._open.values()))
             queued = unfinished + request.n - config.slots
@@ -104,18 +105,18 @@ class Engine:
 
     def _loop(self) -> None:
         set_threads(self._core.config)
+        reason = None
         try:
             while self._take_messages():
                 self._deliver(self._core.step())
-                self._heartbeat = time.monotonic()
-        except BaseException:
+        except Exception as error:
             log.exception("the engine's thread died")
-            raise
-        finally:
-            with self._lock:
-                left = list(self._open)
-            for request_id in left:
-                self._finish_open(request_id)
+            reason = f"the engine died: {error}"
+        with self._lock:
+            self._closed = True
+            left = list(self._open)
+        for request_id in left:
+            self._finish_open(request_id, reason)
 
     def _take_messages(self) -> bool:
         """Apply what came in, waiting for it only when idle. -> False once closed."""
@@ -132,13 +133,14 @@ class Engine:
             if isinstance(message, _Abort):
                 self._core.abort(message.request_id)
                 self._finish_open(message.request_id)
-            elif message.id in self._open:
+            else:
                 self._core.add(message)
 
-    def _finish_open(self, request_id: str) -> None:
-        """Tell every choice of a request that has no finish yet that it was aborted."""
+    def _finish_open(self, request_id: str, error: str | None = None) -> None:
+        """Tell every choice of a request that has no finish yet that it was aborted, or failed for this reason."""
+        finish: FinishReason = "error" if error else "abort"
         choices = sorted(self._open.get(request_id, ()))
-        self._deliver([Event(request_id, index, None, 0.0, (), None, "abort") for index in choices])
+        self._deliver([Event(request_id, index, None, 0.0, (), None, finish, error) for index in choices])
 
     def _deliver(self, events: list[Event]) -> None:
         if not events:

@@ -1,0 +1,109 @@
+"""Loading: where weights come from, and that what is not served right is not served."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import tiny_base, tiny_model, tiny_tokenizer
+from trimtab.errors import UnsupportedModel
+from trimtab.server import attention
+from trimtab.server.attention import KVBatch, Span
+from trimtab.server.base import load_base, prepare
+from trimtab.server.linear import PackedLinear, pack_linears
+
+
+def test_a_local_folder_loads_and_identifies_itself_alike_at_any_dtype(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    full = load_base(str(tmp_path / "tiny"), dtype="float32", device="cpu")
+    half = load_base(str(tmp_path / "tiny"), dtype="bfloat16", device="cpu")
+    assert full.name == "tiny"
+    assert full.identity == half.identity
+    assert full.identity.fingerprint != tiny_base(seed=1).identity.fingerprint
+    assert full.eos == {256}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/nowhere/at/all", "no folder at"),
+        ("./missing.gguf", "no GGUF file at"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(model: str, message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        load_base(model)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
+        load_base(str(tmp_path))
+
+
+def test_a_family_without_attention_back_ends_is_refused() -> None:
+    model = tiny_model()
+    model._supports_attention_backend = False
+    with pytest.raises(UnsupportedModel, match="attention back ends"):
+        prepare(model, tiny_tokenizer(), "odd")
+
+
+def test_a_forward_that_differs_from_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a family to need something our attention does not do, the parity check at load must see it."""
+    plain = KVBatch.mask
+    monkeypatch.setattr(KVBatch, "mask", lambda self, key, q, length, window: plain(self, key, q, length, 2))
+    with pytest.raises(UnsupportedModel, match="differs from transformers"):
+        tiny_base()
+
+
+def test_soft_capped_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="soft-capping"):
+        attention.attend(nn.Linear(1, 1), *[torch.zeros(1, 1, 1, 1)] * 3, None, kv_batch=object(), softcap=50.0)  # type: ignore[arg-type]
+
+
+def test_decode_rows_in_neighbouring_slots_form_one_view() -> None:
+    base = tiny_base()
+    cache = base.new_cache(8, 32)
+    batch = KVBatch(cache, [Span(1, 4, 5), Span(2, 9, 10), Span(5, 3, 4), Span(0, 0, 6)])
+    assert [(run.at, run.slot, run.size, run.length) for run in batch.runs] == [(0, 1, 2, 10), (2, 5, 1, 4)]
+    assert batch.chunks == [Span(0, 0, 6)]
+    assert batch.last.tolist() == [0, 1, 2, 8]
+
+
+def test_states_are_those_of_transformers() -> None:
+    base = tiny_base("qwen3")
+    sequences = [list(range(5, 25)), [7], list(range(40))]
+    ours = base.states(sequences)
+    base.model.set_attn_implementation("sdpa")
+    for ids, states in zip(sequences, ours, strict=True):
+        plain = base.model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_packing_keeps_the_layers_result_and_leaves_float32_alone() -> None:
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16)).requires_grad_(False)
+    x = torch.randn(5, 64).bfloat16()
+    expected = half(x)
+    if pack_linears(half):
+        assert isinstance(half[0], PackedLinear)
+        torch.testing.assert_close(half(x), expected, atol=2e-2, rtol=2e-2)
+    assert pack_linears(nn.Sequential(nn.Linear(64, 32))) == 0
+
+
+def test_a_packed_layer_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16)).requires_grad_(False)
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.zeros(*x.shape[:-1], 32))
+    assert pack_linears(half) == 0
+    assert type(half[0]) is nn.Linear
+
+
+@pytest.mark.model
+def test_the_embedded_model_is_dequantised_once_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.server import weights
+
+    base = load_base("demo", device="cpu")
+    assert (base.name, base.vocab, base.hidden, base.max_len) == ("SmolLM2-135M-Instruct", 49152, 576, 8192)
+    monkeypatch.setattr(weights, "_dequantise", lambda *_: pytest.fail("dequantised a second time"))
+    assert weights.locate("demo").name == base.name

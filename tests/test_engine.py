@@ -1,0 +1,128 @@
+"""The engine's thread: every choice ends with exactly one finish, whatever happens to it."""
+
+import queue
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+from tiny import tiny_base, tiny_correction
+from trimtab.errors import ContextOverflow, EngineFailure, NotFound, Overloaded
+from trimtab.server.base import Base
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import Core
+from trimtab.server.engine import Engine
+from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.steering.bank import Bank
+
+WAIT = 60  # seconds before a test gives up on an event
+
+
+class Harness:
+    """An engine and a queue of its events."""
+
+    def __init__(self, base: Base, config: EngineConfig) -> None:
+        self.bank = Bank(base.hidden, "cpu")
+        for name in ("c0", "c1"):
+            self.bank.add(tiny_correction(base, name, seed=ord(name[1])))
+        self.base, self.config = base, config
+        self.engine = Engine(base, self.bank, config)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.engine.start(lambda events: [self.events.put(event) for event in events] and None)
+
+    def collect(self, finishes: int) -> dict[tuple[str, int], list[Event]]:
+        """Events by choice until so many choices have finished."""
+        out: dict[tuple[str, int], list[Event]] = defaultdict(list)
+        while finishes:
+            event = self.events.get(timeout=WAIT)
+            out[event.request_id, event.index].append(event)
+            finishes -= event.finish is not None
+        return out
+
+    def alone(self, request: Request) -> list[int | None]:
+        return [event.token for event in Core(self.base, self.bank, self.config).run([request])]
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness(tiny_base(), EngineConfig(slots=4, step_tokens=32, max_queue=200))
+    yield made
+    made.engine.close()
+
+
+def greedy(name: str, tokens: int = 10, **steering: object) -> Request:
+    prompt = tuple(ord(c) for c in f"a prompt for {name}")
+    return Request(
+        name, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), Steering(**steering)
+    )  # type: ignore[arg-type]
+
+
+def test_64_requests_a_third_leaving_midway_the_rest_as_if_alone(harness: Harness) -> None:
+    requests = [
+        greedy(f"r{i}", tokens=200 if i % 3 == 0 else 12, correction=[None, "c0", "c1"][i % 3], tau=1.0)
+        for i in range(64)
+    ]
+    for request in requests:
+        harness.engine.submit(request)
+    for request in requests[::3]:
+        harness.engine.abort(request.id)
+    out = harness.collect(64)
+    for i, request in enumerate(requests):
+        events = out[request.id, 0]
+        assert [e.finish for e in events].count(None) == len(events) - 1
+        if i % 3 == 0:
+            assert events[-1].finish == "abort"
+        else:
+            assert events[-1].finish == "length"
+            assert [e.token for e in events] == harness.alone(request)
+    stats = harness.engine.stats()
+    assert (stats.running, stats.waiting, harness.engine._core.free_slots) == (0, 0, 4)
+
+
+def test_aborting_frees_the_slot_by_the_next_step(harness: Harness) -> None:
+    blockers = [greedy(f"b{i}", tokens=400) for i in range(4)]
+    for request in blockers:
+        harness.engine.submit(request)
+    harness.engine.submit(greedy("next", tokens=2))
+    harness.engine.abort("b0")
+    order = []
+    while "next" not in order:
+        event = harness.events.get(timeout=WAIT)
+        if event.finish is not None:
+            order.append(event.request_id)
+    assert order == ["b0", "next"]
+
+
+def test_closing_ends_what_is_open_and_refuses_what_comes(harness: Harness) -> None:
+    harness.engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=400, ignore_eos=True), n=3))
+    harness.engine.close()
+    out = harness.collect(3)
+    assert Counter(events[-1].finish for events in out.values()) == {"abort": 3}
+    assert not harness.engine.stats().alive
+    with pytest.raises(EngineFailure, match="not running"):
+        harness.engine.submit(greedy("late"))
+
+
+def test_mistakes_are_raised_where_they_were_made(harness: Harness) -> None:
+    with pytest.raises(ContextOverflow):
+        harness.engine.submit(Request("r", (1,) * 600))
+    with pytest.raises(NotFound):
+        harness.engine.submit(greedy("r", correction="absent"))
+    with pytest.raises(Overloaded):
+        for i in range(4):
+            harness.engine.submit(Request(f"many{i}", (1, 2), SamplingParams(max_tokens=300, ignore_eos=True), n=100))
+
+
+def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:
+    blocked = threading.Event()
+
+    def die(request: Request) -> None:
+        blocked.set()
+        raise RuntimeError("boom")
+
+    harness.engine._core.add = die  # type: ignore[method-assign]
+    harness.engine.submit(greedy("r"))
+    event = harness.events.get(timeout=WAIT)
+    assert blocked.is_set()
+    assert (event.finish, event.error) == ("error", "the engine died: boom")
