@@ -42,7 +42,11 @@ class ContextOverflow(InvalidRequest):
 
 
 class NotFound(TrimtabError):
-    """No model or correction has this name."""
+    """No model or correction has this name. field: where the caller wrote it."""
+
+    def __init__(self, message: str, field: str = "model") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class Overloaded(TrimtabError):

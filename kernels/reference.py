@@ -4,8 +4,7 @@ Invariant: a row is computed from that row alone, with operations whose order do
 record is bit-identical whoever shares the step. The semantics are numbered in record.py.
 
 Rows are walked one by one because a row of logits fits a core's cache and a batch does not: 13 ms became 4 for 32
-rows of 49152 (float32, one thread). The exact top k comes from group maxima: the k best tokens lie in the k groups with
-the best maxima. Order is made total by int64 keys: the float's ordered bits, then the lower id.
+rows of 49152 (float32, one thread). Order and the draw are in draw.py.
 """
 
 from typing import NamedTuple
@@ -13,11 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.kernels.record import DEAD, FIRED, OPEN, RANK_ORDER, Corrections, Edits, StepInputs, StepRecord
+from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token, total_mass
+from trimtab.kernels.record import DEAD, FIRED, OPEN, Corrections, Edits, StepInputs, StepRecord
 
-GROUP = 128  # tokens a group; also the kernel's
-_ID_MASK = 0xFFFFFFFF  # the low word of a key holds the id, inverted
-_STAGES = (RANK_ORDER, 1024)  # prefixes tried before sorting the whole row
 _FLOOR = -1e4  # exp is 0 there, and 0 * _FLOOR is 0 where 0 * -inf is NaN
 
 
@@ -54,14 +51,12 @@ def _base_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     entropy, normaliser = torch.zeros(len(z)), torch.zeros(len(z))
     alive = torch.zeros(len(z), dtype=torch.bool)
     for row, values in enumerate(z):
-        best = values.max()
+        best = values.view(-1, GROUP).amax(1).amax()
         if not torch.isfinite(best):  # NaN and +inf surface in the maximum; -inf means no token is left
             continue
         d = (values - best).clamp_(min=_FLOOR)
         e = d.exp()
-        # Sums by group: shorter chains of additions keep the entropy within 1e-6 where one long chain loses 1e-4.
-        mass = e.view(-1, GROUP).sum(1).sum()
-        moment = e.mul_(d).view(-1, GROUP).sum(1).sum()
+        mass, moment = total_mass(e), total_mass(d.mul_(e))
         log_mass = mass.log()
         entropy[row] = (log_mass - moment / mass).clamp_(min=0)  # shifted coordinates: exact as |z| grows
         normaliser[row] = best + log_mass
@@ -77,7 +72,7 @@ def _correct(inputs: StepInputs, bank: Corrections, z: Tensor, fired: Tensor) ->
     at = fired.nonzero()[:, 0]
     which = inputs.params.correction[at].long()
     k = min(bank.max_top_k, inputs.logits.shape[1])
-    tops = [_top(z[row], k) for row in at.tolist()]
+    tops = [best_tokens(z[row], k) for row in at.tolist()]
     ids = torch.stack([ids for _, ids in tops])  # [fired, k]
     base = torch.stack([values for values, _ in tops])
     h = inputs.hidden[at].float()  # [fired, hidden]
@@ -107,19 +102,19 @@ def _finish_row(
 ) -> None:
     """Steer, edit, draw and report one live row. z [padded] is the base's and may be overwritten."""
     params = inputs.params
-    base_token = steered_token = int(z.argmax())
+    base_token = steered_token = best_token(z)
     base_best = steered_best = float(z[base_token])
     steered_normaliser, start = normaliser, z
     steered = z
     if candidates is not None:
         steered = z.scatter(0, *candidates)
         steered_normaliser = float(_log_mass(steered))
-        steered_token = int(steered.argmax())
+        steered_token = best_token(steered)
         steered_best = float(steered[steered_token])
         start = z if params.shadow[row] else steered
     start_normaliser = normaliser if start is z else steered_normaliser
     final = start if inputs.edits is None else _edit(start, inputs.edits, inputs, row)
-    token = _draw(final, inputs, row)
+    token = draw_token(final, inputs, row)
     if token < 0:  # the edits forbade every token
         out.status[row] |= DEAD
         return
@@ -130,7 +125,7 @@ def _finish_row(
     out.base_token_logprob[row] = base_best - normaliser
     out.steered_token_logprob[row] = steered_best - steered_normaliser
     if inputs.alternatives:
-        values, ids = _top(start, min(inputs.alternatives, inputs.logits.shape[1]))
+        values, ids = best_tokens(start, min(inputs.alternatives, inputs.logits.shape[1]))
         out.top_ids[row, : len(ids)] = ids.int()
         out.top_logprobs[row, : len(ids)] = (
             values.double() - start_normaliser
@@ -152,94 +147,10 @@ def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
     return z.scatter(0, token, values + edits.bias[begin:end])
 
 
-def _draw(z: Tensor, inputs: StepInputs, row: int) -> int:
-    """The sampled token of one row (record.py, 6 and 7), or -1 when no token is left."""
-    params = inputs.params
-    vocab = inputs.logits.shape[1]
-    temperature = float(params.temperature[row])
-    top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
-    uniform = float(params.uniform[row])
-    best = z.max()
-    if best == float("-inf"):
-        return -1
-    if temperature == 0:
-        return int(z.argmax())
-    scaled = (z - best) / temperature
-    if vocab > RANK_ORDER and not top_k and top_p >= 1 and min_p <= 0:
-        return _draw_by_id(scaled.exp_(), uniform)
-    kept, values = _kept(scaled, vocab, top_k, top_p, min_p)
-    if kept <= RANK_ORDER:
-        values, ids = _top(scaled, kept)
-        mass = values.double().exp().cumsum(0)
-        return int(ids[int((mass <= uniform * mass[-1]).sum().clamp(max=kept - 1))])
-    cut = values[kept - 1]
-    ties = (scaled == cut).nonzero()[: kept - int((values > cut).sum()), 0]
-    weights = scaled.exp()
-    weights[scaled <= cut] = 0
-    weights[ties] = cut.exp()
-    return _draw_by_id(weights, uniform)
-
-
-def _kept(scaled: Tensor, vocab: int, top_k: int, top_p: float, min_p: float) -> tuple[int, Tensor]:
-    """How many of the best tokens the filters keep, and at least that many best values in descending order.
-
-    A short prefix usually settles it; only a very flat distribution is sorted whole.
-    """
-    limit = min(top_k or vocab, vocab)
-    total = scaled.exp().sum(dtype=torch.float64) if not top_k and top_p < 1 else None
-    for stage in (*_STAGES, limit):
-        size = min(stage, limit) if not top_k else limit
-        values = scaled.topk(size).values
-        mass = values.double().exp()
-        kept = int((values > float("-inf")).sum())
-        if top_p < 1:
-            cumulative = mass.cumsum(0)
-            kept = min(kept, 1 + int((cumulative < top_p * (cumulative[-1] if total is None else total)).sum()))
-        if min_p > 0:
-            kept = min(kept, int((mass >= min_p * mass[0]).sum()))
-        if kept < size or size == limit:
-            break
-    return min(kept, size), values
-
-
-def _draw_by_id(weights: Tensor, uniform: float) -> int:
-    """Inverse CDF in ascending id order, in two levels. weights float32 [padded] >= 0, not all 0."""
-    groups = weights.view(-1, GROUP)
-    mass = groups.sum(1, dtype=torch.float64)
-    cumulative = mass.cumsum(0)
-    target = uniform * cumulative[-1]
-    # Rounding may point past the last token with mass: never draw one without.
-    group = min(int((cumulative <= target).sum()), int(mass.nonzero()[-1]))
-    inner = groups[group].double()
-    target = target - (cumulative[group] - mass[group])
-    token = min(int((inner.cumsum(0) <= target).sum()), int(inner.nonzero()[-1]))
-    return group * GROUP + token
-
-
-def _top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of z [padded] in (value descending, id ascending) order -> values float32 [k], ids int64 [k]."""
-    groups = z.view(-1, GROUP)
-    count = len(groups)
-    chosen = torch.arange(count)
-    if k < count:
-        chosen = _ID_MASK - (_key(groups.amax(1), chosen).topk(k).values & _ID_MASK)
-    ids = (chosen[:, None] * GROUP + torch.arange(GROUP)).flatten()
-    keys = _key(z[ids], ids).topk(k).values
-    ids = _ID_MASK - (keys & _ID_MASK)
-    return z[ids], ids
-
-
-def _key(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that order (value descending, id ascending) when read from the largest. +0 equals -0."""
-    bits = (values + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_ID_MASK - ids)
-
-
 def _log_mass(z: Tensor) -> Tensor:
     """log sum exp of z [padded], with the same additions in the same order as `_base_statistics`."""
     best = z.max()
-    return best + (z - best).exp_().view(-1, GROUP).sum(1).sum().log()
+    return best + total_mass((z - best).exp_()).log()
 
 
 def _empty_record(rows: int, alternatives: int) -> StepRecord:

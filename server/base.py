@@ -25,6 +25,7 @@ from trimtab.server.linear import pack_linears
 from trimtab.server.weights import locate
 from trimtab.steering.correction import BaseIdentity
 
+DEVICES = ("cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,7 +85,13 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto") -> Base:
     auto dtype is bfloat16 where the device multiplies it natively, else float32. Raises UnsupportedModel.
     """
     weights = locate(model)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
+        raise UnsupportedModel(
+            f"device {device!r} is not here: it must be auto, cpu, or cuda where there is a CUDA GPU"
+        )
+    where = torch.device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UnsupportedModel(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype}")
     kind = _native_dtype(where) if dtype == "auto" else DTYPES[dtype]

@@ -70,17 +70,18 @@ class Core:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
         if not all(0 <= token < self.base.vocab for token in request.prompt):
             raise InvalidRequest(f"prompt holds a token id outside 0..{self.base.vocab - 1}", "prompt")
-        for token in request.sampling.logit_bias:
-            if not 0 <= token < self.base.vocab:
-                raise InvalidRequest(f"logit_bias names token {token}; ids are 0..{self.base.vocab - 1}", "logit_bias")
+        for field in ("logit_bias", "stop_token_ids"):
+            for token in getattr(request.sampling, field):
+                if not 0 <= token < self.base.vocab:
+                    raise InvalidRequest(f"{field} names token {token}; ids are 0..{self.base.vocab - 1}", field)
         if request.steering.correction is not None:
             self.bank.get(request.steering.correction)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises as `check`, and Overloaded when its n choices do not fit the queue."""
         self.check(request)
-        if self.waiting + request.n > max(self.config.max_queue, request.n if not self.busy else 0):
-            raise Overloaded(f"the queue holds {self.waiting} choices and takes {self.config.max_queue}; try again")
+        if self.waiting + request.n > self.config.slots + self.config.max_queue:
+            raise Overloaded(f"{self.waiting} choices wait and {self.config.max_queue} may; try again")
         self.add(request)
 
     def add(self, request: Request) -> None:
@@ -89,10 +90,9 @@ class Core:
         for index in range(request.n):
             self._scheduler.add(self._start(request, index, random.derive(seed, index)))
 
-    def abort(self, request_id: str, n: int = 128) -> None:
-        """Free whatever the request holds. Unknown ids are ignored: it may just have ended."""
-        for sequence in list(self._scheduler.choices(request_id, n)):
-            self._scheduler.remove(sequence)
+    def abort(self, request_id: str, index: int) -> None:
+        """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
+        self._scheduler.abort(request_id, index)
 
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from trimtab.errors import EngineFailure, Overloaded
@@ -43,6 +43,7 @@ class EngineStats(NamedTuple):
 
 class _Abort(NamedTuple):
     request_id: str
+    choice: int | None  # None: every choice
 
 
 class Engine:
@@ -59,6 +60,11 @@ class Engine:
         self._heartbeat = time.monotonic()
 
     @property
+    def capacity(self) -> int:
+        """Choices that may be under way at once: running and waiting. One request of more can never be taken."""
+        return self._core.config.slots + self._core.config.max_queue
+
+    @property
     def max_len(self) -> int:
         """Tokens a sequence may hold, prompt and completion together."""
         return self._core.max_len
@@ -71,21 +77,19 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what Core.submit does, and EngineFailure once the thread has ended."""
         self._core.check(request)
-        config = self._core.config
         with self._lock:
             if self._closed or not self._thread.is_alive():
                 raise EngineFailure("the engine is not running")
             unfinished = sum(map(len, self._open.values()))
-            queued = unfinished + request.n - config.slots
-            if unfinished and queued > config.max_queue:
+            if unfinished + request.n > self.capacity:
                 raise Overloaded(f"the queue is full: {unfinished} choices are under way; try again in a moment")
             assert request.id not in self._open, "request ids are unique"
             self._open[request.id] = set(range(request.n))
             self._inbox.put(request)
 
-    def abort(self, request_id: str) -> None:
-        """End a request wherever it is; its open choices get an event with finish "abort". Unknown ids are ignored."""
-        self._inbox.put(_Abort(request_id))
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a choice, or all of a request, wherever it is: what was open gets an event with finish "abort"."""
+        self._inbox.put(_Abort(request_id, index))
 
     def stats(self) -> EngineStats:
         core = self._core
@@ -114,9 +118,9 @@ class Engine:
             reason = f"the engine died: {error}"
         with self._lock:
             self._closed = True
-            left = list(self._open)
-        for request_id in left:
-            self._finish_open(request_id, reason)
+            left = list(self._open.items())
+        for request_id, choices in left:
+            self._finish(request_id, choices, reason)
 
     def _take_messages(self) -> bool:
         """Apply what came in, waiting for it only when idle. -> False once closed."""
@@ -131,16 +135,21 @@ class Engine:
             if message is None:
                 return False
             if isinstance(message, _Abort):
-                self._core.abort(message.request_id)
-                self._finish_open(message.request_id)
+                self._abort(message)
             else:
                 self._core.add(message)
 
-    def _finish_open(self, request_id: str, error: str | None = None) -> None:
-        """Tell every choice of a request that has no finish yet that it was aborted, or failed for this reason."""
+    def _abort(self, message: _Abort) -> None:
+        choices = self._open.get(message.request_id, set())
+        ending = choices if message.choice is None else choices & {message.choice}
+        for index in ending:
+            self._core.abort(message.request_id, index)
+        self._finish(message.request_id, ending)
+
+    def _finish(self, request_id: str, choices: Iterable[int], error: str | None = None) -> None:
+        """Tell these choices that they were aborted, or failed for this reason."""
         finish: FinishReason = "error" if error else "abort"
-        choices = sorted(self._open.get(request_id, ()))
-        self._deliver([Event(request_id, index, None, 0.0, (), None, finish, error) for index in choices])
+        self._deliver([Event(request_id, index, None, 0.0, (), None, finish, error) for index in sorted(choices)])
 
     def _deliver(self, events: list[Event]) -> None:
         if not events:

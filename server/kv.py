@@ -5,9 +5,12 @@ memory and is never preempted. A head correction acts after the last norm, so th
 unsteered requests share it, and so does every correction. Copying a row is how a prefix is reused.
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class KVCache:
@@ -19,10 +22,17 @@ class KVCache:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.num_hidden_layers, slots, length, heads, head_dim)
         self.length = length
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_reserve(shape, dtype, device) for _ in range(2))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot onto another."""
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On CPU by way of numpy, which leaves untouched pages to the system; torch would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)

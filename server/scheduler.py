@@ -5,7 +5,7 @@ the step's budget leaves. The other samples of a request wait until the first ha
 start from a copy of it. Nothing here touches a tensor but the row copy it asks the cache for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from trimtab.server.sequence import Sequence
@@ -73,12 +73,11 @@ class Scheduler:
         if self.running.pop(key, None) is not None:
             self._slots.release(sequence.slot)
 
-    def choices(self, request_id: str, n: int) -> Iterator[Sequence]:
-        """The request's sequences that are still waiting or running."""
-        for key in ((request_id, index) for index in range(n)):
-            sequence = self.waiting.get(key) or self.running.get(key)
-            if sequence is not None:
-                yield sequence
+    def abort(self, request_id: str, index: int) -> None:
+        """Remove a choice wherever it is; one that has ended is ignored."""
+        sequence = self.waiting.get((request_id, index)) or self.running.get((request_id, index))
+        if sequence is not None:
+            self.remove(sequence)
 
     def _admit(self) -> None:
         for key, sequence in list(self.waiting.items()):

@@ -222,7 +222,9 @@ def test_what_is_wrong_with_a_request_is_said_before_it_is_queued(base: Base) ->
         core.submit(Request("r", (1,), SamplingParams(logit_bias={999: 1.0})))
     with pytest.raises(NotFound, match="no correction is called 'nope'; loaded: c0, c1"):
         core.submit(Request("r", (1,), steering=Steering("nope")))
-    core.submit(Request("a", (1,), n=2))
+    with pytest.raises(InvalidRequest, match="stop_token_ids names token -1"):
+        core.submit(Request("r", (1,), SamplingParams(stop_token_ids=frozenset({-1}))))
+    core.submit(Request("a", (1,), n=3))
     with pytest.raises(Overloaded):
         core.submit(Request("b", (1,)))
 

@@ -51,18 +51,15 @@ def harness() -> Iterator[Harness]:
     made.engine.close()
 
 
-def greedy(name: str, tokens: int = 10, **steering: object) -> Request:
+def greedy(name: str, tokens: int = 10, correction: str | None = None) -> Request:
     prompt = tuple(ord(c) for c in f"a prompt for {name}")
-    return Request(
-        name, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), Steering(**steering)
-    )  # type: ignore[arg-type]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return Request(name, prompt, sampling, Steering(correction, tau=1.0))
 
 
 def test_64_requests_a_third_leaving_midway_the_rest_as_if_alone(harness: Harness) -> None:
-    requests = [
-        greedy(f"r{i}", tokens=200 if i % 3 == 0 else 12, correction=[None, "c0", "c1"][i % 3], tau=1.0)
-        for i in range(64)
-    ]
+    names = (None, "c0", "c1")
+    requests = [greedy(f"r{i}", 200 if i % 3 == 0 else 12, names[i // 3 % 3]) for i in range(64)]
     for request in requests:
         harness.engine.submit(request)
     for request in requests[::3]:
@@ -109,9 +106,10 @@ def test_mistakes_are_raised_where_they_were_made(harness: Harness) -> None:
         harness.engine.submit(Request("r", (1,) * 600))
     with pytest.raises(NotFound):
         harness.engine.submit(greedy("r", correction="absent"))
+    long = SamplingParams(max_tokens=300, ignore_eos=True)
+    harness.engine.submit(Request("a", (1, 2), long, n=128))
     with pytest.raises(Overloaded):
-        for i in range(4):
-            harness.engine.submit(Request(f"many{i}", (1, 2), SamplingParams(max_tokens=300, ignore_eos=True), n=100))
+        harness.engine.submit(Request("b", (1, 2), long, n=128))
 
 
 def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oracle import draw, expect
 from steps import make_inputs
-
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord, pack, unpack
 from trimtab.kernels.reference import step
 

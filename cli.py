@@ -1,0 +1,51 @@
+"""The command line: `trimtab serve | fit | eval | inspect`.
+
+Invariant: building the parser imports nothing heavy, so `--help` is instant and needs the base install alone; a mistake
+of the caller's ends in one line on stderr and exit code 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from trimtab.errors import TrimtabError
+from trimtab.server.serve import add_serve
+from trimtab.steering.commands import add_eval, add_fit, add_inspect
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. -> the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.func(args)
+    except TrimtabError as error:
+        print("trimtab:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("trimtab"):
+            raise
+        print(f"trimtab: {error.name} is not installed: pip install 'trimtab[server]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Each command's `func` takes the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="trimtab", description="Serve a language model with tiny corrections.")
+    parser.add_argument("--version", action="version", version=f"trimtab {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_serve, add_fit, add_eval, add_inspect):
+        add(commands)
+    return parser
+
+
+def _version() -> str:
+    from trimtab import __version__
+
+    return __version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What can go wrong between the client and a server: status to class, transport failure to class.
+
+    TrimtabError
+    `-- ClientError
+        |-- ConnectionFailed     the server could not be reached, or hung up
+        |   `-- TimedOut         it did not answer in time
+        |-- StreamFailed         an answer broke off, or the server reported a failure in its middle
+        |-- BadAnswer            what came back is not this API: look at base_url
+        `-- StatusError          the server refused: status, code, type, param, request_id, retry_after
+            |-- BadRequest       400, 422
+            |-- Authentication   401
+            |-- PermissionDenied 403
+            |-- NotFound         404
+            |-- RateLimit        429
+            `-- ServerError      5xx
+
+Invariant: only this file maps statuses to classes on the client's side. A status without a class is StatusError itself.
+"""
+
+import httpx
+
+from trimtab.errors import TrimtabError
+
+
+class ClientError(TrimtabError):
+    """Base of all errors the client raises on its own."""
+
+
+class ConnectionFailed(ClientError):
+    """The server could not be reached, or hung up before it answered."""
+
+
+class TimedOut(ConnectionFailed):
+    """The server did not answer in time."""
+
+
+class StreamFailed(ClientError):
+    """A streamed answer broke off. What had arrived is good."""
+
+
+class BadAnswer(ClientError):
+    """The answer is not in this API's shape."""
+
+
+class StatusError(ClientError):
+    """The server refused the request; the fields are those of OpenAI's error envelope."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        code: str | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.type, self.param = status, code, type, param
+        self.request_id, self.retry_after = request_id, retry_after
+
+
+class BadRequest(StatusError):
+    """A value in the request is wrong: `param` names it. `code` context_length_exceeded: the prompt is too long."""
+
+
+class Authentication(StatusError):
+    """The key is missing or wrong."""
+
+
+class PermissionDenied(StatusError):
+    """The key may not do this."""
+
+
+class NotFound(StatusError):
+    """No model or correction of this name, or no such path."""
+
+
+class RateLimit(StatusError):
+    """This key asks too often; `retry_after` says when to come back."""
+
+
+class ServerError(StatusError):
+    """The server failed (500) or is full (503, with `retry_after`)."""
+
+
+_CLASSES: dict[int, type[StatusError]] = {
+    400: BadRequest,
+    401: Authentication,
+    403: PermissionDenied,
+    404: NotFound,
+    422: BadRequest,
+    429: RateLimit,
+}
+
+
+def status_error(response: httpx.Response, retry_after: float | None) -> StatusError:
+    """The error that a response, already read, stands for. Servers that send no envelope are quoted."""
+    kind = _CLASSES.get(response.status_code, ServerError if response.status_code >= 500 else StatusError)
+    try:
+        fields = read_envelope(response.json())
+    except ValueError:
+        fields = read_envelope(None)
+    return kind(
+        fields.pop("message") or f"HTTP {response.status_code}: {response.text[:200] or response.reason_phrase}",
+        response.status_code,
+        request_id=response.headers.get("x-request-id"),
+        retry_after=retry_after,
+        **fields,
+    )
+
+
+def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFailed:
+    """httpx's error as ours, naming the server."""
+    if isinstance(error, httpx.TimeoutException):
+        return TimedOut(f"{base_url} did not answer in time ({type(error).__name__}); raise `timeout` if it is slow")
+    return ConnectionFailed(f"cannot talk to {base_url} ({error}); is the server running?")
+
+
+def read_envelope(body: object) -> dict[str, str | None]:
+    """The four keys of a parsed {"error": {...}}; None for each that is missing."""
+    error = body.get("error") if isinstance(body, dict) else None
+    error = error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
+    return {key: None if error.get(key) is None else str(error[key]) for key in ("message", "code", "type", "param")}

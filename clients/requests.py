@@ -1,0 +1,92 @@
+"""What is sent to the server: the one request builder, shared by both clients.
+
+Invariant: what the caller did not set is not sent, so the server's defaults hold; values are checked by the server
+alone, which names the field that is wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from trimtab.errors import InvalidRequest
+
+Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the user
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction."""
+
+    correction: str | None = None
+    strength: float | None = None  # 0 is the base, bit for bit
+    tau: float | None = None  # nats: the correction may act where the base's entropy is above
+    mode: Literal["apply", "shadow", "off"] | None = None  # shadow reports what apply would do, and changes nothing
+    report: Literal["none", "summary", "tokens"] | None = None  # tokens: a receipt for each step
+
+
+Steer = str | Steering | None  # a string is a correction's name
+
+
+class Options(TypedDict, total=False):
+    """Everything else a generation may ask for, in OpenAI's and vLLM's words."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    n: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: bool | int  # chat: true or false; completions: how many alternatives
+    top_logprobs: int
+    echo: bool
+    user: str
+    extra: Mapping[str, Any]  # any further keys of the body, as they are
+
+
+class Call(NamedTuple):
+    """One HTTP request, relative to the base URL."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: dict[str, Any] | None = None
+
+
+def list_models() -> Call:
+    return Call("GET", "/models")
+
+
+def chat(messages: Messages, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
+    """A chat request. messages: a string, or OpenAI's list of {role, content}."""
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    return Call("POST", "/chat/completions", _body({"messages": listed}, model, steering, options, stream))
+
+
+def complete(prompt: Prompt, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
+    """A completion request. prompt: text or token ids, or a batch of either."""
+    return Call("POST", "/completions", _body({"prompt": prompt}, model, steering, options, stream))
+
+
+def _body(
+    subject: dict[str, Any], model: str | None, steering: Steer, options: Options, stream: bool
+) -> dict[str, Any]:
+    rest = dict(options)
+    extra = rest.pop("extra", {})
+    if not isinstance(extra, Mapping):
+        raise InvalidRequest(f"extra must be a mapping of further body keys, not {type(extra).__name__}", "extra")
+    body = {**({} if model is None else {"model": model}), **subject, **rest}
+    if steering is not None:
+        chosen = Steering(correction=steering) if isinstance(steering, str) else steering
+        body["steering"] = {key: value for key, value in vars(chosen).items() if value is not None}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return body | dict(extra)

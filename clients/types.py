@@ -1,0 +1,182 @@
+"""What the server answers, as data: OpenAI's shapes, plus what steering did.
+
+Invariant: these models only read. Unknown fields are kept (`extra="allow"`), so that a newer server never breaks an
+older client, and everything steering adds is optional, so that any OpenAI-compatible server can be read.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Receipt(_Answer):
+    """What one decode step did. Log-probabilities are of the sampled token, at temperature 1, before filters."""
+
+    token: str
+    token_id: int
+    entropy: float  # nats, of the base's distribution
+    open: bool  # the entropy was above tau
+    fired: bool  # open, and the correction acted (in shadow mode: would have acted)
+    flip: bool  # fired, and the most likely token changed
+    base_token: str  # the base's most likely token
+    base_token_id: int
+    steered_token: str  # the most likely token after the correction
+    steered_token_id: int
+    base_logprob: float
+    steered_logprob: float
+
+
+class SteeringReport(_Answer):
+    """What steering did to one choice: totals, and with `report` a receipt for each step."""
+
+    correction: str | None = None
+    mode: str = "apply"  # apply, shadow or off
+    strength: float | None = None
+    tau: float | None = None  # nats
+    steps: int = 0
+    open: int = 0
+    fired: int = 0
+    flips: int = 0
+    mean_entropy: float | None = None  # nats; None without a step
+    tokens: list[Receipt] = Field(default_factory=list)
+
+
+class Usage(_Answer):
+    """Tokens read and written."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class Model(_Answer):
+    """One entry of /v1/models: the base, or the base with a correction."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = ""
+    parent: str | None = None  # of a correction: the base it steers
+
+
+class Message(_Answer):
+    """A chat message, or in a stream a piece of one."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class TopLogprob(_Answer):
+    """One of the most likely tokens of a step. bytes: its UTF-8, which may be a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    """The sampled token of a step and the most likely ones."""
+
+    top_logprobs: list[TopLogprob] = Field(default_factory=list)
+
+
+class ChatLogprobs(_Answer):
+    """Log-probabilities of a chat choice, a token each."""
+
+    content: list[TokenLogprob] | None = None
+
+
+class CompletionLogprobs(_Answer):
+    """Log-probabilities of a text completion, as parallel lists. With echo the first has no log-probability."""
+
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] | None = None
+    text_offset: list[int] = Field(default_factory=list)
+
+
+class _Choice(_Answer):
+    index: int = 0
+    finish_reason: str | None = None
+    steering: SteeringReport | None = None
+
+
+class ChatChoice(_Choice):
+    """One answer of a chat."""
+
+    message: Message
+    logprobs: ChatLogprobs | None = None
+
+    @property
+    def text(self) -> str:
+        return self.message.content or ""
+
+
+class ChatChunkChoice(_Choice):
+    """One answer's part in a chunk. `steering` holds the new receipts, and at the end the totals."""
+
+    delta: Message = Message()
+    logprobs: ChatLogprobs | None = None
+
+    @property
+    def text(self) -> str:
+        return self.delta.content or ""
+
+
+class CompletionChoice(_Choice):
+    """One continuation of a prompt, or its part in a chunk."""
+
+    text: str = ""
+    logprobs: CompletionLogprobs | None = None
+
+
+class _Reply(_Answer):
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    system_fingerprint: str | None = None
+    usage: Usage | None = None
+
+
+class ChatCompletion(_Reply):
+    """The answer of `chat`. `text` and `steering` are the first choice's."""
+
+    choices: list[ChatChoice]
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def steering(self) -> SteeringReport | None:
+        return self.choices[0].steering
+
+
+class Completion(_Reply):
+    """The answer of `complete`, and a chunk of `stream_complete`. `text` and `steering` are the first choice's."""
+
+    choices: list[CompletionChoice]
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text if self.choices else ""
+
+    @property
+    def steering(self) -> SteeringReport | None:
+        return self.choices[0].steering if self.choices else None
+
+
+class ChatChunk(_Reply):
+    """One event of `stream_chat`. Without choices it carries the usage alone."""
+
+    choices: list[ChatChunkChoice] = Field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text if self.choices else ""
+
+    @property
+    def steering(self) -> SteeringReport | None:
+        return self.choices[0].steering if self.choices else None

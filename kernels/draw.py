@@ -1,0 +1,126 @@
+"""Order and chance over one row of logits, in plain torch: the best tokens, the filters, the draw.
+
+Rows are padded with -inf to whole groups of GROUP tokens. The exact top k comes from group maxima: the k best tokens
+lie in the k groups with the best maxima. Order is made total by int64 keys: the float's ordered bits, then the lower
+id.
+"""
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.record import RANK_ORDER, StepInputs
+
+GROUP = 128  # tokens a group; also the kernel's
+_ID_MASK = 0xFFFFFFFF  # the low word of a key holds the id, inverted
+_BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
+
+
+def draw_token(z: Tensor, inputs: StepInputs, row: int) -> int:
+    """The sampled token of one row (record.py, 6 and 7), or -1 when no token is left."""
+    params = inputs.params
+    vocab = inputs.logits.shape[1]
+    temperature = float(params.temperature[row])
+    top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
+    uniform = float(params.uniform[row])
+    token = best_token(z)
+    if z[token] == float("-inf"):
+        return -1
+    if temperature == 0:
+        return token
+    scaled = (z - z[token]).div_(temperature)
+    if vocab > RANK_ORDER and not top_k and top_p >= 1 and min_p <= 0:
+        return _draw_by_id(scaled.exp_(), uniform)
+    values, ids = best_tokens(scaled, min(max(RANK_ORDER, top_k), vocab))
+    weights = scaled.exp()
+    kept, cut = _keep(scaled, weights, values, top_k, top_p, min_p)
+    if kept <= RANK_ORDER:
+        mass = values[:kept].double().exp().cumsum(0)
+        return int(ids[int((mass <= uniform * mass[-1]).sum().clamp(max=kept - 1))])
+    ties = (scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]
+    weights[scaled <= cut] = 0
+    weights[ties] = cut.exp()
+    return _draw_by_id(weights, uniform)
+
+
+def _keep(scaled: Tensor, weights: Tensor, best: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[int, Tensor]:
+    """How many of the best tokens the filters keep, and the last one's value.
+
+    scaled [padded]: logits over the temperature, at most 0; weights: their exp; best: the leading values, descending,
+    at least top_k and RANK_ORDER of them, which usually settle it.
+    """
+    values = best[:top_k] if top_k else best
+    mass = values.double().exp()
+    kept = int((values > float("-inf")).sum())
+    closed = bool(top_k) or kept < len(best)
+    if min_p > 0:
+        kept = min(kept, int((mass >= min_p * mass[0]).sum()))
+    if top_p < 1:
+        cumulative = mass.cumsum(0)
+        whole = cumulative[-1] if top_k else total_mass(weights)
+        kept = min(kept, 1 + int((cumulative < top_p * whole).sum()))
+    if closed or kept < len(best):
+        return kept, values[kept - 1]
+    return _keep_many(scaled, weights, top_p, min_p)
+
+
+def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> tuple[int, Tensor]:
+    """`_keep` for a flat distribution: mass by bucket of the logit, then a sort of the bucket that top_p falls in."""
+    floor = weights >= min_p if min_p > 0 else weights > 0
+    least = scaled[floor].min()
+    if top_p >= 1:
+        return int(floor.sum()), least
+    bucket = (scaled * -_BUCKETS_A_NAT).clamp_(max=_BUCKETS - 1).int()
+    cumulative = torch.bincount(bucket, weights=weights, minlength=_BUCKETS).cumsum(0)  # float64 [_BUCKETS]
+    target = top_p * cumulative[-1]
+    at = int((cumulative < target).sum())
+    inside = scaled[bucket == at].sort(descending=True).values
+    before = cumulative[at] - inside.double().exp().sum()
+    within = min(int((before + inside.double().exp().cumsum(0) < target).sum()), len(inside) - 1)
+    if inside[within] < least:  # min_p cuts first
+        return int(floor.sum()), least
+    return int((bucket < at).sum()) + within + 1, inside[within]
+
+
+def _draw_by_id(weights: Tensor, uniform: float) -> int:
+    """Inverse CDF in ascending id order, in two levels. weights float32 [padded] >= 0, not all 0."""
+    groups = weights.view(-1, GROUP)
+    mass = groups.sum(1, dtype=torch.float64)
+    cumulative = mass.cumsum(0)
+    target = uniform * cumulative[-1]
+    # Rounding may point past the last token with mass: never draw one without.
+    group = min(int((cumulative <= target).sum()), int(mass.nonzero()[-1]))
+    inner = groups[group].double()
+    target = target - (cumulative[group] - mass[group])
+    token = min(int((inner.cumsum(0) <= target).sum()), int(inner.nonzero()[-1]))
+    return group * GROUP + token
+
+
+def best_tokens(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of z [padded] in (value descending, id ascending) order -> values float32 [k], ids int64 [k]."""
+    groups = z.view(-1, GROUP)
+    count = len(groups)
+    chosen = torch.arange(count)
+    if k < count:
+        chosen = _ID_MASK - (_key(groups.amax(1), chosen).topk(k).values & _ID_MASK)
+    ids = (chosen[:, None] * GROUP + torch.arange(GROUP)).flatten()
+    keys = _key(z[ids], ids).topk(k).values
+    ids = _ID_MASK - (keys & _ID_MASK)
+    return z[ids], ids
+
+
+def _key(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that order (value descending, id ascending) when read from the largest. +0 equals -0."""
+    bits = (values + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (_ID_MASK - ids)
+
+
+def total_mass(weights: Tensor) -> Tensor:
+    """The sum of weights [padded], by groups: short chains of additions keep the entropy within 1e-6, not 1e-4."""
+    return weights.view(-1, GROUP).sum(1).sum()
+
+
+def best_token(z: Tensor) -> int:
+    """The argmax of z [padded], lowest id first. By groups: torch's own argmax of a long row is three times slower."""
+    group = int(z.view(-1, GROUP).amax(1).argmax())
+    return group * GROUP + int(z[group * GROUP : (group + 1) * GROUP].argmax())

@@ -1,0 +1,125 @@
+"""The HTTP application: OpenAI's routes over an engine.
+
+Invariant: a handler holds no state and does no work of its own: it reads the body, prepares a generation and answers
+with it. The engine starts with the app and is closed with it.
+
+    app = create_app(engine, base, bank);  uvicorn.run(app)
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from trimtab.server import chat, completions, http_errors
+from trimtab.server.base import Base
+from trimtab.server.catalogue import Catalogue
+from trimtab.server.dispatch import Dispatch
+from trimtab.server.engine import Engine
+from trimtab.server.generation import Generation, Service
+from trimtab.server.metrics import Metrics
+from trimtab.server.pieces import Pieces
+from trimtab.server.prompt import Prompter
+from trimtab.server.schema import Body, ChatBody, CompletionBody
+from trimtab.server.wire import ClientGone, EventStream, Gate, or_gone
+from trimtab.steering.bank import Bank
+
+log = logging.getLogger(__name__)
+
+STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
+_CLIENT_CLOSED = 499  # nginx's word, for the access log: nobody reads it
+_MAX_UNKNOWN = 100  # unknown body keys that are remembered as logged
+
+
+def create_app(
+    engine: Engine,
+    base: Base,
+    bank: Bank,
+    *,
+    names: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
+    keep_alive: float = 10.0,
+) -> FastAPI:
+    """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
+
+    keep_alive: seconds of silence after which a stream sends a comment.
+    """
+    names = names or [base.name]
+    service = Service(
+        dispatch=Dispatch(engine),
+        prompter=Prompter(base.tokenizer),
+        pieces=Pieces(base.tokenizer),
+        catalogue=Catalogue(names, bank, engine.max_len),
+        metrics=Metrics(names[0]),
+        max_len=engine.max_len,
+        capacity=engine.capacity,
+        fingerprint=f"fp_{base.identity.fingerprint[:12]}",
+        keep_alive=keep_alive,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.dispatch.start()
+        yield
+        await asyncio.to_thread(engine.close)  # its last events still reach their callers
+        service.prompter.close()
+
+    app = FastAPI(title="Trimtab", lifespan=lifespan)
+    app.add_middleware(Gate, keys=tuple(api_keys))
+    http_errors.install(app)
+    logged: set[str] = set()
+
+    def log_unknown(body: Body) -> None:
+        new = sorted(body.unknown_keys() - logged)
+        if new and len(logged) < _MAX_UNKNOWN:
+            logged.update(new)
+            log.warning("accepted without effect, as nothing here knows them: %s", ", ".join(map(repr, new)))
+
+    async def answer(request: Request, body: Body, generation: Generation) -> Response:
+        log_unknown(body)
+        if body.stream:
+            return EventStream(generation)
+        try:
+            content = await or_gone(request.receive, generation.whole())
+        except ClientGone:
+            return Response(status_code=_CLIENT_CLOSED)
+        return Response(content, media_type="application/json")
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def create_chat(request: Request, body: ChatBody) -> Response:
+        return await answer(request, body, await chat.prepare(service, body))
+
+    @app.post("/v1/completions", response_model=None)
+    async def create_completion(request: Request, body: CompletionBody) -> Response:
+        return await answer(request, body, await completions.prepare(service, body))
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return service.catalogue.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        return service.catalogue.model(name)
+
+    @app.get("/v1/corrections/{name}")
+    async def get_correction(name: str) -> dict[str, Any]:
+        return service.catalogue.correction(name)
+
+    @app.get("/health")
+    async def health() -> Response:
+        stats = engine.stats()
+        well = stats.alive and time.monotonic() - stats.heartbeat < STALE
+        return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(engine.stats()), media_type=CONTENT_TYPE_LATEST)
+
+    return app

@@ -1,0 +1,63 @@
+"""The shape of /v1/chat/completions.
+
+Invariant: the `bytes` of the logprobs' entries, concatenated, are the content's UTF-8, even where a token is half a
+character; each entry has exactly as many top_logprobs as were asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.server.generation import Generation, Service
+from trimtab.server.pieces import Pieces
+from trimtab.server.receipts import finite
+from trimtab.server.schema import ChatBody
+from trimtab.server.stream import Shown
+
+
+async def prepare(service: Service, body: ChatBody) -> Generation:
+    """A chat's body -> a generation, not yet submitted. Raises NotFound, InvalidRequest."""
+    body.check()
+    chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
+    proceed = bool(body.continue_final_message)
+    prompt = await service.prompter.chat(
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=(not proceed) if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=proceed,
+        template_kwargs=body.chat_template_kwargs,
+    )
+    return Generation(service, body, chosen, ChatShape(service.pieces, bool(body.logprobs)), [prompt])
+
+
+class ChatShape:
+    """See generation.Shape."""
+
+    prefix, whole_object, chunk_object, subject = "chatcmpl-", "chat.completion", "chat.completion.chunk", "messages"
+
+    def __init__(self, pieces: Pieces, logprobs: bool) -> None:
+        self._pieces, self.logprobs = pieces, logprobs
+
+    def opening(self, echo: str) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"delta": {"content": text}, "logprobs": logprobs}
+
+    def closing(self) -> dict[str, Any]:
+        return {"delta": {}, "logprobs": None}
+
+    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+
+    def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
+        return {"content": [self._entry(token) for token in tokens], "refusal": None}
+
+    def _entry(self, shown: Shown) -> dict[str, Any]:
+        event = shown.event
+        assert event.token is not None
+        top = [self._alternative(token, logprob) for token, logprob in event.top]
+        entry = self._alternative(event.token, event.logprob)
+        return entry | {"bytes": list(shown.bytes), "top_logprobs": top}
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        content = self._pieces.content(token)
+        return {"token": self._pieces.label(token), "logprob": finite(logprob), "bytes": list(content)}

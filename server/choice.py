@@ -1,0 +1,62 @@
+"""One choice as it grows: its text, its tally of receipts, and its clock.
+
+Invariant: a choice ends once, by its own end or by `end`; its tally has a step for every token it was given.
+"""
+
+from trimtab.errors import EngineFailure
+from trimtab.server.catalogue import Chosen
+from trimtab.server.http_errors import EngineStopped
+from trimtab.server.metrics import Watch
+from trimtab.server.pieces import Pieces
+from trimtab.server.receipts import Tally
+from trimtab.server.request import Event
+from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
+
+
+class Choice:
+    """Choice `index` of an answer. echo: the prompt's text, where it is to stand before the answer's."""
+
+    def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch, echo: str) -> None:
+        self.index, self.echo = index, echo
+        self.stream = ChoiceStream(pieces, rules)
+        self.tally = Tally(chosen)
+        self.cached = 0
+        self.opened = False  # its first chunk is out
+        self._watch = watch
+        self._updates: list[Update] = []
+
+    def take(self, event: Event) -> Update:
+        """Count an event and bring out its text. Raises EngineFailure or EngineStopped where there is no more."""
+        if event.finish == "error":
+            self.end("error")
+            raise EngineFailure(event.error or "the engine failed on this request")
+        if event.finish == "abort":
+            raise EngineStopped("the engine stopped before the answer was complete: send the request again")
+        self._watch.token(event)
+        self.cached += event.cached
+        if event.receipt is not None:
+            self.tally.add(event.receipt)
+        update = self.stream.push(event)
+        if update.finish is not None:
+            self.end(update.finish)
+        return update
+
+    def keep(self, update: Update) -> None:
+        """Gather an update for the whole answer."""
+        self._updates.append(update)
+
+    def end(self, reason: str) -> None:
+        """It is over, if it was not yet."""
+        self._watch.end(reason)
+
+    @property
+    def text(self) -> str:
+        return self.echo + "".join(update.text for update in self._updates)
+
+    @property
+    def shown(self) -> list[Shown]:
+        return [token for update in self._updates for token in update.tokens]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for update in self._updates for step in update.steps]

@@ -1,0 +1,71 @@
+"""The shape of /v1/completions.
+
+Invariant: the sampled token stands in its `top_logprobs` with the identical number, beside the most likely ones;
+text_offset counts characters of the choice's text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.server.generation import Generation, Service
+from trimtab.server.pieces import Pieces
+from trimtab.server.prompt import Ids
+from trimtab.server.receipts import finite
+from trimtab.server.schema import CompletionBody
+from trimtab.server.stream import Shown
+
+
+async def prepare(service: Service, body: CompletionBody) -> Generation:
+    """A completion's body -> a generation, not yet submitted. Raises NotFound, InvalidRequest."""
+    body.check()
+    chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    ids: list[Ids] = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
+    if texts:
+        ids = await service.prompter.text(texts, body.add_special_tokens is not False)
+    echoes: list[str] = []
+    if body.echo:
+        echoes = texts or await service.prompter.decode(ids)
+    shape = CompletionShape(service.pieces, body.logprobs is not None)
+    return Generation(service, body, chosen, shape, ids, echoes)
+
+
+class CompletionShape:
+    """See generation.Shape."""
+
+    prefix, whole_object, chunk_object, subject = "cmpl-", "text_completion", "text_completion", "prompt"
+
+    def __init__(self, pieces: Pieces, logprobs: bool) -> None:
+        self._pieces, self.logprobs = pieces, logprobs
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        return {"text": echo, "logprobs": None} if echo else None
+
+    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"text": text, "logprobs": logprobs}
+
+    def closing(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"text": text, "logprobs": logprobs}
+
+    def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
+        return {
+            "tokens": [self._key(shown.event.token) for shown in tokens],
+            "token_logprobs": [finite(shown.event.logprob) for shown in tokens],
+            "top_logprobs": [self._top(shown) for shown in tokens],
+            "text_offset": [shown.offset for shown in tokens],
+        }
+
+    def _top(self, shown: Shown) -> dict[str, float]:
+        """Tokens that read alike share a key: the likeliest keeps it, save that the sampled one always does."""
+        event = shown.event
+        found: dict[str, float] = {}
+        for token, logprob in event.top:
+            found.setdefault(self._key(token), finite(logprob))
+        return found | {self._key(event.token): finite(event.logprob)}
+
+    def _key(self, token: int | None) -> str:
+        assert token is not None
+        return self._pieces.key(token)

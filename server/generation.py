@@ -1,0 +1,231 @@
+"""One HTTP request on its way through the engine: its choices, gathered into one answer or streamed as they grow.
+
+Invariant: both ways read the same updates, so a stream's pieces add up to the whole answer. Everything a caller can be
+told with a status is raised before the first byte; later failures are an event, then `[DONE]`.
+
+    generation = Generation(service, body, chosen, shape, prompts);  await generation.whole()
+    with generation.open() as ticket:
+        async for frame in generation.frames(ticket): ...
+"""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
+from trimtab.server.catalogue import Catalogue, Chosen
+from trimtab.server.choice import Choice
+from trimtab.server.dispatch import Dispatch, Ticket
+from trimtab.server.http_errors import error_event
+from trimtab.server.metrics import Metrics
+from trimtab.server.pieces import Pieces
+from trimtab.server.prompt import Ids, Prompter
+from trimtab.server.receipts import receipt_json
+from trimtab.server.request import Request
+from trimtab.server.schema import Body
+from trimtab.server.stream import Shown, Step, Update
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Service:
+    """What every generation of an app uses."""
+
+    dispatch: Dispatch
+    prompter: Prompter
+    pieces: Pieces
+    catalogue: Catalogue
+    metrics: Metrics
+    max_len: int
+    capacity: int  # choices under way at once
+    fingerprint: str
+    keep_alive: float = 10.0  # seconds of silence in a stream
+
+
+class Shape(Protocol):
+    """How an endpoint writes a choice. `logprobs` is None unless they were asked for."""
+
+    prefix: str  # of the answer's id
+    whole_object: str
+    chunk_object: str
+    subject: str  # the body's field that holds the prompt
+    logprobs: bool
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        """The first chunk of a choice."""
+
+    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A later chunk."""
+
+    def closing(self) -> dict[str, Any]:
+        """The last chunk."""
+
+    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A whole choice."""
+
+    def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
+
+
+class Generation:
+    """n choices for each prompt, numbered prompt by prompt. Raises what the body has wrong."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: Body,
+        chosen: Chosen,
+        shape: Shape,
+        prompts: Sequence[Ids],
+        echoes: Sequence[str] = (),
+    ) -> None:
+        self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
+        self._id = shape.prefix + secrets.token_hex(12)
+        self._created = int(time.time())
+        self._prompt_tokens = sum(map(len, prompts))
+        sampling, rules = body.sampling(), body.rules()
+        for prompt in prompts:
+            if len(prompt) >= service.max_len:
+                raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
+        self._requests = [
+            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
+            for i, prompt in enumerate(prompts)
+        ]
+        asked = len(prompts) * body.choices
+        if asked > service.capacity:
+            message = (
+                f"this server takes {service.capacity} choices at once, and this body asks for {asked}: send fewer"
+            )
+            raise InvalidRequest(message, "n" if len(prompts) == 1 else "prompt")
+        self._choices: dict[tuple[str, int], Choice] = {}
+        for i, request in enumerate(self._requests):
+            for k in range(request.n):
+                watch = service.metrics.watch(self._chosen.steering.correction)
+                echo = echoes[i] if echoes else ""
+                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch, echo)
+                self._choices[request.id, k] = choice
+
+    @contextmanager
+    def open(self) -> Iterator[Ticket]:
+        """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
+        with self._service.dispatch.open(self._requests) as ticket:
+            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            try:
+                yield ticket
+            finally:
+                for choice in self._choices.values():
+                    choice.end("abort")
+
+    async def whole(self) -> bytes:
+        """The answer, once it is complete."""
+        with self.open() as ticket:
+            async for news in self._updates(ticket):
+                for choice, update in news:
+                    choice.keep(update)
+        choices = [self._whole_choice(choice) for choice in self._choices.values()]
+        answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
+        return _dumps(answer).encode()
+
+    async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
+        head = _dumps(self._head(self._shape.chunk_object))[:-1]
+        tail = ',"usage":null}\n\n' if self._body.include_usage else "}\n\n"
+        try:
+            async for news in self._updates(ticket):
+                chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
+                events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
+                if not news:
+                    yield KEEP_ALIVE
+                elif events:
+                    yield "".join(events).encode()
+            if self._body.include_usage:
+                yield f'data: {head},"choices":[],"usage":{_dumps(self._usage())}}}\n\n'.encode()
+        except Exception as error:  # the status is gone: whatever it was, the stream must say so
+            yield error_event(error)
+        yield DONE
+
+    async def _updates(self, ticket: Ticket) -> AsyncIterator[list[tuple[Choice, Update]]]:
+        """What each step brought, until every choice has ended; nothing, when `keep_alive` seconds were silent."""
+        going = len(self._choices)
+        while going:
+            news: list[tuple[Choice, Update]] = []
+            for event in await ticket.next(self._service.keep_alive):
+                choice = self._choices[event.request_id, event.index]
+                if choice.stream.finish is not None:
+                    continue  # a step that was under way when its stop string came
+                try:
+                    update = choice.take(event)
+                except TrimtabError:
+                    yield news  # what came before it is good
+                    raise
+                news.append((choice, update))
+                if update.finish is not None:
+                    ticket.finish(event.request_id, event.index)
+                    going -= 1
+            yield news
+
+    def _chunks(self, choice: Choice, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunks of one update: often one, none while text is held back."""
+        if not choice.opened:
+            choice.opened = True
+            opening = self._shape.opening(choice.echo)
+            if opening is not None:
+                yield self._chunk(choice, opening)
+        logprobs = self._logprobs(update.tokens) if update.tokens else None
+        receipts = self._receipts(update.steps)
+        if update.text or logprobs is not None or receipts:
+            piece = self._chunk(choice, self._shape.piece(update.text, logprobs))
+            yield piece | ({"steering": {"tokens": receipts}} if receipts else {})
+        if update.finish is not None:
+            yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
+
+    def _chunk(self, choice: Choice, content: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice.index, **content, "finish_reason": None}
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        content = self._shape.whole(choice.text, self._logprobs(choice.shown))
+        ended = {"finish_reason": choice.stream.finish}
+        steering = self._summary(choice)
+        if self._body.report == "tokens":
+            steering["steering"]["tokens"] = self._receipts(choice.steps)
+        return {"index": choice.index, **content, **ended, **steering}
+
+    def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+        return self._shape.write_logprobs(tokens) if self._shape.logprobs else None
+
+    def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        if self._body.report != "tokens":
+            return []
+        return [receipt_json(step, self._service.pieces) for step in steps]
+
+    def _summary(self, choice: Choice) -> dict[str, Any]:
+        return {} if self._body.report == "none" else {"steering": choice.tally.summary()}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._chosen.name,
+            "system_fingerprint": self._service.fingerprint,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        """Prompts count once, whatever n; what was sampled counts, shown or not."""
+        completion = sum(choice.stream.tokens for choice in self._choices.values())
+        cached = sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

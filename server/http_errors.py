@@ -1,0 +1,117 @@
+"""The one file that maps errors to HTTP: statuses, OpenAI's envelope, and the event that ends a broken stream.
+
+Invariant: whatever goes wrong, the body is {"error": {message, type, param, code}} with all four keys; a validation
+problem is a 400. What our own bugs say stays in the log.
+
+    install(app);  failure(error) -> Failure;  error_event(error) -> bytes
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, NotFound, Overloaded, TrimtabError
+
+log = logging.getLogger("trimtab.server")
+
+_INVALID = "invalid_request_error"
+
+
+class Unauthorized(TrimtabError):
+    """The key is missing or wrong."""
+
+
+class EngineStopped(TrimtabError):
+    """The engine ended before the answer did: the server is shutting down."""
+
+
+class Failure(NamedTuple):
+    """An error as HTTP sees it."""
+
+    status: int
+    message: str
+    type: str = _INVALID
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def envelope(self) -> bytes:
+        """JSON in ASCII, as what a caller sent may be quoted in it."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        headers = dict(self.headers or {})
+        return Response(self.envelope(), self.status, headers, "application/json")
+
+
+def failure(error: BaseException) -> Failure:
+    """What an error is to the caller. An error that nobody foresaw is logged, and only called internal."""
+    match error:
+        case ContextOverflow():
+            return Failure(400, str(error), param=error.field, code="context_length_exceeded")
+        case InvalidRequest():
+            return Failure(400, str(error), param=error.field)
+        case RequestValidationError():
+            return _validation(error.errors())
+        case Unauthorized():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return Failure(401, str(error), code="invalid_api_key", headers=headers)
+        case NotFound():
+            return Failure(404, str(error), param=error.field, code=f"{error.field.rpartition('.')[2]}_not_found")
+        case HTTPException():
+            return Failure(error.status_code, str(error.detail), headers=error.headers)
+        case Overloaded():
+            headers = {"Retry-After": str(error.retry_after)}
+            return Failure(503, str(error), "server_error", code="server_overloaded", headers=headers)
+        case EngineStopped():
+            return Failure(503, str(error), "server_error", code="engine_stopped", headers={"Retry-After": "1"})
+        case EngineFailure():
+            return Failure(500, str(error), "server_error", code="engine_failure")
+        case _:
+            log.error("internal error", exc_info=error)
+            return Failure(500, "internal error: the server's log says more", "server_error", code="internal_error")
+
+
+def error_event(error: BaseException) -> bytes:
+    """The server-sent event for a failure in the middle of a stream; `[DONE]` follows it."""
+    return b"data: " + failure(error).envelope() + b"\n\n"
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app's routes with the envelope."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            advice = "see /docs" if error.status_code == 404 else "this path has other methods"
+            error.detail = f"{error.detail}: {request.method} {request.url.path} ({advice})"
+        return failure(error).response()
+
+    for kind in (TrimtabError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+
+def _validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
+    """pydantic's findings, of which only those on the first one's field are told.
+
+    A value that fits none of a field's types has a finding for each: the path that they share is named.
+    """
+    paths = [[part for part in error["loc"] if part not in ("body", "[key]")] for error in errors]
+    about = [(path, error) for path, error in zip(paths, errors, strict=True) if path[:1] == paths[0][:1]]
+    if errors[0]["type"] == "json_invalid":
+        return Failure(400, f"the body is not valid JSON: {errors[0].get('ctx', {}).get('error', 'cannot be parsed')}")
+    shared: list[Any] = []
+    for parts in zip(*(path for path, _ in about), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shared).lstrip(".") or None
+    told = " or ".join(dict.fromkeys(str(error["msg"]) for _, error in about))
+    return Failure(400, f"{field or 'the body'}: {told}", param=field)

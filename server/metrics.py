@@ -1,0 +1,105 @@
+"""Prometheus metrics: vLLM's names under the prefix `trimtab:`, and what steering does, by correction.
+
+Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
+when somebody looks; label lookups happen once a request, not once a token.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from trimtab.server.engine import EngineStats
+from trimtab.server.request import Event
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+NO_CORRECTION = "none"  # the label's value for a request that is not steered
+
+
+class Metrics:
+    """All metrics of one app. model: the base's name, a label of every series."""
+
+    def __init__(self, model: str) -> None:
+        self._registry = CollectorRegistry()
+        self.model = model
+        self._running = self._gauge("num_requests_running", "Choices that hold a slot")
+        self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
+        self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests").labels(model)
+        self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
+        self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
+        self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
+        self.first = self._histogram("time_to_first_token_seconds", "From submission", _SECONDS).labels(model)
+        self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From submission to end", _SECONDS).labels(model)
+        self._open = self._counter("steering_open", "Steps at which the gate was open", "correction")
+        self._fired = self._counter("steering_fired", "Steps at which the correction acted", "correction")
+        self._flips = self._counter("steering_flips", "Steps whose most likely token it changed", "correction")
+        self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
+
+    def watch(self, correction: str | None) -> "Watch":
+        """The series of one choice that starts now."""
+        labels = (self.model, correction or NO_CORRECTION)
+        counters = (self._open.labels(*labels), self._fired.labels(*labels), self._flips.labels(*labels))
+        return Watch(self, Steered(*counters, self._entropy.labels(*labels)))
+
+    def render(self, stats: EngineStats) -> bytes:
+        """The text that Prometheus reads."""
+        self._running.labels(self.model).set(stats.running)
+        self._waiting.labels(self.model).set(stats.waiting)
+        self._cache.labels(self.model).set(stats.running / stats.slots)
+        return generate_latest(self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"trimtab:{name}", text, ["model_name"], registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry, buckets=buckets)
+
+
+class Steered(NamedTuple):
+    """The steering series of one correction."""
+
+    open: Counter
+    fired: Counter
+    flips: Counter
+    entropy: Histogram
+
+
+class Watch:
+    """One choice on its way, timed."""
+
+    def __init__(self, metrics: Metrics, steered: Steered) -> None:
+        self._metrics, self._steered = metrics, steered
+        self._start = time.perf_counter()
+        self._last: float | None = None
+        self._ended = False
+
+    def token(self, event: Event) -> None:
+        """A token was sampled."""
+        metrics, now = self._metrics, time.perf_counter()
+        if self._last is None:
+            metrics.first.observe(now - self._start)
+            metrics.cached_tokens.inc(event.cached)
+        else:
+            metrics.between.observe(now - self._last)
+        self._last = now
+        metrics.generated.inc()
+        receipt = event.receipt
+        if receipt is not None:
+            self._steered.entropy.observe(receipt.entropy)
+            self._steered.open.inc(receipt.open)
+            self._steered.fired.inc(receipt.fired)
+            self._steered.flips.inc(receipt.flip)
+
+    def end(self, reason: str) -> None:
+        """It is over; only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self._metrics.finished.labels(self._metrics.model, reason).inc()
+            self._metrics.whole.observe(time.perf_counter() - self._start)

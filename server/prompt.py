@@ -1,0 +1,86 @@
+"""From what a caller sends to token ids: chat templates and tokenising, off the event loop.
+
+Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
+does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams.
+
+    prompter = Prompter(tokenizer);  ids = await prompter.chat(messages);  ids = await prompter.text("Once")
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from trimtab.errors import InvalidRequest
+
+Ids = tuple[int, ...]
+T = TypeVar("T")
+
+
+class Prompter:
+    """The prompts of one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
+
+    async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
+        """Plain texts -> ids, with what the tokenizer puts around a text."""
+        return await self._run(lambda: [self._encode(text, add_special_tokens, "prompt") for text in prompts])
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Ids:
+        """A chat through the model's template -> ids. Raises InvalidRequest."""
+        extra = dict(template_kwargs or {})
+        if reserved := sorted(self._ours & extra.keys()):
+            message = f"chat_template_kwargs must not set {reserved[0]}"
+            raise InvalidRequest(message, f"chat_template_kwargs.{reserved[0]}")
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest("continue_final_message needs add_generation_prompt: false", "continue_final_message")
+
+        def work() -> Ids:
+            text = self._render(messages, add_generation_prompt, continue_final_message, extra)
+            return self._encode(text, False, "messages")
+
+        return await self._run(work)
+
+    async def decode(self, prompts: Sequence[Ids]) -> list[str]:
+        """The text of prompts, for echo."""
+        return await self._run(lambda: [str(self._tokenizer.decode(ids)) for ids in prompts])
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _encode(self, text: str, special: bool, field: str) -> Ids:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can say half a surrogate pair; no tokenizer can read it
+            raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], generation: bool, proceed: bool, extra: Mapping[str, Any]
+    ) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest("this model has no chat template: send its prompt to /v1/completions", "messages")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=generation,
+                continue_final_message=proceed,
+                **extra,
+            )
+        except Exception as error:  # templates speak through errors of any kind: roles, keys that a message lacks
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return text

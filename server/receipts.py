@@ -1,0 +1,67 @@
+"""What steering did to one choice, in JSON: the summary and, when asked, the receipts token by token.
+
+Invariant: every sampled token counts as a step, shown or not: `steps` equals the choice's completion tokens.
+"""
+
+from typing import Any
+
+from trimtab.server.catalogue import Chosen
+from trimtab.server.pieces import Pieces
+from trimtab.server.request import Receipt
+from trimtab.server.stream import Step
+
+_LIMIT = 9999.0  # stands for infinity, which JSON does not know
+
+
+def finite(value: float) -> float:
+    """A number that JSON can say."""
+    return max(-_LIMIT, min(_LIMIT, value))
+
+
+class Tally:
+    """Counts the steps of one choice."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        self._chosen = chosen
+        self._steps = self._open = self._fired = self._flips = 0
+        self._entropy = 0.0
+
+    def add(self, receipt: Receipt) -> None:
+        self._steps += 1
+        self._open += receipt.open
+        self._fired += receipt.fired
+        self._flips += receipt.flip
+        self._entropy += receipt.entropy
+
+    def summary(self) -> dict[str, Any]:
+        chosen = self._chosen
+        return {
+            "correction": chosen.steering.correction,
+            "mode": chosen.steering.mode,
+            "strength": chosen.strength,
+            "tau": None if chosen.tau is None else finite(chosen.tau),
+            "steps": self._steps,
+            "open": self._open,
+            "fired": self._fired,
+            "flips": self._flips,
+            "mean_entropy": self._entropy / self._steps if self._steps else None,
+        }
+
+
+def receipt_json(step: Step, pieces: Pieces) -> dict[str, Any]:
+    """One receipt, with its tokens as text beside their ids."""
+    receipt = step.receipt
+    return {
+        "token": pieces.label(step.token),
+        "token_id": step.token,
+        "entropy": finite(receipt.entropy),
+        "open": receipt.open,
+        "fired": receipt.fired,
+        "flip": receipt.flip,
+        "base_token": pieces.label(receipt.base_token),
+        "base_token_id": receipt.base_token,
+        "steered_token": pieces.label(receipt.steered_token),
+        "steered_token_id": receipt.steered_token,
+        "base_logprob": finite(receipt.base_logprob),
+        "steered_logprob": finite(receipt.steered_logprob),
+    }

@@ -1,0 +1,245 @@
+"""What a request's body may say: OpenAI's and vLLM's words, and `steering`.
+
+Invariant: pydantic checks the shape here, and SamplingParams and Steering check the values; either way the caller is
+told the field. null is the same as not sent. Keys that nobody knows are accepted (`unknown_keys`); keys that would
+change the answer, and that this server does not do, are refused, never ignored.
+
+    body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.request import Mode, SamplingParams
+from trimtab.server.stream import TextRules
+
+Report = Literal["none", "summary", "tokens"]
+
+MAX_STOPS = 16
+# Accepted and without effect, by OpenAI's or vLLM's own definition.
+_IGNORED = {
+    "metadata",
+    "parallel_tool_calls",
+    "priority",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Not done here. The value that asks for nothing stands with each.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1, 1.0),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+
+
+class SteeringBody(BaseModel):
+    """`steering` in a body: which correction acts, how, and what is told about it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    correction: str | None = None
+    strength: float | None = None
+    tau: float | None = None
+    mode: Mode | None = None
+    report: Report | None = None
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`: include_usage adds a last chunk with the usage."""
+
+    include_usage: bool | None = None
+
+
+class Body(BaseModel):
+    """What chats and completions share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    steering: SteeringBody | None = None
+
+    def check(self) -> None:
+        """Raise InvalidRequest for what is well-formed and yet not possible."""
+        for key, nothing in _REFUSED.items():
+            value = (self.model_extra or {}).get(key)
+            if value is not None and value not in nothing:
+                raise InvalidRequest(f"{key} is not supported by this server: leave it out", key)
+        if self.best_of is not None and self.best_of != self.choices:
+            raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def report(self) -> Report:
+        return (self.steering and self.steering.report) or "summary"
+
+    def unknown_keys(self) -> set[str]:
+        """Keys that were accepted without being understood."""
+        return set(self.model_extra or ()) - _IGNORED - set(_REFUSED)
+
+    def rules(self) -> TextRules:
+        """How the text is cut. Raises InvalidRequest."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOPS:
+            raise InvalidRequest(f"stop must be at most {MAX_STOPS} strings, not {len(stops)}", "stop")
+        if not all(stops):
+            raise InvalidRequest("stop must not contain an empty string", "stop")
+        return TextRules(
+            stop=tuple(stops),
+            min_tokens=self.min_tokens or 0,
+            include_stop=bool(self.include_stop_str_in_output),
+            skip_special=self.skip_special_tokens is not False,
+        )
+
+    def sampling(self) -> SamplingParams:
+        """How tokens are drawn. Raises InvalidRequest."""
+        given = {
+            "temperature": self.temperature,
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's "off"
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
+            "min_tokens": self.min_tokens,
+            "stop_token_ids": None if self.stop_token_ids is None else frozenset(self.stop_token_ids),
+            "ignore_eos": self.ignore_eos,
+            "seed": self.seed,
+            "max_tokens": self.token_limit(),
+            "alternatives": self.alternatives(),
+        }
+        return SamplingParams(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+    def token_limit(self) -> int | None:
+        """max_tokens under the name that the endpoint gives it."""
+        return self.max_tokens
+
+    def alternatives(self) -> int:
+        """How many of the most likely tokens each step reports."""
+        raise NotImplementedError
+
+
+class CompletionBody(Body):
+    """POST /v1/completions."""
+
+    DEFAULT_MAX_TOKENS: ClassVar[int] = 16  # OpenAI's
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo is not supported together with logprobs: leave one of them out", "echo")
+
+    def token_limit(self) -> int | None:
+        return self.DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def alternatives(self) -> int:
+        return self.logprobs or 0
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several, as they were sent. Raises InvalidRequest for an empty batch."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+class MessagePart(BaseModel):
+    """A part of a message's content. Only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat. Further keys reach the model's template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[MessagePart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`."""
+        content = self.content
+        text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+        role = "system" if self.role == "developer" else self.role
+        return {**(self.model_extra or {}), "role": role, "content": text}
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def alternatives(self) -> int:
+        return self.top_logprobs or 0

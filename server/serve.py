@@ -1,0 +1,151 @@
+"""`trimtab serve`: from flags to a running server.
+
+Invariant: everything that can be wrong (a flag, the model, a correction made for another base) is said before the port
+opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported until the command runs.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import EngineFailure, InvalidRequest
+from trimtab.server.weights import DEMO
+
+if TYPE_CHECKING:
+    from trimtab.server.base import Base
+    from trimtab.steering.bank import Bank
+
+DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
+KEY_VARIABLE = "TRIMTAB_API_KEY"
+
+
+def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `serve` to the command line."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model and its corrections over HTTP",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=DEMO, metavar="MODEL", help="a folder, a .gguf file, or `demo`: SmolLM2-135M")
+    add(
+        "--correction",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a correction's folder, and what it is called as a model; repeatable",
+    )
+    add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
+    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {KEY_VARIABLE}")
+    add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called; the first is reported")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together; the model's, at most 4096")
+    add("--max-num-seqs", type=int, default=32, metavar="N", help="choices that run at once")
+    add("--max-num-batched-tokens", type=int, default=512, metavar="TOKENS", help="tokens computed in a step")
+    add("--max-queue", type=int, default=512, metavar="N", help="choices that may wait; more get a 503")
+    add("--threads", type=int, default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--drain-timeout", type=int, default=30, metavar="SECONDS", help="for running answers after SIGTERM")
+    add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
+    parser.set_defaults(func=serve)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load, say what was loaded, serve until SIGTERM or Ctrl-C."""
+    import uvicorn
+
+    from trimtab.server.app import create_app
+    from trimtab.server.base import load_base
+    from trimtab.server.config import EngineConfig
+    from trimtab.server.drain import DrainingServer
+    from trimtab.server.engine import Engine
+
+    signal.signal(signal.SIGTERM, _leave)  # uvicorn raises it again after its shutdown: that is a success
+    config = EngineConfig(
+        slots=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        step_tokens=args.max_num_batched_tokens,
+        max_queue=args.max_queue,
+        threads=args.threads,
+    )
+    folders = choose_corrections(args.model, args.correction)
+    base = load_base(args.model, args.dtype, args.device)
+    names = args.served_model_name or [base.name]
+    bank = load_bank(base, folders, names)
+    engine = Engine(base, bank, config)
+    app = create_app(engine, base, bank, names=names, api_keys=choose_keys(args.api_key))
+    print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
+    settings = uvicorn.Config(app, args.host, args.port, log_level=args.log_level, server_header=False)
+    server = DrainingServer(settings, engine, args.drain_timeout)
+    server.run()
+    if not server.started:
+        raise EngineFailure("the server did not start: its log says why")
+
+
+def choose_corrections(model: str, given: Sequence[str]) -> list[tuple[str, Path]]:
+    """(name, folder) of each --correction. The demo brings its own when none is given and it is there."""
+    if not given and model == DEMO and DEMO_CORRECTION.is_dir():
+        return [(DEMO_CORRECTION.name, DEMO_CORRECTION)]
+    chosen = []
+    for item in given:
+        name, separator, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
+        path = Path(folder if separator else item)
+        if not path.is_dir():
+            raise InvalidRequest(f"--correction {item}: there is no folder {path}", "correction")
+        chosen.append((name or path.resolve().name, path))
+    return chosen
+
+
+def choose_keys(given: Sequence[str] | None) -> list[str]:
+    """The keys from the flags, else from the environment. An empty key is refused: it would let everybody in."""
+    keys = list(given or ([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else []))
+    if not all(keys):
+        raise InvalidRequest(f"an API key must not be empty: look at --api-key and {KEY_VARIABLE}", "api_key")
+    return keys
+
+
+def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence[str]) -> "Bank":
+    """Load, check and rename the corrections. names: the base's, which are taken. Raises CorrectionError."""
+    import dataclasses
+
+    from trimtab.steering.bank import Bank
+    from trimtab.steering.correction import check, load
+
+    bank = Bank(base.hidden, base.device)
+    for name, folder in folders:
+        if name in names:
+            raise InvalidRequest(f"--correction {name}={folder}: the model itself is called {name}", "correction")
+        correction = dataclasses.replace(load(folder), name=name)
+        check(correction, base.identity)
+        bank.add(correction)
+    return bank
+
+
+def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_len: int) -> str:
+    """What is being served, for the operator."""
+    lines = [
+        f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
+        f"slots        {slots} of {max_len} tokens",
+        "sampling     temperature 1, top_p 1 unless a request says otherwise",
+    ]
+    corrections = [_describe_correction(bank.get(name)) for name in bank.names]
+    return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
+
+
+def _describe_correction(correction: Any) -> str:
+    verdict = (correction.report or {}).get("verdict")
+    found = verdict.get("summary") if isinstance(verdict, dict) else None
+    return (
+        f"{correction.name}: {correction.tier}, rank {correction.rank}, top {correction.top_k}, "
+        f"strength {correction.strength:g} where entropy > {correction.gate.tau:g} nats\n"
+        f"             held out: {found or 'never evaluated: its report has no verdict'}"
+    )
+
+
+def _leave(signum: int, frame: object) -> None:
+    sys.exit(0)

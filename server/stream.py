@@ -1,0 +1,141 @@
+"""From tokens to text, as it arrives: no half character is ever shown, and nothing of a stop string leaks.
+
+Invariant: the concatenated text of a choice's updates depends on its bytes alone, not on where tokens or steps divide
+them; so a stream and a whole answer are equal by construction. Of several stop strings the one that is complete first
+wins. A token is shown when its last character is; of a token that a stop string cuts, only the bytes before it.
+
+    stream = ChoiceStream(pieces, TextRules(stop=("\\n\\n",)));  update = stream.push(event)
+"""
+
+import codecs
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trimtab.server.pieces import Pieces
+from trimtab.server.request import Event, FinishReason, Receipt
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """Which text a choice shows."""
+
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0  # stop strings that end within these tokens are text
+    include_stop: bool = False
+    skip_special: bool = True
+
+
+class Shown(NamedTuple):
+    """A token that is out. Concatenated, the bytes decode to the text; offset: characters before the token."""
+
+    event: Event
+    bytes: bytes
+    offset: int
+
+
+class Step(NamedTuple):
+    """What one sampled token reports, shown or not."""
+
+    token: int
+    receipt: Receipt
+
+
+class Update(NamedTuple):
+    """What a pushed event brought out. Receipts come with the text of their tokens; at the end, all that are left."""
+
+    text: str
+    tokens: tuple[Shown, ...]
+    steps: tuple[Step, ...]
+    finish: FinishReason | None
+
+
+class _Pending(NamedTuple):
+    event: Event
+    bytes: bytes
+    offset: int  # characters before it
+    complete: int  # characters that must be out before it is
+    end: int  # bytes of the choice up to its end
+
+
+class ChoiceStream:
+    """One choice. After an update with `finish`, no more is pushed."""
+
+    def __init__(self, pieces: Pieces, rules: TextRules) -> None:
+        self._pieces, self._rules = pieces, rules
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # decoded, not out
+        self._out = 0  # characters that are out
+        self._pending: deque[_Pending] = deque()
+        self._bytes = bytearray()
+        self.tokens = 0
+        self.finish: FinishReason | None = None
+
+    def push(self, event: Event) -> Update:
+        """Take the next sampled token."""
+        assert self.finish is None, "pushed after the end"
+        assert event.token is not None
+        self.tokens += 1
+        hidden = event.finish == "stop" or (self._rules.skip_special and self._pieces.special(event.token))
+        content = b"" if hidden else self._pieces.content(event.token)
+        before = self._out + len(self._held)
+        self._bytes += content
+        self._held += self._utf8.decode(content, event.finish is not None)
+        partial = 1 if self._utf8.getstate()[0] else 0
+        complete = self._out + len(self._held) + partial
+        self._pending.append(_Pending(event, content, before, complete, len(self._bytes)))
+        cut = self._find_stop()
+        if cut is not None:
+            return self._release(self._held[:cut], "stop", cut=True)
+        if event.finish is not None:
+            return self._release(self._held, event.finish)
+        return self._release(self._held[: len(self._held) - self._hold_back()], None)
+
+    def _find_stop(self) -> int | None:
+        """Where in the held text the answer ends, if a stop string is complete."""
+        if self.tokens <= self._rules.min_tokens:
+            return None
+        ends = [(at + len(stop), at) for stop in self._rules.stop if (at := self._held.find(stop)) >= 0]
+        if not ends:
+            return None
+        end, start = min(ends)
+        return end if self._rules.include_stop else start
+
+    def _hold_back(self) -> int:
+        """The longest end of the held text with which a stop string may begin."""
+        if self.tokens <= self._rules.min_tokens or not self._rules.stop:
+            return 0
+        longest = min(len(self._held), max(map(len, self._rules.stop)) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._rules.stop):
+                return length
+        return 0
+
+    def _release(self, text: str, finish: FinishReason | None, cut: bool = False) -> Update:
+        """Let `text`, the start of the held text, out. cut: what follows it is dropped."""
+        self._held = self._held[len(text) :]
+        self._out += len(text)
+        self.finish = finish
+        last_byte = self._bytes_of(self._out) if cut else len(self._bytes)
+        shown: list[Shown] = []
+        steps: list[Step] = []
+        while self._pending and (finish is not None or self._pending[0].complete <= self._out):
+            event, content, offset, _, end = self._pending.popleft()
+            assert event.token is not None
+            if event.receipt is not None:
+                steps.append(Step(event.token, event.receipt))
+            ended = event.finish == "stop"
+            if not ended and (end <= last_byte or end - len(content) < last_byte):
+                shown.append(Shown(event, content[: len(content) - max(0, end - last_byte)], offset))
+        return Update(text, tuple(shown), tuple(steps), finish)
+
+    def _bytes_of(self, characters: int) -> int:
+        """How many of the choice's bytes make its first characters. Once a choice: at its stop string."""
+        utf8, count = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for index in range(len(self._bytes)):
+            if count == characters:
+                return index - len(utf8.getstate()[0])
+            count += len(utf8.decode(self._bytes[index : index + 1]))
+            if count > characters:
+                return index
+        return len(self._bytes) - (len(utf8.getstate()[0]) if count == characters else 0)

@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all: written beside their place, flushed to the disk, then renamed over it.
+
+Invariant: a reader never sees half a file; a killed writer leaves the old one (or none) and at worst a `.tmp` beside
+it. Every file the trainer and the corrections write goes through here.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Make `path` hold `content`, durably; parents are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """As write_bytes, in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As write_bytes: readable JSON with a stable key order. NaN and infinity are bugs and raise."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """As write_bytes, in the safetensors format."""
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename is durable only when its folder is. Some file systems refuse this: then the rename is merely atomic."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

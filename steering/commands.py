@@ -1,0 +1,189 @@
+"""`trimtab fit`, `trimtab eval` and `trimtab inspect`: their options, and what they print.
+
+Invariant: building the parsers imports neither torch nor a model. Each `add_*` sets `func` on the parser: it takes
+the parsed arguments. Errors are TrimtabErrors, for the caller to print.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.steering.config import FitConfig
+
+Subparsers = Any  # argparse's own type is private
+
+
+def add_fit(subparsers: Subparsers) -> None:
+    """trimtab fit --model M --task T --out DIR, and an option for every field of FitConfig."""
+    parser = subparsers.add_parser(
+        "fit",
+        help="fit a correction to a base and a task, and report what it does on held-out problems",
+        description="Fit a correction. A killed run continues when started again with the same options.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the correction's folder")
+    hints = typing.get_type_hints(FitConfig)
+    for field in dataclasses.fields(FitConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        kind: Any = hints[field.name]
+        many = typing.get_origin(kind) is tuple
+        if many or isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=field.default,
+            nargs="+" if many else None,
+            metavar=kind.__name__.upper(),
+            help=field.metadata["help"].replace("%", "%%"),
+        )
+    parser.set_defaults(func=run_fit)
+
+
+def run_fit(args: argparse.Namespace) -> None:
+    """Prints the report on stdout. No error when the correction is not worth serving: the report says so."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitConfig)}
+    config = FitConfig(**values | {"kl_budgets": tuple(values["kl_budgets"])})
+    from trimtab.server.base import load_base
+    from trimtab.steering import pipeline
+    from trimtab.steering.report import to_markdown
+    from trimtab.steering.tasks import load_task
+
+    task = load_task(config.task, config.verifier, config.held_out, config.seed)
+    correction = pipeline.run(config, args.out, load_base(config.model, config.dtype, config.device), task)
+    assert correction.report is not None
+    print(to_markdown(correction.report))
+
+
+def add_eval(subparsers: Subparsers) -> None:
+    """trimtab eval --correction DIR: the report again, on any base, task and number of problems."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="compare a correction with its base and its controls on held-out problems, with paired seeds",
+        description="Options left out are those the correction was fitted with.",
+    )
+    parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
+    parser.add_argument("--model", help="the base (default: as fitted)")
+    parser.add_argument("--task", help="instructions, or a JSONL file (default: as fitted)")
+    parser.add_argument("--verifier", help="for a file: math, exact, regex or module:function")
+    parser.add_argument("--held-out", help="for a file: a second JSONL file to judge on")
+    parser.add_argument("--problems", type=_positive, default=200, help="held-out problems (default: 200)")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many: others than the fit's report")
+    parser.add_argument("--samples", type=_positive, default=2, help="completions a problem and policy (default: 2)")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--strength", type=float, help="of the correction (default: its own)")
+    parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--slots", type=_positive, default=32, help="completions sampled at once")
+    parser.add_argument("--threads", type=_positive, default=1, help="torch threads")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep completions here and continue from them")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of Markdown")
+    parser.set_defaults(func=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Prints the report on stdout."""
+    import torch
+
+    from trimtab.server.base import load_base
+    from trimtab.steering.controls import CONTROLS
+    from trimtab.steering.correction import check, load
+    from trimtab.steering.report import make, to_markdown
+    from trimtab.steering.rollouts import Sampling
+    from trimtab.steering.tasks import load_task
+
+    correction = load(args.correction)
+    fitted: Mapping[str, Any] = correction.provenance.get("config", {})
+    asked = {name: _first(getattr(args, name), fitted.get(name), default) for name, default in _EVAL_DEFAULTS.items()}
+    folders = [args.correction / "controls" / kind for kind in CONTROLS]
+    controls = [load(folder) for folder in folders if folder.is_dir()]
+    base = load_base(asked["model"], args.dtype, args.device)
+    for one in (correction, *controls):
+        check(one, base.identity)
+    task = load_task(asked["task"], asked["verifier"], asked["held_out"], int(fitted.get("seed", 0)))
+    problems = task.problems("held-out", args.skip + args.problems)[args.skip :]
+    sampling = Sampling(args.samples, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = make(
+            base,
+            task,
+            problems,
+            sampling,
+            correction,
+            controls,
+            args.work or Path(scratch),
+            args.slots,
+            args.threads,
+            args.strength,
+            args.tau,
+        )
+    print(json.dumps(report) if args.json else to_markdown(report))
+
+
+def add_inspect(subparsers: Subparsers) -> None:
+    """trimtab inspect DIR."""
+    parser = subparsers.add_parser("inspect", help="say what a correction is, how it was made and what it does")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a correction's folder")
+    parser.set_defaults(func=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Prints a card on stdout."""
+    from trimtab.steering.correction import load
+    from trimtab.steering.report import to_markdown
+
+    c = load(args.folder)
+    size = sum(path.stat().st_size for path in args.folder.glob("correction.*"))
+    parameters = c.A.numel() + c.B.numel() + c.b.numel()
+    lines = {
+        "name": c.name,
+        "base": f"{c.base.model} (weights {c.base.fingerprint})",
+        "tokenizer": c.base.tokenizer,
+        "chat template": c.base.chat_template,
+        "tier": f"{c.tier}: rank {c.rank}, top {c.top_k} tokens, |delta| < {c.cap:g}",
+        "size": f"{parameters} parameters, {size / 1024:.0f} KiB on disk",
+        "gate": f"{c.gate.kind} > {c.gate.tau:g} nats",
+        "strength": f"{c.strength:g}",
+    }
+    fit = c.provenance.get("fit", {})
+    facts = {k: v for k, v in {**c.provenance, **fit}.items() if isinstance(v, str | int | float)}
+    width = max(len(name) for name in (*lines, *facts))
+    for name, value in {**lines, **facts}.items():
+        print(f"{name:<{width}}  {value}")
+    print()
+    print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
+
+
+_EVAL_DEFAULTS: dict[str, Any] = {
+    "model": "demo",
+    "task": "instructions",
+    "verifier": None,
+    "held_out": None,
+    "seed": 0,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "max_tokens": 96,
+}
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

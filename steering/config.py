@@ -1,0 +1,95 @@
+"""Everything `trimtab fit` can be told: one frozen dataclass, validated here, passed whole, stored with the run.
+
+Invariant: two runs with equal FitConfigs on one base and task make the same correction (FREE fields aside, which only
+change the speed). The command line's options are these fields; their help is the line beside each.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import InvalidRequest
+
+FREE = ("slots", "threads")  # a resumed run may change these
+
+
+MAX_SAMPLES = 128  # that one request to the engine may ask for
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with a default and its line of documentation."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a correction is fitted. Defaults: a direct head-tier fit of a small model on one core, in minutes."""
+
+    model: str = option("demo", "the base: demo, a folder, a GGUF file or a model's id")
+    task: str = option("instructions", "instructions, or a JSONL file's path")
+    verifier: str | None = option(None, "for a file: math, exact, regex or module:function")
+    held_out: str | None = option(None, "for a file: a second JSONL file to judge on; default: a hash picks lines")
+    name: str = option("", "the correction's name; default: the output folder's")
+    seed: int = option(0, "of everything random: problems, rollouts, initial weights, order, shuffling")
+    dtype: str = option("auto", "of the base: auto, float32, bfloat16, float16")
+    device: str = option("auto", "auto, cpu or cuda")
+
+    problems: int = option(128, "training problems to sample")
+    samples: int = option(8, "completions sampled a training problem")
+    temperature: float = option(0.6, "of sampling, in fitting and in judging; the fit's likelihood ratio uses it too")
+    top_p: float = option(0.95, "nucleus of sampling")
+    max_tokens: int = option(96, "most tokens a completion may have")
+
+    tau: float = option(0.5, "the gate: positions of more base entropy, in nats, are learned from and steered")
+    keep_problems: int = option(0, "use this many problems, those of pass rate nearest 0.5; 0: all of mixed success")
+    drop_longest: float = option(0.2, "share of each problem's completions to leave out, the longest")
+    advantage_clip: float = option(2.5, "largest absolute advantage")
+
+    rank: int = option(8, "of the correction: it has 2 * rank + 1 vectors of the hidden size")
+    top_k: int = option(20, "candidates: the base's best tokens that the correction may move, 1 to 32")
+    cap: float = option(3.0, "largest change of a logit")
+    learning_rate: float = option(1e-3, "of AdamW")
+    batch: int = option(256, "positions a step of AdamW")
+    epochs: int = option(25, "most passes over the positions")
+    ratio_clip: float = option(0.5, "the likelihood ratio counts within 1 minus and 1 plus this")
+    kl_weight: float = option(0.02, "of KL(base || corrected) in the loss")
+    kl_budgets: tuple[float, ...] = option((0.06, 0.12, 0.18), "stop where held-out KL reaches each; the best ships")
+
+    validation_problems: int = option(64, "further training-split problems to choose a budget on")
+    validation_samples: int = option(4, "completions sampled a validation problem, for each budget")
+    test_problems: int = option(200, "held-out problems to judge on")
+    test_samples: int = option(2, "completions sampled a held-out problem, for each policy")
+
+    slots: int = option(32, "completions sampled at once; changes the speed only")
+    threads: int = option(1, "torch threads; changes the speed only")
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "max_tokens", "rank", "batch", "epochs", "slots", "threads"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("validation_problems", "validation_samples", "test_samples"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("samples", self.samples >= 2, "must be at least 2, as rewards must differ")
+        for name in ("samples", "validation_samples", "test_samples"):
+            self._require(name, getattr(self, name) <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
+        self._require("test_problems", self.test_problems >= 2, "must be at least 2")
+        self._require("keep_problems", self.keep_problems >= 0, "must be at least 0")
+        self._require("top_k", 1 <= self.top_k <= 32, "must be 1 to 32")
+        self._require("drop_longest", 0 <= self.drop_longest < 1, "must be at least 0 and below 1")
+        self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
+        self._require("ratio_clip", 0 < self.ratio_clip < 1, "must be above 0 and below 1")
+        for name in ("temperature", "advantage_clip", "cap", "learning_rate"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value > 0, "must be above 0")
+        self._require("tau", math.isfinite(self.tau), "must be a finite number of nats")
+        self._require("kl_weight", math.isfinite(self.kl_weight) and self.kl_weight >= 0, "must be at least 0")
+        self._require("kl_budgets", len(self.kl_budgets) > 0, "must name at least one budget")
+        self._require("kl_budgets", all(0 < b < math.inf for b in self.kl_budgets), "must be above 0")
+        self._require("kl_budgets", sorted(set(self.kl_budgets)) == list(self.kl_budgets), "must rise")
+        wrong_name = self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name)
+        self._require("name", not wrong_name, "must be 1 to 64 of A-Z a-z 0-9 . _ -")
+
+    def _require(self, name: str, holds: bool, words: str) -> None:
+        if not holds:
+            raise InvalidRequest(f"{name} {words}, not {getattr(self, name)!r}", name)

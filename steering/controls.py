@@ -1,0 +1,52 @@
+"""Controls: corrections made the same way from data that should teach nothing, or teach less.
+
+    shuffled-rewards   each completion gets the advantage of another one of its problem
+    random-positions   learned at positions drawn at random, as many as the gate opens, and served at open ones
+
+Any push at the head shortens and sharpens what a model writes, which alone may gain some points. So a control pushes
+exactly as hard as the correction: its strength is set to the same held-out KL. Both are served by the same gate.
+Invariant: controls differ from the correction in what they learn from and in nothing else.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from trimtab.steering.config import FitConfig
+from trimtab.steering.correction import BaseIdentity, Correction
+from trimtab.steering.features import Features
+from trimtab.steering.fit import fit, match_strength
+from trimtab.steering.progress import say
+
+SHUFFLED, RANDOM = "shuffled-rewards", "random-positions"
+CONTROLS = (SHUFFLED, RANDOM)
+
+
+def fit_control(
+    kind: str, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
+) -> Correction:
+    """kind: one of CONTROLS; kl: the correction's own, which the control is brought to."""
+    if kind == SHUFFLED:
+        snapshot = fit(shuffle(features, config.seed), rows, [kl], config, stage=kind)[-1]
+    else:
+        snapshot = fit(features, rows, [kl], config, learned=features.random, stage=kind)[-1]
+    strength = match_strength(snapshot.head, features, rows, kl, config)
+    say(kind, f"KL {snapshot.kl:.3f}, brought to {kl:.3f} by the strength {strength:.2f}")
+    return snapshot.head.correction(kind, config.top_k, config.tau, base, strength)
+
+
+def shuffle(features: Features, seed: int) -> Features:
+    """The same features with advantages permuted among the completions of each problem."""
+    item = features.item.long()
+    advantages = torch.zeros(int(item.max()) + 1, device=item.device).index_put((item,), features.advantage)
+    donor = torch.arange(len(advantages), device=item.device)
+    members: dict[int, list[int]] = {}
+    for problem, one in sorted(set(zip(features.problem.tolist(), features.item.tolist(), strict=True))):
+        members.setdefault(problem, []).append(one)
+    for problem, items in members.items():
+        digest = hashlib.sha256(f"{seed}/shuffle/{problem}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        here = torch.tensor(items)
+        donor[here.to(donor.device)] = here[torch.randperm(len(items), generator=generator)].to(donor.device)
+    return features._replace(advantage=advantages[donor[item]])

@@ -1,0 +1,142 @@
+"""Features: what the fit needs of each learned-from position, computed once by reading the completions again.
+
+A head-tier correction is a function of the final hidden state and of the base's best logits, so these few numbers a
+position replace the whole network while fitting. Invariant: a position's row is what the base computes before drawing
+the token at it; candidates stand in the step kernel's order (logit descending, id ascending).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trimtab.server.base import Base
+from trimtab.steering.atomic import write_tensors
+from trimtab.steering.config import FitConfig
+from trimtab.steering.problem import Problem
+from trimtab.steering.progress import Progress
+from trimtab.steering.rollouts import encode
+from trimtab.steering.select import Item
+
+CANDIDATES = 32  # kept a position: the most a correction may have
+SHARD = 64  # completions a file
+READ_AT_ONCE = 8  # completions a forward pass
+LOGIT_ROWS = 256  # rows of [rows, vocab] float32 held at a time
+
+
+class Features(NamedTuple):
+    """A row a position. Kept: positions that the gate opens, and as many others drawn at random for a control."""
+
+    h: Tensor  # [n, hidden] in the base's dtype
+    ids: Tensor  # int32 [n, CANDIDATES]
+    logits: Tensor  # float32 [n, CANDIDATES]
+    lse: Tensor  # float32 [n]: logsumexp(z / T) over the vocabulary, T the sampling temperature
+    chosen: Tensor  # int32 [n]: the sampled token
+    advantage: Tensor  # float32 [n]: its completion's
+    item: Tensor  # int32 [n]: index of its completion
+    problem: Tensor  # int32 [n]: index of its problem
+    held_out: Tensor  # bool [n]: not fitted
+    gated: Tensor  # bool [n]: base entropy above tau
+    random: Tensor  # bool [n]: in the random draw, of the same size as the gated ones of its completion
+
+    def at(self, rows: Tensor) -> "Features":
+        """The rows of a mask or of indices."""
+        return Features(*(column[rows] for column in self))
+
+    def to(self, device: torch.device) -> "Features":
+        """On that device."""
+        return Features(*(column.to(device) for column in self))
+
+
+def cache_features(
+    base: Base, problems: Mapping[str, Problem], items: Sequence[Item], config: FitConfig, folder: Path
+) -> Features:
+    """Compute what is missing in the folder, then read it all. problems: by id."""
+    shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
+    paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
+    numbers = {problem: i for i, problem in enumerate(dict.fromkeys(item.problem for item in items))}
+    done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.exists())
+    with Progress("features", len(items), "completions", done) as progress:
+        for index, (shard, path) in enumerate(zip(shards, paths, strict=True)):
+            if path.exists():
+                continue
+            parts = []
+            for at in range(0, len(shard), READ_AT_ONCE):
+                group = shard[at : at + READ_AT_ONCE]
+                parts += _read(base, problems, group, index * SHARD + at, numbers, config)
+                progress.add(len(group), f"{sum(len(part.h) for part in parts)} positions in this file")
+            write_tensors(path, _join(parts)._asdict())
+    return _join([Features(**load_file(path)) for path in paths])
+
+
+@torch.inference_mode()
+def _read(
+    base: Base,
+    problems: Mapping[str, Problem],
+    group: Sequence[Item],
+    first: int,
+    numbers: Mapping[str, int],
+    config: FitConfig,
+) -> list[Features]:
+    """The kept positions of a few completions; `first` is the index of the first one."""
+    prompts = [encode(base, problems[item.problem]) for item in group]
+    states = base.states([[*prompt, *item.tokens] for prompt, item in zip(prompts, group, strict=True)])
+    parts = []
+    for number, (item, prompt, sequence) in enumerate(zip(group, prompts, states, strict=True), start=first):
+        h = sequence[len(prompt) - 1 : -1]  # the state at position t draws token t + 1
+        ids, logits, lse, entropy = _read_logits(base, h, config.temperature)
+        n = len(h)
+        gated = entropy > config.tau
+        random = torch.zeros(n, dtype=torch.bool)
+        random[torch.randperm(n, generator=_generator(config.seed, item))[: int(gated.sum())]] = True
+        rows = Features(
+            h=h.cpu(),
+            ids=ids,
+            logits=logits,
+            lse=lse,
+            chosen=torch.tensor(item.tokens, dtype=torch.int32),
+            advantage=torch.full((n,), item.advantage),
+            item=torch.full((n,), number, dtype=torch.int32),
+            problem=torch.full((n,), numbers[item.problem], dtype=torch.int32),
+            held_out=torch.full((n,), item.held_out),
+            gated=gated,
+            random=random,
+        )
+        parts.append(rows.at(gated | random))
+    return parts
+
+
+def _read_logits(base: Base, h: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], entropy in nats [n]."""
+    parts = []
+    for rows in torch.split(h, LOGIT_ROWS):
+        z = base.logits(rows).float()
+        log_p = z.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        ids, values = rank(z, CANDIDATES)
+        parts.append((ids.int().cpu(), values.cpu(), (z / temperature).logsumexp(-1).cpu(), entropy.cpu()))
+    ids, values, lse, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, values, lse, entropy
+
+
+def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row in (logit descending, id ascending) order -> ids, logits.
+
+    topk breaks ties as it likes, and logits of a bf16 head tie often: so take more, and sort those twice.
+    """
+    ids = z.topk(min(2 * k, z.shape[-1])).indices.sort(-1).values
+    values, order = z.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order)[:, :k], values[:, :k]
+
+
+def _join(parts: Sequence[Features]) -> Features:
+    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _generator(seed: int, item: Item) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/positions/{item.problem}/{item.sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

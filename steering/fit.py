@@ -1,0 +1,131 @@
+"""The fit: AdamW on cached features under a trust region, one pass with a snapshot at each KL budget.
+
+Invariant: each snapshot's KL(base || corrected), measured on held-out problems at positions where the gate opens, is
+below its budget. Equal features, config and seed give equal tensors.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TaskError
+from trimtab.steering.config import FitConfig
+from trimtab.steering.features import Features
+from trimtab.steering.head import Head
+from trimtab.steering.objective import Change, compare, loss, surrogate
+from trimtab.steering.progress import Progress, say
+
+CHECK_EVERY = 8  # steps between measurements of held-out KL; the first steps are all measured
+MEASURE_ROWS = 1024  # positions at a time: their candidates' rows are [positions, top_k, hidden]
+STRENGTH_LIMIT = 32.0
+
+
+class Snapshot(NamedTuple):
+    """A head and the trust region it stayed in."""
+
+    head: Head
+    budget: float
+    kl: float  # held-out, below the budget
+    surrogate: float  # held-out
+    steps: int  # of AdamW
+    reached: bool  # False: the epochs ran out before the budget did
+
+
+def fit(
+    features: Features,
+    rows: Tensor,
+    budgets: Sequence[float],
+    config: FitConfig,
+    learned: Tensor | None = None,
+    stage: str = "fit",
+) -> list[Snapshot]:
+    """features: at gated and random positions; rows: the LM head's weight [vocab, hidden], on the features' device;
+    learned: which positions to learn from (default: the gated ones; held-out problems never are).
+    Raises TaskError when there is nothing to learn from, or no snapshot within the budgets."""
+    training = features.at((features.gated if learned is None else learned) & ~features.held_out)
+    measured = features.at(features.gated & features.held_out)
+    if not len(training.h) or not len(measured.h):
+        raise TaskError(
+            f"no position to learn from ({len(training.h)} fitted, {len(measured.h)} held out): the model's entropy is "
+            f"seldom above tau {config.tau}; lower --tau"
+        )
+    head = _start(training, rows, config)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    order = torch.Generator().manual_seed(config.seed)
+    waiting = sorted(budgets)
+    last = Snapshot(copy.deepcopy(head), waiting[0], 0.0, 0.0, 0, True)
+    taken: list[Snapshot] = []
+    steps_an_epoch = -(-len(training.h) // config.batch)
+    with Progress(stage, steps_an_epoch * config.epochs, "steps") as progress:
+        for step, batch in enumerate(_batches(training, config, order), start=1):
+            change = _change(head, batch, rows, config)
+            objective = loss(change, batch.advantage, config.ratio_clip, config.kl_weight)
+            optimizer.zero_grad()
+            objective.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            progress.add(1, f"held-out KL {last.kl:.3f}")
+            if step > CHECK_EVERY and step % CHECK_EVERY and step != steps_an_epoch * config.epochs:
+                continue
+            kl, gain = measure(head, measured, rows, config)
+            while waiting and not kl < waiting[0]:  # NaN counts as too far
+                taken.append(last._replace(budget=waiting.pop(0)))
+            if not waiting:
+                break
+            last = Snapshot(copy.deepcopy(head), waiting[0], kl, gain, step, True)
+    if waiting:  # the largest budgets were never reached: they would all be this one
+        taken.append(last._replace(budget=waiting[0], reached=False))
+    taken = [s for s in taken if s.steps]
+    if not taken:
+        raise TaskError("the first step leaves every KL budget: lower --learning-rate or raise --kl-budgets")
+    for s in taken:
+        end = "" if s.reached else "; the epochs ended first"
+        say(stage, f"budget {s.budget:g}: held-out KL {s.kl:.3f} after {s.steps} steps{end}")
+    return taken
+
+
+def measure(
+    head: Head, measured: Features, rows: Tensor, config: FitConfig, strength: float = 1.0
+) -> tuple[float, float]:
+    """Mean KL(base || corrected) and mean clipped gain over the positions."""
+    parts = torch.split(torch.arange(len(measured.h), device=measured.h.device), MEASURE_ROWS)
+    with torch.no_grad():
+        changes = [_change(head, measured.at(at), rows, config, strength) for at in parts]
+    change = Change(*(torch.cat(column) for column in zip(*changes, strict=True)))
+    gain = surrogate(change, measured.advantage, config.ratio_clip) - measured.advantage.mean()
+    return float(change.kl.mean()), float(gain)
+
+
+def match_strength(head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig) -> float:
+    """The strength at which the head's held-out KL is `kl`: controls must push as hard as what they control."""
+    measured = features.at(features.gated & features.held_out)
+    low, high = 0.0, STRENGTH_LIMIT
+    for _ in range(20):
+        middle = (low + high) / 2
+        if measure(head, measured, rows, config, middle)[0] < kl:
+            low = middle
+        else:
+            high = middle
+    return round(low, 4)
+
+
+def _start(training: Features, rows: Tensor, config: FitConfig) -> Head:
+    """A head that does nothing yet, with the scales of this data."""
+    hidden_scale = float(training.h.float().pow(2).mean().sqrt())
+    used, counts = torch.unique(training.ids[:, : config.top_k], return_counts=True)
+    norms = rows[used.long()].float().pow(2).sum(1)  # squared, of each candidate's row
+    row_scale = float(((norms * counts).sum() / counts.sum()).sqrt())
+    return Head(rows.shape[1], config.rank, config.cap, hidden_scale, row_scale, config.seed).to(rows.device)
+
+
+def _change(head: Head, batch: Features, rows: Tensor, config: FitConfig, strength: float = 1.0) -> Change:
+    delta = head(batch.h, rows[batch.ids[:, : config.top_k].long()])
+    return compare(batch, strength * delta, config.temperature)
+
+
+def _batches(training: Features, config: FitConfig, order: torch.Generator) -> Iterator[Features]:
+    for _ in range(config.epochs):
+        for at in torch.split(torch.randperm(len(training.h), generator=order), config.batch):
+            yield training.at(at.to(training.h.device))

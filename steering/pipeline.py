@@ -1,0 +1,197 @@
+"""`trimtab fit`: from a task to a correction's folder, stage by stage.
+
+    rollouts -> select -> features -> fit (a candidate at each KL budget) -> validate (choose one)
+             -> controls -> report on held-out problems -> correction.json, correction.safetensors, report.md
+
+Invariant: each stage reads what the one before it wrote, writes files whole or not at all, and does nothing that is
+done. So a killed run, started again, continues; and `correction.json` exists only when everything before it does.
+
+    DIR/correction.json, correction.safetensors, report.md      what ships
+    DIR/controls/<kind>/                                        what it was compared with: `trimtab eval` finds them
+    DIR/run/                                                    the work; may be deleted afterwards
+"""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.base import Base
+from trimtab.steering import report as reports
+from trimtab.steering.atomic import write_json, write_text
+from trimtab.steering.bank import Bank
+from trimtab.steering.config import FREE, FitConfig
+from trimtab.steering.controls import CONTROLS, fit_control
+from trimtab.steering.correction import Correction, load, save
+from trimtab.steering.evaluate import Policy, answer, summarise
+from trimtab.steering.features import Features, cache_features
+from trimtab.steering.fit import fit
+from trimtab.steering.problem import Problem
+from trimtab.steering.progress import say
+from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
+from trimtab.steering.select import select
+from trimtab.steering.tasks import Task, fingerprint
+
+
+class Problems(NamedTuple):
+    """Disjoint sets: `training` and `validation` are of the train split, `test` is held out."""
+
+    training: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+
+
+def run(config: FitConfig, out: Path, base: Base, task: Task) -> Correction:
+    """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config."""
+    config = dataclasses.replace(config, name=config.name or out.resolve().name)
+    torch.set_num_threads(config.threads)
+    work = out / "run"
+    problems = _split(task, config)
+    _begin(work, config, base, task)
+    rollouts = _roll_out(work, config, base, task, problems.training)
+    features = _learn_from(work, config, base, problems.training, rollouts)
+    candidates = _fit_candidates(work, config, base, features)
+    chosen = _choose(work, config, base, task, problems.validation, candidates)
+    controls = _fit_controls(work, config, base, features, chosen)
+    correction = dataclasses.replace(chosen, name=config.name)
+    sampling = _sampling(config, config.test_samples)
+    folder = work / "report"
+    report = reports.make(
+        base, task, problems.test, sampling, correction, controls, folder, config.slots, config.threads
+    )
+    shipped = dataclasses.replace(
+        correction, report=report, provenance=_provenance(config, task, problems, rollouts, features, chosen)
+    )
+    write_text(out / "report.md", reports.to_markdown(report))
+    for control in controls:
+        save(control, out / "controls" / control.name)
+    save(shipped, out)
+    say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
+    return shipped
+
+
+def _split(task: Task, config: FitConfig) -> Problems:
+    train = task.problems("train", config.problems + config.validation_problems)
+    held_out = task.problems("held-out", config.test_problems)
+    return Problems(train[: config.problems], train[config.problems :], held_out)
+
+
+def _begin(work: Path, config: FitConfig, base: Base, task: Task) -> None:
+    """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
+    path = work / "run.json"
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    problems = fingerprint(task, config.problems + config.validation_problems, config.test_problems)
+    identity = dataclasses.asdict(base.identity) | {"dtype": str(base.dtype), "problems": problems}
+    now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
+    if not path.exists():
+        if (work.parent / "correction.json").exists():
+            raise InvalidRequest(f"{work.parent} holds a finished correction: choose another --out", "out")
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    say("fit", f"{work} holds a run: it goes on where it was")
+    for part, words in now.items():
+        for name in sorted(words.keys() | before[part].keys()):
+            old, new = before[part].get(name), words.get(name)
+            if old != new:
+                raise InvalidRequest(
+                    f"{work} was begun with {name} = {old!r}, and this run has {new!r}: use that value, another --out, "
+                    f"or delete {work}",
+                    name,
+                )
+
+
+def _roll_out(work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem]) -> list[Rollout]:
+    core = open_core(base, Bank(base.hidden, base.device), problems, config.max_tokens, config.slots, config.threads)
+    return collect(core, task, problems, _sampling(config, config.samples), work / "rollouts", "rollouts")
+
+
+def _learn_from(
+    work: Path, config: FitConfig, base: Base, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+) -> Features:
+    items = select(rollouts, config)
+    kept = {item.problem for item in items}
+    say("select", f"{len(kept)} of {len(problems)} problems have mixed success; {len(items)} completions are kept")
+    features = cache_features(base, {problem.id: problem for problem in problems}, items, config, work / "features")
+    share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
+    say("features", f"{int(features.gated.sum())} positions above {config.tau} nats, {share:.0%} of those read")
+    return features.to(base.device)
+
+
+def _fit_candidates(work: Path, config: FitConfig, base: Base, features: Features) -> list[Correction]:
+    """A correction for each KL budget; budgets that the fit never reached share one."""
+    path = work / "candidates.json"
+    if not path.exists():
+        names = []
+        for snapshot in fit(features, base.head_weight, config.kl_budgets, config):
+            name = f"kl-{snapshot.budget:g}"
+            correction = snapshot.head.correction(name, config.top_k, config.tau, base.identity)
+            facts = {"kl": snapshot.kl, "kl_budget": snapshot.budget, "steps": snapshot.steps}
+            save(dataclasses.replace(correction, provenance=facts), work / "candidates" / name)
+            names.append(name)
+        write_json(path, names)
+    return [load(work / "candidates" / name) for name in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _choose(
+    work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem], candidates: list[Correction]
+) -> Correction:
+    """The candidate that does best on the validation problems; of equals, the one that changes least."""
+    bank = Bank(base.hidden, base.device)
+    for candidate in candidates:
+        bank.add(candidate)
+    core = open_core(base, bank, problems, config.max_tokens, config.slots, config.threads)
+    policies = [Policy("base"), *(Policy(candidate.name, candidate.name) for candidate in candidates)]
+    sampling = _sampling(config, config.validation_samples)
+    found = answer(core, task, problems, sampling, policies, work / "validation")
+    rates = {name: summarise(name, problems, rollouts).pass_at_1 for name, rollouts in found.items()}
+    chosen = max(candidates, key=lambda c: (rates[c.name], -c.provenance["kl"]))
+    shown = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
+    say("validation", f"{shown}: chose {chosen.name}")
+    return dataclasses.replace(chosen, provenance={**chosen.provenance, "validation": rates})
+
+
+def _fit_controls(
+    work: Path, config: FitConfig, base: Base, features: Features, chosen: Correction
+) -> list[Correction]:
+    found = []
+    for kind in CONTROLS:
+        folder = work / "controls" / kind
+        if not (folder / "correction.json").exists():
+            kl = chosen.provenance["kl"]
+            save(fit_control(kind, features, base.head_weight, kl, config, base.identity), folder)
+        found.append(load(folder))
+    return found
+
+
+def _sampling(config: FitConfig, samples: int) -> Sampling:
+    return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
+
+
+def _provenance(
+    config: FitConfig,
+    task: Task,
+    problems: Problems,
+    rollouts: Sequence[Rollout],
+    features: Features,
+    chosen: Correction,
+) -> dict[str, Any]:
+    """How the correction was made. No times of day: equal runs make equal files."""
+    training = features.at(features.gated & ~features.held_out)
+    return {
+        "method": "head tier, fitted directly: clipped ratio under a trust region",
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
+        "task": task.name,
+        "problems": fingerprint(task, config.problems + config.validation_problems, config.test_problems),
+        "rollouts": len(rollouts),
+        "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
+        "mixed_problems": len(set(features.problem.tolist())),
+        "positions": len(training.h),
+        "fit": dict(chosen.provenance),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }

@@ -1,0 +1,72 @@
+"""From rollouts to what is learned from: problems of mixed success, without the longest completions, with advantages.
+
+Invariant: each kept problem has completions with positive and with negative advantage, and advantages depend on that
+problem's rewards alone: A = (r - mean) / std, clipped. Both signs stay: without the negatives most of the gain is lost.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trimtab.errors import TaskError
+from trimtab.steering.config import FitConfig
+from trimtab.steering.rollouts import Rollout
+
+HELD_OUT_EVERY = 6  # one in so many of the kept problems measures the fit's KL instead of being fitted
+FEWEST = 4  # problems of mixed success
+
+
+class Item(NamedTuple):
+    """One completion to learn from."""
+
+    problem: str
+    sample: int
+    tokens: list[int]
+    advantage: float
+    held_out: bool  # not fitted: it measures KL
+
+
+def select(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
+    """Completions by problem, the pass rates nearest 0.5 first. Raises TaskError when too few problems are mixed."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.problem, []).append(rollout)
+    chosen = [(abs(_mean(g) - 0.5), problem, _keep(g, config)) for problem, g in groups.items()]
+    mixed = sorted((c for c in chosen if c[2]), key=lambda c: (c[0], c[1]))[: config.keep_problems or None]
+    if len(mixed) < FEWEST:
+        rate = sum(r.reward for r in rollouts) / len(rollouts)
+        raise TaskError(
+            f"only {len(mixed)} of {len(groups)} problems were solved sometimes but not always (pass rate {rate:.2f}); "
+            f"fitting needs {FEWEST}: give more problems or samples, or a task nearer to what the model can do"
+        )
+    held_out = _held_out([problem for _, problem, _ in mixed], config.seed)
+    return [
+        Item(problem, rollout.sample, rollout.tokens, advantage, problem in held_out)
+        for _, problem, kept in mixed
+        for rollout, advantage in kept
+    ]
+
+
+def _keep(group: list[Rollout], config: FitConfig) -> list[tuple[Rollout, float]]:
+    """The shorter completions of a problem with their advantages; nothing unless both signs are among them."""
+    mean = _mean(group)
+    std = math.sqrt(sum((r.reward - mean) ** 2 for r in group) / len(group))
+    if std == 0:
+        return []
+    count = max(2, round(len(group) * (1 - config.drop_longest)))
+    shortest = sorted(group, key=lambda r: (len(r.tokens), r.sample))[:count]
+    clip = config.advantage_clip
+    kept = [(r, max(-clip, min(clip, (r.reward - mean) / std))) for r in sorted(shortest, key=lambda r: r.sample)]
+    signs = {advantage > 0 for _, advantage in kept if advantage != 0}
+    return kept if len(signs) == 2 else []
+
+
+def _held_out(problems: list[str], seed: int) -> set[str]:
+    """A sixth of the problems, at least one, picked by hash."""
+    order = sorted(problems, key=lambda p: hashlib.sha256(f"{seed}/kl/{p}".encode()).digest())
+    return set(order[: max(1, len(problems) // HELD_OUT_EVERY)])
+
+
+def _mean(group: list[Rollout]) -> float:
+    return sum(r.reward for r in group) / len(group)

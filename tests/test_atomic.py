@@ -1,0 +1,37 @@
+"""Files appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trimtab.steering import atomic
+
+
+def test_content_comes_back_and_nothing_is_left_beside(tmp_path: Path) -> None:
+    atomic.write_json(tmp_path / "a" / "x.json", {"é": [1, None]})
+    atomic.write_tensors(tmp_path / "a" / "x.safetensors", {"t": torch.arange(6).view(2, 3).T})
+    assert (tmp_path / "a" / "x.json").read_text(encoding="utf-8") == '{\n  "é": [\n    1,\n    null\n  ]\n}\n'
+    assert load_file(tmp_path / "a" / "x.safetensors")["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x.json", "x.safetensors"]
+
+
+def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    atomic.write_text(path, "old")
+
+    def killed(source: str, target: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        atomic.write_json(tmp_path / "x", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,69 @@
+"""The bank: indices are stable, and the stacked tensors mean what the corrections mean."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.errors import CorrectionError, NotFound
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import BaseIdentity, Correction
+
+HIDDEN = 6
+
+
+def make(name: str, rank: int, top_k: int = 5, seed: int = 0, hidden: int = HIDDEN) -> Correction:
+    g = torch.Generator().manual_seed(seed)
+    return Correction(
+        name=name,
+        rank=rank,
+        top_k=top_k,
+        base=BaseIdentity("m", "f", "t", "c"),
+        A=torch.randn(rank, hidden, generator=g),
+        B=torch.randn(hidden, rank, generator=g),
+        b=torch.randn(hidden, generator=g),
+        hidden_scale=3.0 + seed,
+        row_scale=0.25 + seed,
+        cap=2.0 + seed,
+    )
+
+
+def test_an_empty_bank_has_no_tensors() -> None:
+    bank = Bank(HIDDEN, "cpu")
+    assert bank.tensors() is None
+    assert bank.names == []
+    with pytest.raises(NotFound, match="'x'; loaded: none"):
+        bank.index("x")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 64)), min_size=1, max_size=4))
+def test_folded_and_padded_tensors_give_each_corrections_delta(sizes: list[tuple[int, int]]) -> None:
+    bank = Bank(HIDDEN, "cpu")
+    corrections = [make(f"c{i}", rank, top_k, i) for i, (rank, top_k) in enumerate(sizes)]
+    for correction in corrections:
+        bank.add(correction)
+    stacked = bank.tensors()
+    assert stacked is not None
+    assert bank.names == [c.name for c in corrections]
+    assert stacked.max_top_k == max(top_k for _, top_k in sizes)
+    h, w = torch.randn(HIDDEN), torch.randn(HIDDEN)
+    for i, c in enumerate(corrections):
+        assert bank.index(c.name) == i
+        assert bank.get(c.name) is c
+        assert (stacked.top_k[i], stacked.cap[i]) == (c.top_k, c.cap)
+        expected = c.cap * torch.tanh(w @ (c.B @ (c.A @ h / c.hidden_scale) + c.b) / c.row_scale / c.cap)
+        got = stacked.cap[i] * torch.tanh(w @ (stacked.B[i] @ (stacked.A[i] @ h) + stacked.b[i]) / stacked.cap[i])
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_taken_name_or_another_hidden_size_is_refused_and_changes_nothing() -> None:
+    bank = Bank(HIDDEN, "cpu")
+    bank.add(make("a", 2))
+    before = bank.tensors()
+    with pytest.raises(CorrectionError, match="'a'"):
+        bank.add(make("a", 3))
+    with pytest.raises(CorrectionError, match="hidden size 7"):
+        bank.add(make("b", 2, hidden=7))
+    assert bank.names == ["a"]
+    assert bank.tensors() is before

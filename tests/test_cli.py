@@ -1,0 +1,53 @@
+"""The command line: light to start, and a mistake is one line and exit code 1."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trimtab.cli import build_parser, main
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    program = """
+import sys
+from trimtab.cli import build_parser
+print(build_parser().format_help())
+heavy = {"torch", "transformers", "fastapi", "starlette", "uvicorn", "triton", "safetensors"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert all(command in ran.stdout for command in ("serve", "fit", "eval", "inspect"))
+
+
+def test_a_mistake_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/no/such/model"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("trimtab: ")
+    assert error.count("\n") == 1
+    assert "/no/such/model" in error
+
+
+@pytest.mark.parametrize("argv", [[], ["sing"], ["serve", "--port", "many"]])
+def test_wrong_words_are_argparses(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 1
+    assert "uvicorn is not installed: pip install 'trimtab[server]'" in capsys.readouterr().err
+
+
+def test_flags_have_vllms_names() -> None:
+    flags = (
+        "--host h --port 1 --dtype float32 --max-model-len 2 --max-num-seqs 3 --max-num-batched-tokens 4 --api-key k"
+    )
+    args = build_parser().parse_args(["serve", "m", *flags.split(), "--served-model-name", "a", "b"])
+    assert (args.model, args.host, args.port, args.dtype) == ("m", "h", 1, "float32")
+    assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (2, 3, 4)
+    assert (args.api_key, args.served_model_name) == (["k"], ["a", "b"])

@@ -1,0 +1,431 @@
+"""Both clients over a mock transport: what they send, read, retry, stream and raise. No server and no waiting."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from trimtab.clients import (
+    AsyncClient,
+    Authentication,
+    BadAnswer,
+    BadRequest,
+    Client,
+    ClientError,
+    ConnectionFailed,
+    NotFound,
+    PermissionDenied,
+    RateLimit,
+    ServerError,
+    StatusError,
+    Steering,
+    StreamFailed,
+    TimedOut,
+)
+from trimtab.clients import client as client_module
+from trimtab.clients.retry import Retries
+from trimtab.errors import InvalidRequest, TrimtabError
+
+Handler = Callable[[httpx.Request], httpx.Response]
+RECEIPT = {
+    "token": " sky", "token_id": 7, "entropy": 1.25, "open": True, "fired": True, "flip": True,
+    "base_token": " sea", "base_token_id": 8, "steered_token": " sky", "steered_token_id": 7,
+    "base_logprob": -1.5, "steered_logprob": -0.25,
+}  # fmt: skip
+TOTALS = {
+    "correction": "brief", "mode": "apply", "strength": 1.0, "tau": 0.5,
+    "steps": 2, "open": 1, "fired": 1, "flips": 1, "mean_entropy": 0.75,
+}  # fmt: skip
+CHAT = {
+    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "demo", "shade": "new",
+    "choices": [{
+        "index": 0, "message": {"role": "assistant", "content": "The sky"}, "finish_reason": "stop",
+        "logprobs": {"content": [{
+            "token": "The", "logprob": -0.5, "bytes": [84], "top_logprobs": [{"token": "The", "logprob": -0.5}],
+        }]},
+        "steering": {**TOTALS, "tokens": [RECEIPT]},
+    }],
+    "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+}  # fmt: skip
+COMPLETION = {"id": "cmpl-1", "model": "demo", "choices": [{"index": 0, "text": " blue", "finish_reason": "length"}]}
+
+
+class Both:
+    """Runs the same call on Client or AsyncClient, over a handler."""
+
+    def __init__(self, kind: type[Client] | type[AsyncClient]) -> None:
+        self.kind = kind
+
+    def call(self, handler: Handler, method: str, *args: Any, settings: dict[str, Any] | None = None, **kw: Any) -> Any:
+        transport = httpx.MockTransport(handler)
+        if self.kind is Client:
+            with Client(**settings or {}, transport=transport) as client:
+                return getattr(client, method)(*args, **kw)
+
+        async def main() -> Any:
+            async with AsyncClient(**settings or {}, transport=transport) as client:
+                return await getattr(client, method)(*args, **kw)
+
+        return asyncio.run(main())
+
+    def stream(self, handler: Handler, *args: Any, method: str = "stream_chat", limit: int = 99, **kw: Any) -> Any:
+        """-> (the chunks, at most `limit`, and the stream)."""
+        transport = httpx.MockTransport(handler)
+        if self.kind is Client:
+            chunks = []
+            with Client(transport=transport) as client, getattr(client, method)(*args, **kw) as stream:
+                for chunk in stream:
+                    chunks.append(chunk)
+                    if len(chunks) == limit:
+                        break
+            return chunks, stream
+
+        async def main() -> Any:
+            chunks = []
+            async with AsyncClient(transport=transport) as client, getattr(client, method)(*args, **kw) as stream:
+                async for chunk in stream:
+                    chunks.append(chunk)
+                    if len(chunks) == limit:
+                        break
+            return chunks, stream
+
+        return asyncio.run(main())
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def both(request: pytest.FixtureRequest) -> Both:
+    return Both(request.param)
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that were asked for; none is slept."""
+    taken: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(sleep=taken.append))
+    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(sleep=nap))
+    return taken
+
+
+class Server:
+    """Answers in turn, and keeps the requests. A number is a refusal with that status, an exception is raised."""
+
+    def __init__(self, *answers: httpx.Response | Exception | int) -> None:
+        self.answers = list(answers)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return refusal(answer) if isinstance(answer, int) else answer
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.requests[-1].content)
+
+
+def refusal(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    error = {"message": "no", "type": None, "param": None, "code": None, **fields}
+    return httpx.Response(status, json={"error": error}, headers=headers)
+
+
+def sse(*events: Any) -> bytes:
+    return b"".join(b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events)
+
+
+def piece(content: str | None = None, **choice: Any) -> dict[str, Any]:
+    delta = {} if content is None else {"content": content}
+    return {"id": "chatcmpl-1", "model": "demo", "choices": [{"index": 0, "delta": delta, **choice}]}
+
+
+# what is sent
+
+
+def test_a_bare_chat_sends_the_message_and_nothing_else(both: Both) -> None:
+    server = Server(httpx.Response(200, json=CHAT))
+    both.call(server, "chat", "Why?")
+    assert server.body == {"messages": [{"role": "user", "content": "Why?"}]}
+    assert str(server.requests[0].url) == "http://127.0.0.1:8000/v1/chat/completions"
+    assert "authorization" not in server.requests[0].headers
+
+
+def test_a_full_chat(both: Both) -> None:
+    server = Server(httpx.Response(200, json=CHAT))
+    steering = Steering("brief", strength=0.0, tau=1.4, mode="shadow", report="tokens")
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    both.call(
+        server, "chat", messages, model="demo", steering=steering, temperature=0.0, seed=3, extra={"metadata": {}},
+        settings={"base_url": "https://example.test/api/v1", "api_key": "k"},
+    )  # fmt: skip
+    assert server.body == {
+        "model": "demo", "messages": messages, "temperature": 0.0, "seed": 3, "metadata": {},
+        "steering": {"correction": "brief", "strength": 0.0, "tau": 1.4, "mode": "shadow", "report": "tokens"},
+    }  # fmt: skip
+    assert str(server.requests[0].url) == "https://example.test/api/v1/chat/completions"
+    assert server.requests[0].headers["authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize("prompt", ["The sky is", [1, 2, 3], ["a", "b"], [[1], [2]]])
+def test_a_completion_sends_the_prompt_as_it_is(both: Both, prompt: Any) -> None:
+    server = Server(httpx.Response(200, json=COMPLETION))
+    answer = both.call(server, "complete", prompt, steering="brief")
+    assert server.body == {"prompt": prompt, "steering": {"correction": "brief"}}
+    assert server.requests[0].url.path == "/v1/completions"
+    assert (answer.text, answer.choices[0].finish_reason, answer.steering) == (" blue", "length", None)
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_the_base_url_may_leave_v1_out(both: Both, url: str) -> None:
+    server = Server(httpx.Response(200, json={"object": "list", "data": [{"id": "demo"}, {"id": "brief"}]}))
+    models = both.call(server, "models", settings={"base_url": url})
+    assert [model.id for model in models] == ["demo", "brief"]
+    assert str(server.requests[0].url) == "http://h:1/v1/models"
+
+
+@pytest.mark.parametrize("settings", [{"base_url": "localhost:8000"}, {"base_url": "http://"}, {"max_retries": -1}])
+def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        both.call(Server(), "models", settings=settings)
+    assert caught.value.field in settings
+
+
+# what is read
+
+
+def test_an_answer_is_read_with_its_receipts(both: Both) -> None:
+    answer = both.call(Server(httpx.Response(200, json=CHAT)), "chat", "Why?")
+    assert answer.text == "The sky"
+    assert answer.usage.total_tokens == 7
+    assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "The"
+    assert answer.steering.model_dump(exclude={"tokens"}) == TOTALS
+    assert answer.steering.tokens[0].model_dump() == RECEIPT
+    assert answer.shade == "new"  # a field this version does not know
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"{}", b'{"choices": 3}', b""])
+def test_an_answer_of_another_shape_is_told(both: Both, content: bytes) -> None:
+    with pytest.raises(BadAnswer, match="base_url"):
+        both.call(Server(httpx.Response(200, content=content)), "chat", "Why?")
+
+
+# what is raised
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, BadRequest), (401, Authentication), (403, PermissionDenied), (404, NotFound), (409, StatusError),
+        (418, StatusError), (422, BadRequest), (429, RateLimit), (500, ServerError), (503, ServerError),
+    ],
+)  # fmt: skip
+def test_a_status_is_a_class_of_the_tree(both: Both, status: int, kind: type[StatusError]) -> None:
+    answer = refusal(status, {"x-request-id": "r1"}, message="too hot", param="temperature", code="c", type="t")
+    with pytest.raises(TrimtabError, match="too hot") as caught:
+        both.call(Server(answer), "chat", "Why?", settings={"max_retries": 0})
+    error = caught.value
+    assert type(error) is kind
+    assert isinstance(error, StatusError)
+    assert (error.status, error.param, error.code, error.type) == (status, "temperature", "c", "t")
+    assert error.request_id == "r1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"<b>gateway</b>", "HTTP 502: <b>gateway"), (b"", "HTTP 502: Bad Gateway"),
+                             (b'{"error": "asleep"}', "asleep"), (b'{"error": null}', "HTTP 502"), (b"[]", "HTTP 502")]
+)  # fmt: skip
+def test_a_refusal_without_an_envelope_is_quoted(both: Both, content: bytes, message: str) -> None:
+    with pytest.raises(ServerError, match=message):
+        both.call(Server(httpx.Response(502, content=content)), "models", settings={"max_retries": 0})
+
+
+def test_transport_failures_name_the_server(both: Both) -> None:
+    settings = {"base_url": "http://h:1", "max_retries": 0}
+    with pytest.raises(ConnectionFailed, match=r"http://h:1.*running") as caught:
+        both.call(Server(httpx.ConnectError("refused")), "models", settings=settings)
+    assert isinstance(caught.value, ClientError)
+    with pytest.raises(TimedOut, match="timeout"):
+        both.call(Server(httpx.ReadTimeout("slow")), "models", settings=settings)
+
+
+# what is retried
+
+
+@pytest.mark.parametrize("first", [408, 409, 429, 500, httpx.ConnectError("x")])
+def test_a_passing_failure_is_retried(both: Both, naps: list[float], first: int | Exception) -> None:
+    server = Server(first, httpx.RemoteProtocolError("hung up"), httpx.Response(200, json=CHAT))
+    assert both.call(server, "chat", "Why?").text == "The sky"
+    assert len({request.content for request in server.requests}) == 1
+    assert 0.3 < naps[0] <= 0.5 < 0.7 < naps[1] <= 1.0
+
+
+@pytest.mark.parametrize("answer", [400, 404, httpx.ReadTimeout("slow")])
+def test_a_lasting_failure_is_not(both: Both, naps: list[float], answer: int | Exception) -> None:
+    with pytest.raises(ClientError):
+        both.call(Server(answer), "chat", "Why?")
+    assert naps == []
+
+
+def test_it_gives_up_after_max_retries(both: Both, naps: list[float]) -> None:
+    server = Server(*[refusal(503, message=f"full {n}") for n in range(4)])
+    with pytest.raises(ServerError, match="full 3"):
+        both.call(server, "chat", "Why?", settings={"max_retries": 3})
+    assert len(naps) == 3
+
+
+def test_retry_after_is_obeyed(both: Both, naps: list[float]) -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    answers = [refusal(503, {"retry-after": "7"}), refusal(429, {"retry-after": date}), httpx.Response(200, json=CHAT)]
+    both.call(Server(*answers), "chat", "Why?")
+    assert naps[0] == 7.0
+    assert 20 < naps[1] <= 30
+
+
+def test_a_retry_after_beyond_patience_is_raised_at_once(both: Both, naps: list[float]) -> None:
+    with pytest.raises(RateLimit) as caught:
+        both.call(Server(refusal(429, {"retry-after": "3600"})), "chat", "Why?")
+    assert caught.value.retry_after == 3600
+    assert naps == []
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "", "1e999", "²"])
+def test_a_retry_after_that_says_nothing_is_backed_off(both: Both, naps: list[float], value: str) -> None:
+    header = {"retry-after": value.encode("utf-8")}
+    first = httpx.Response(503, headers=header)
+    both.call(Server(first, httpx.Response(200, json=CHAT)), "chat", "Why?")
+    assert 0 < naps[0] <= 0.5
+
+
+def test_waits_double_up_to_the_longest() -> None:
+    retries = Retries(limit=20)
+    waits = [retries.after_error(attempt, httpx.ConnectError("x")) for attempt in range(20)]
+    assert all(wait is not None and 0.75 * cap <= wait <= cap
+               for wait, cap in zip(waits, [0.5, 1, 2, 4] + [8.0] * 16, strict=True))  # fmt: skip
+    assert retries.after_error(20, httpx.ConnectError("x")) is None
+
+
+# streams
+
+EVENTS = sse(
+    {"choices": [{"index": 0, "delta": {"role": "assistant"}}]},
+    piece("The", steering={"tokens": [RECEIPT]}),
+    piece(" sky", steering={"tokens": [{**RECEIPT, "entropy": 0.5}]}),
+    piece(finish_reason="stop", steering=TOTALS),
+    {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}},
+    b"[DONE]",
+)
+
+
+def test_a_stream_adds_up(both: Both) -> None:
+    server = Server(httpx.Response(200, content=EVENTS))
+    chunks, stream = both.stream(server, "Why?", steering="brief", max_tokens=9)
+    assert server.body["stream"] is True
+    assert server.body["stream_options"] == {"include_usage": True}
+    assert server.body["max_tokens"] == 9
+    assert [chunk.text for chunk in chunks] == ["", "The", " sky", "", ""]
+    assert stream.text == "The sky"
+    assert [receipt.entropy for receipt in stream.receipts] == [1.25, 0.5]
+    assert stream.steering.model_dump(exclude={"tokens"}) == TOTALS
+    assert (stream.finish_reason, stream.usage.total_tokens) == ("stop", 7)
+
+
+def test_a_completion_streams_too(both: Both) -> None:
+    events = sse(*({"choices": [{"index": i, "text": t}]} for i, t in [(0, " bl"), (1, " gr"), (0, "ue")]), b"[DONE]")
+    chunks, stream = both.stream(Server(httpx.Response(200, content=events)), [1, 2], method="stream_complete")
+    assert [chunk.choices[0].text for chunk in chunks] == [" bl", " gr", "ue"]
+    assert stream.text == " blue"  # of choice 0
+
+
+def test_a_stream_cut_short_is_an_error(both: Both) -> None:
+    cut = EVENTS.replace(b"data: [DONE]", b": end")
+    with pytest.raises(StreamFailed, match="incomplete"):
+        both.stream(Server(httpx.Response(200, content=cut)), "Why?")
+
+
+@pytest.mark.parametrize(
+    ("events", "kind", "message"),
+    [
+        (
+            sse(piece("The"), {"error": {"message": "engine died", "code": None}}, b"[DONE]"),
+            StreamFailed,
+            "engine died",
+        ),
+        (sse(piece("The"), {"error": None}, b"[DONE]"), StreamFailed, "without a message"),
+        (sse(b"{"), BadAnswer, "not a chunk"),
+        (sse({"choices": [{"index": "x"}]}), BadAnswer, "not a chunk"),
+    ],
+)
+def test_a_failure_in_the_middle_is_raised(both: Both, events: bytes, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        both.stream(Server(httpx.Response(200, content=events)), "Why?")
+
+
+class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A response's body that tells whether it was closed, and may break."""
+
+    def __init__(self, *pieces: bytes | Exception) -> None:
+        self.pieces, self.closed = pieces, False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.pieces:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    async def __aiter__(self) -> Any:
+        for part in self:
+            yield part
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def test_leaving_a_stream_early_closes_it(both: Both) -> None:
+    body = Body(*(sse(piece(str(n))) for n in range(9)))
+    chunks, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?", limit=3)
+    assert (len(chunks), stream.text) == (3, "012")
+    assert body.closed
+
+
+def test_a_connection_that_breaks_in_a_stream_is_an_error(both: Both) -> None:
+    body = Body(sse(piece("The")), httpx.ReadError("reset"))
+    with pytest.raises(StreamFailed, match="reset"):
+        both.stream(Server(httpx.Response(200, stream=body)), "Why?")
+    assert body.closed
+
+
+def test_a_refused_stream_is_retried_then_raised(both: Both, naps: list[float]) -> None:
+    server = Server(refusal(503, {"retry-after": "2"}), refusal(401, message="whose key?"))
+    with pytest.raises(Authentication, match="whose key"):
+        both.stream(server, "Why?")
+    assert naps == [2.0]
+
+
+# the mirror
+
+
+def test_the_clients_mirror_one_another() -> None:
+    def surface(kind: type) -> dict[str, list[str]]:
+        methods = inspect.getmembers(kind, inspect.isfunction)
+        return {
+            name: [*inspect.signature(method).parameters]
+            for name, method in methods
+            if not name.startswith("_") or name == "__init__"
+        }
+
+    assert surface(Client) == surface(AsyncClient)
+    assert {"chat", "complete", "models", "stream_chat", "stream_complete", "close"} < set(surface(Client))

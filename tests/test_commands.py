@@ -1,0 +1,100 @@
+"""fit, eval and inspect from the command line, on a tiny base: what they print, and what they refuse."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import tiny_base
+from trimtab.cli import build_parser, main
+from trimtab.server import base as base_module
+from trimtab.steering.config import FitConfig
+from trimtab.steering.correction import load
+
+GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
+SMALL = (
+    "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 2 "
+    "--learning-rate 0.01 --kl-budgets 0.01 0.03 --validation-problems 2 --validation-samples 1 --test-problems 8"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a task, a verifier and a fitted correction."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("work")
+    lines = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(60)]
+    (folder / "task.jsonl").write_text("\n".join(lines))
+    (folder / "odd_grading.py").write_text(GRADING)
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch, folder)
+        arguments = f"fit --model tiny --task task.jsonl --verifier odd_grading:odd --out odd {SMALL}"
+        assert run(arguments) == 0
+    return folder
+
+
+def run(arguments: str) -> int:
+    return main(arguments.split())
+
+
+def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.chdir(folder)
+    patch.setattr(base_module, "load_base", lambda model, dtype, device: tiny_base(seed=0 if model == "tiny" else 1))
+
+
+@pytest.fixture
+def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(monkeypatch, folder)
+
+
+@pytest.mark.usefixtures("_inside")
+def test_eval_repeats_the_fits_report_and_takes_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("eval --correction odd --problems 8 --json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == load("odd").report
+    assert run("eval --correction odd --problems 4 --skip 8 --samples 1 --strength 0") == 0
+    table = capsys.readouterr().out
+    assert "4 held-out problems of task.jsonl, 1 samples each" in table
+    assert "| correction - base | +0.000 | [+0.000, +0.000] |" in table
+
+
+@pytest.mark.usefixtures("_inside")
+def test_inspect_shows_base_gate_and_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect odd") == 0
+    card = capsys.readouterr().out
+    for words in ("tiny-llama", "rank 2, top 5", "entropy > 0.5 nats", "160 parameters", "Verdict:", "task.jsonl"):
+        assert words in card
+
+
+@pytest.mark.usefixtures("_inside")
+def test_another_base_is_refused_with_both_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("eval --correction odd --model other --problems 8") == 1
+    assert "was fitted to 'tiny-llama' and cannot steer 'tiny-llama': other weights" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_inside")
+def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in {
+        "inspect nowhere": "correction.json: cannot be read",
+        "fit --out x --task gone.jsonl": "gone.jsonl",
+        "fit --out x --rank 0": "rank must be at least 1",
+        "eval --correction odd --problems 900": "held-out problems",
+    }.items():
+        assert run(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("trimtab: ")
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_fit_has_an_option_with_help_for_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["fit", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(FitConfig):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    args = build_parser().parse_args(["fit", "--out", "x"])
+    defaults = FitConfig()
+    assert all(getattr(args, f.name) == getattr(defaults, f.name) for f in dataclasses.fields(FitConfig))

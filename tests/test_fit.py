@@ -1,0 +1,137 @@
+"""The fit on made-up features whose right correction is known: it gains, keeps its budget and beats its controls."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.errors import TaskError
+from trimtab.steering.config import FitConfig
+from trimtab.steering.controls import CONTROLS, SHUFFLED, fit_control, shuffle
+from trimtab.steering.correction import BaseIdentity
+from trimtab.steering.features import CANDIDATES, Features, rank
+from trimtab.steering.fit import fit, match_strength, measure
+from trimtab.steering.head import Head
+from trimtab.steering.objective import compare
+
+VOCAB, HIDDEN, POSITIONS, ITEMS = 64, 8, 2400, 240
+T = 0.7
+CONFIG = FitConfig(temperature=T, rank=2, top_k=20, batch=128, epochs=20, learning_rate=3e-3)
+BASE = BaseIdentity("m", "f", "t", "c")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Tensor:
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def features(rows: Tensor) -> Features:
+    """A completion is rewarded for tokens whose row points along (1, 0, 0, ...): b along it is the known correction."""
+    generator = torch.Generator().manual_seed(2)
+    h = torch.randn(POSITIONS, HIDDEN, generator=generator)
+    z = h @ rows.T / 2
+    chosen = torch.multinomial((z / T).softmax(-1), 1, generator=generator)[:, 0]
+    item = torch.arange(POSITIONS) // (POSITIONS // ITEMS)
+    merit = torch.zeros(ITEMS).index_add(0, item, rows[chosen, 0])
+    merit = (merit - merit.mean()) / merit.std()
+    problem = item // 6
+    ids, logits = rank(z, CANDIDATES)
+    return Features(
+        h=h,
+        ids=ids.int(),
+        logits=logits,
+        lse=(z / T).logsumexp(-1),
+        chosen=chosen.int(),
+        advantage=merit.clamp(-2.5, 2.5)[item],
+        item=item.int(),
+        problem=problem.int(),
+        held_out=problem % 6 == 0,
+        gated=torch.rand(POSITIONS, generator=generator) < 0.8,
+        random=torch.rand(POSITIONS, generator=generator) < 0.8,
+    )
+
+
+def merit_after(head: Head, features: Features, rows: Tensor, strength: float = 1.0) -> float:
+    """The expected row[0] of the corrected model's next token, less the base's, on held-out positions."""
+    f = features.at(features.gated & features.held_out)
+    with torch.no_grad():
+        delta = strength * head(f.h, rows[f.ids[:, : CONFIG.top_k].long()])
+    z = f.h @ rows.T / 2
+    steered = z.scatter_add(1, f.ids[:, : CONFIG.top_k].long(), delta)
+    value = rows[:, 0]
+    return float((((steered / T).softmax(-1) - (z / T).softmax(-1)) @ value).mean())
+
+
+def test_the_fit_finds_the_known_direction_within_each_budget(features: Features, rows: Tensor) -> None:
+    snapshots = fit(features, rows, [0.02, 0.06, 0.12], CONFIG)
+    measured = features.at(features.gated & features.held_out)
+    gains = []
+    for snapshot in snapshots:
+        kl, gain = measure(snapshot.head, measured, rows, CONFIG)
+        assert (kl, gain) == (snapshot.kl, snapshot.surrogate)
+        assert 0 < kl < snapshot.budget
+        gains.append(merit_after(snapshot.head, features, rows))
+    assert [s.budget for s in snapshots] == [0.02, 0.06, 0.12]
+    assert 0.05 < gains[0] < gains[1] < gains[2]
+
+
+def test_equal_inputs_give_equal_tensors_and_another_seed_does_not(features: Features, rows: Tensor) -> None:
+    one, same = (fit(features, rows, [0.05], CONFIG)[0].head for _ in range(2))
+    other = fit(features, rows, [0.05], FitConfig(**{**vars(CONFIG), "seed": 1}))[0].head
+    assert torch.equal(one.B, same.B)
+    assert not torch.equal(one.B, other.B)
+
+
+def test_the_controls_push_as_hard_and_the_shuffled_one_gains_nothing_like_it(features: Features, rows: Tensor) -> None:
+    snapshot = fit(features, rows, [0.06], CONFIG)[0]
+    measured = features.at(features.gated & features.held_out)
+    controls = {kind: fit_control(kind, features, rows, snapshot.kl, CONFIG, BASE) for kind in CONTROLS}
+    gains = {}
+    for kind, control in controls.items():
+        head = Head(HIDDEN, control.rank, control.cap, control.hidden_scale, control.row_scale, 0)
+        head.A.data, head.B.data, head.b.data = control.A, control.B, control.b
+        kl, _ = measure(head, measured, rows, CONFIG, control.strength)
+        assert kl == pytest.approx(snapshot.kl, rel=0.02)
+        gains[kind] = merit_after(head, features, rows, control.strength)
+    true_gain = merit_after(snapshot.head, features, rows)
+    assert gains[SHUFFLED] < 0.5 * true_gain
+
+
+def test_shuffling_moves_advantages_within_problems_only(features: Features) -> None:
+    shuffled = shuffle(features, seed=0)
+    assert not torch.equal(shuffled.advantage, features.advantage)
+    for problem in range(3):
+        here = features.problem == problem
+        assert sorted(shuffled.advantage[here].tolist()) == sorted(features.advantage[here].tolist())
+    for item in range(12):
+        assert len(shuffled.advantage[features.item == item].unique()) == 1
+
+
+def test_matching_strength_reaches_the_kl(features: Features, rows: Tensor) -> None:
+    head = fit(features, rows, [0.02], CONFIG)[0].head
+    strength = match_strength(head, features, rows, 0.1, CONFIG)
+    assert strength > 1
+    kl, _ = measure(head, features.at(features.gated & features.held_out), rows, CONFIG, strength)
+    assert kl == pytest.approx(0.1, rel=0.02)
+
+
+def test_an_unfitted_head_is_the_base(features: Features, rows: Tensor) -> None:
+    head = Head(HIDDEN, 2, 3.0, 1.0, 1.0, seed=0)
+    delta = head(features.h, rows[features.ids[:, :5].long()])
+    assert not delta.any()
+    assert compare(features, delta, T).kl.abs().max() < 1e-5
+
+
+def test_no_open_position_or_no_room_for_a_step_is_an_error_that_names_the_option(
+    features: Features, rows: Tensor
+) -> None:
+    closed = features._replace(gated=torch.zeros_like(features.gated))
+    with pytest.raises(TaskError, match="lower --tau"):
+        fit(closed, rows, [0.1], CONFIG)
+    with pytest.raises(TaskError, match="--kl-budgets"):
+        fit(features, rows, [1e-9], CONFIG)

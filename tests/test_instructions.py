@@ -1,0 +1,97 @@
+"""The built-in task: its verifier accepts right answers and refuses corrupted ones; its splits share nothing."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.errors import TaskError
+from trimtab.steering.instructions import KINDS, Instructions, follows
+from trimtab.steering.problem import Problem
+from trimtab.steering.words import HELD_OUT_TOPICS, HELD_OUT_WORDS, TRAIN_TOPICS, TRAIN_WORDS
+
+FUNCTION_WORDS = {"a", "an", "the", "of", "to", "in", "at", "and", "on", "up", "well", "done"}
+
+filler = st.lists(st.sampled_from(["it", "is", "very", "old", "when", "they're", "seen"]), min_size=1, max_size=6)
+word = st.sampled_from(TRAIN_WORDS)
+mark = st.sampled_from([".", "!", "?"])
+space = st.sampled_from(["", " ", "\n", "  \n"])
+
+
+def sentence(words: list[str], end: str) -> str:
+    return " ".join(words).capitalize() + end
+
+
+@given(filler, word, word, filler, mark, space)
+def test_sentences_with_the_words_pass_and_corrupted_ones_do_not(
+    before: list[str], first: str, second: str, after: list[str], end: str, pad: str
+) -> None:
+    text = sentence([*before, first, "and", second.upper() + ",", *after], end)
+    for answer in ({"kind": "one", "words": [first]}, {"kind": "two", "words": [first, second]}):
+        assert follows(pad + text + pad, answer)
+        assert follows(f'"{text}"', answer)
+        assert not follows(text + " And more" + end, answer), "two sentences"
+        assert not follows(text.lower().replace(first, first + "x"), answer), "the word must stand whole"
+        assert not follows("", answer)
+        assert not follows("...", answer)
+
+
+@given(filler, word, mark)
+def test_the_last_word_is_the_last(before: list[str], last: str, end: str) -> None:
+    answer = {"kind": "end", "words": [last]}
+    assert follows(sentence([*before, last], end), answer)
+    assert follows(sentence([*before, last], ""), answer)
+    assert not follows(sentence([*before, last, "too"], end), answer)
+    assert not follows(sentence([*before, last + "s"], end), answer)
+
+
+@given(st.lists(st.sampled_from(["1. salt", "- pepper", "Oil", "a b. c!"]), min_size=1, max_size=6), st.booleans())
+def test_three_lines_are_three(lines: list[str], blank_between: bool) -> None:
+    text = ("\n\n" if blank_between else "\n").join(lines)
+    assert follows(text + "\n", {"kind": "three", "words": []}) == (len(lines) == 3)
+
+
+def test_three_bare_numbers_are_no_things() -> None:
+    assert not follows("1.\n2.\n3.", {"kind": "three", "words": []})
+
+
+def content_words(topics: list[str]) -> set[str]:
+    return {w for topic in topics for w in re.findall("[a-z]+", topic.lower())} - FUNCTION_WORDS
+
+
+def test_the_halves_share_no_word_topic_or_content_word() -> None:
+    assert not set(TRAIN_WORDS) & set(HELD_OUT_WORDS)
+    assert not content_words(TRAIN_TOPICS) & content_words(HELD_OUT_TOPICS)
+    assert not (set(TRAIN_WORDS) | set(HELD_OUT_WORDS)) & (content_words(TRAIN_TOPICS) | content_words(HELD_OUT_TOPICS))
+    for values in (TRAIN_WORDS, HELD_OUT_WORDS, TRAIN_TOPICS, HELD_OUT_TOPICS):
+        assert len(set(values)) == len(values) > 90
+
+
+def prompt(problem: Problem) -> str:
+    assert problem.messages is not None
+    return str(problem.messages[0]["content"])
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_problems_are_distinct_balanced_and_a_prefix_of_more(split: str) -> None:
+    many = Instructions(seed=4).problems(split, 400)  # type: ignore[arg-type]
+    assert Instructions(seed=4).problems(split, 150) == many[:150]  # type: ignore[arg-type]
+    assert Instructions(seed=5).problems(split, 150) != many[:150]  # type: ignore[arg-type]
+    assert len({prompt(p) for p in many}) == len({p.id for p in many}) == 400
+    for kind in KINDS:
+        assert sum(p.kind == kind for p in many) > 50
+    for p in many:
+        assert all(f'"{w}"' in prompt(p) for w in p.answer["words"])
+
+
+def test_splits_share_no_prompt() -> None:
+    task = Instructions()
+    train, held_out = task.problems("train", 1000), task.problems("held-out", 1000)
+    assert not {prompt(p) for p in train} & {prompt(p) for p in held_out}
+    assert not {p.id for p in train} & {p.id for p in held_out}
+
+
+def test_more_problems_than_there_are_is_an_error() -> None:
+    with pytest.raises(TaskError, match="at most"):
+        Instructions().problems("train", 10**6)

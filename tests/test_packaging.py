@@ -1,0 +1,88 @@
+"""What is shipped: every module, nothing else, and a base install that stays light."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SHIPPED = {"tests", "benchmarks", "scripts", "build", "dist"}
+PACKAGE_DIR: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+
+
+def module_files() -> set[str]:
+    """Every Python file of the package, relative to the root."""
+    folders = [ROOT] + [
+        path
+        for path in ROOT.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name not in NOT_SHIPPED
+        if not (path / "pyvenv.cfg").exists()
+    ]
+    found = [path for folder in folders for path in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix() for path in found}
+
+
+def correction_files() -> set[str]:
+    """The two files of every correction that comes with the package; what lies beside them is for readers."""
+    return {path.relative_to(ROOT).as_posix() for path in ROOT.glob("corrections/*/correction.*")}
+
+
+def test_every_folder_with_python_files_is_listed() -> None:
+    folders = {Path(file).parent.as_posix() for file in module_files()}
+    assert folders == set(PACKAGE_DIR.values())
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(packages) == set(PACKAGE_DIR)
+
+
+def test_folders_cannot_shadow_other_packages() -> None:
+    """`kernels` is another package's import name: without an __init__ here it is never found at the root."""
+    inits = {file for file in module_files() if file.endswith("__init__.py")}
+    assert inits == {"__init__.py", "clients/__init__.py"}
+
+
+def test_the_base_import_is_light() -> None:
+    program = """
+import sys, trimtab
+from trimtab.clients import Client
+Client().close()
+heavy = {"torch", "numpy", "transformers", "safetensors", "fastapi", "starlette", "uvicorn", "triton", "jinja2"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, [], "")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel of a copy of the tree (building writes into it), made offline with what is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in (*module_files(), *correction_files(), "pyproject.toml", "README.md", "LICENSE", "py.typed"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    ran = subprocess.run([*pip, "-w", folder, source], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    held = {name.removeprefix("trimtab/") for name in wheel.namelist() if ".dist-info/" not in name}
+    assert module_files() <= held
+    assert held - module_files() == {"py.typed", *correction_files()}
+    assert all(name.startswith("trimtab") for name in wheel.namelist())
+
+
+def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
+    (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA"))
+    assert "License-Expression: Apache-2.0" in metadata
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert sorted(line.split()[1].split("<")[0].split(">")[0] for line in required) == ["httpx", "pydantic"]
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())

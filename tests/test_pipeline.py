@@ -1,0 +1,148 @@
+"""The whole trainer on a tiny random model: it ends in a correction's folder, and a killed run ends in the same one."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import tiny_base
+from trimtab.errors import InvalidRequest, TaskError
+from trimtab.server.base import Base
+from trimtab.steering import atomic, pipeline
+from trimtab.steering.config import FitConfig
+from trimtab.steering.correction import check, load
+from trimtab.steering.problem import Problem, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Vowels:
+    """Rewards about half of what a random model over bytes writes."""
+
+    name: str = "vowels"
+
+    def problems(self, split: Split, count: int) -> list[Problem]:
+        return [Problem(f"{split}-{i}", None, prompt=f"{split} {i}: ", kind="ab"[i % 2]) for i in range(count)]
+
+    def score(self, problem: Problem, completion: str) -> float:
+        return float(sum(map(ord, completion)) % 2)
+
+
+CONFIG = FitConfig(
+    name="tiny",
+    problems=20,
+    samples=4,
+    max_tokens=6,
+    temperature=1.0,
+    rank=2,
+    top_k=5,
+    batch=32,
+    epochs=3,
+    learning_rate=0.01,
+    kl_budgets=(0.01, 0.03),
+    validation_problems=3,
+    validation_samples=2,
+    test_problems=9,
+    slots=8,
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    torch.set_num_threads(1)
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    pipeline.run(CONFIG, out, base, Vowels())
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_a_loadable_correction_with_report_and_controls(base: Base, finished: Path) -> None:
+    correction = load(finished)
+    check(correction, base.identity)
+    assert correction.name == "tiny"
+    report = correction.report
+    assert report is not None
+    names = ["base", "base-greedy", "correction", "correction-greedy", "shuffled-rewards", "random-positions"]
+    assert [policy["policy"] for policy in report["policies"]] == names
+    assert set(report["verdict"]["beats"]) == {"base", "shuffled-rewards", "random-positions"}
+    assert report["policies"][2]["fired"] > 0.5
+    assert report["policies"][0]["fired"] == 0
+    fit = correction.provenance["fit"]
+    assert 0 < fit["kl"] < fit["kl_budget"]
+    assert fit["validation"].keys() == {"base", "kl-0.01", "kl-0.03"}
+    for kind in ("shuffled-rewards", "random-positions"):
+        check(load(finished / "controls" / kind), base.identity)
+    assert "Verdict" in (finished / "report.md").read_text()
+    assert not list(finished.rglob("*.tmp"))
+
+
+def resulting(out: Path, part: str) -> list[Path]:
+    """Finished files of a stage. (A fit takes seconds: its stage alone is done again as a whole.)"""
+    return [p for p in (out / "run").rglob("*") if p.is_file() and part in p.parts and p.suffix != ".tmp"]
+
+
+class Killed(BaseException):
+    """As a SIGKILL: nothing may catch it."""
+
+
+@pytest.mark.parametrize("survived", [0, 2, 5, 8, 15, 23])
+def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    replace, done = os.replace, []
+
+    def replace_until_killed(source: str, target: str) -> None:
+        if len(done) == survived:
+            raise Killed
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", replace_until_killed)
+        with pytest.raises(Killed):
+            pipeline.run(CONFIG, tmp_path, base, Vowels())
+    assert not (tmp_path / "correction.json").exists()
+    kept = [
+        p for part in ("run.json", "rollouts", "features", "validation", "report") for p in resulting(tmp_path, part)
+    ]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    pipeline.run(dataclasses.replace(CONFIG, slots=5), tmp_path, base, Vowels())
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
+    for path in tmp_path.rglob("*.tmp"):  # left by the kill
+        path.unlink()
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finished: Path) -> None:
+    for change in ({"rank": 3}, {"kl_budgets": (0.01, 0.02)}, {"seed": 1}):
+        (field,) = change
+        with pytest.raises(InvalidRequest, match=f"begun with {field} = ") as caught:
+            pipeline.run(dataclasses.replace(CONFIG, **change), finished, base, Vowels())
+        assert caught.value.field == field
+    with pytest.raises(InvalidRequest, match="fingerprint"):
+        pipeline.run(CONFIG, finished, tiny_base(seed=1), Vowels())
+
+
+def test_a_task_without_mixed_success_is_refused_with_its_pass_rate(base: Base, tmp_path: Path) -> None:
+    class Impossible(Vowels):
+        def score(self, problem: Problem, completion: str) -> float:
+            return 0.0
+
+    with pytest.raises(TaskError, match=r"pass rate 0\.00"):
+        pipeline.run(CONFIG, tmp_path, base, Impossible())
+
+
+def test_a_finished_correction_without_its_run_is_not_overwritten(base: Base, finished: Path, tmp_path: Path) -> None:
+    for name in ("correction.json", "correction.safetensors"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    with pytest.raises(InvalidRequest, match="holds a finished correction"):
+        pipeline.run(CONFIG, tmp_path, base, Vowels())

@@ -1,0 +1,85 @@
+"""Bodies: what they become, and which keys are refused, ignored or unknown."""
+
+from typing import Any
+
+import pytest
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.request import SamplingParams
+from trimtab.server.schema import ChatBody, CompletionBody
+from trimtab.server.stream import TextRules
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def chat(**body: Any) -> ChatBody:
+    return ChatBody.model_validate({"messages": MESSAGES} | body)
+
+
+def test_an_empty_chat_has_openais_defaults() -> None:
+    assert chat().sampling() == SamplingParams()
+    assert chat().rules() == TextRules()
+    assert (chat().choices, chat().report) == (1, "summary")
+
+
+def test_null_is_the_same_as_not_sent() -> None:
+    fields = set(ChatBody.model_fields) - {"messages"}
+    body = chat(**dict.fromkeys(fields))
+    body.check()
+    assert (body.sampling(), body.rules()) == (chat().sampling(), chat().rules())
+
+
+def test_every_sampling_parameter_arrives() -> None:
+    values: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "seed": -5,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.2,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "max_tokens": 8,
+    }
+    sampling = chat(**values, stop_token_ids=[4, 4], logit_bias={"9": 1.5}, logprobs=True, top_logprobs=4).sampling()
+    expected = SamplingParams(**values, stop_token_ids=frozenset({4}), logit_bias={9: 1.5}, alternatives=4)
+    assert sampling == expected
+
+
+def test_the_newer_name_of_max_tokens_wins() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=6).sampling().max_tokens == 6
+
+
+def test_rules() -> None:
+    body = chat(stop=["a", "b"], min_tokens=3, include_stop_str_in_output=True, skip_special_tokens=False)
+    assert body.rules() == TextRules(("a", "b"), 3, True, False)
+    assert chat(stop="a").rules().stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("key", "fine", "refused"),
+    [
+        ("tools", [], [{}]),
+        ("response_format", {"type": "text"}, {"type": "json_schema"}),
+        ("suffix", "", "x"),
+        ("use_beam_search", False, True),
+        ("guided_json", None, {}),
+        ("best_of", 1, 2),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_not_ignored(key: str, fine: Any, refused: Any) -> None:
+    chat(**{key: fine}).check()
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**{key: refused}).check()
+    assert caught.value.field == key
+
+
+def test_unknown_keys_are_told_apart() -> None:
+    assert chat(frobnicate=1, user="u", tools=[]).unknown_keys() == {"frobnicate"}
+
+
+def test_a_batch_of_ids_is_not_a_prompt_of_ids() -> None:
+    assert CompletionBody.model_validate({"prompt": [1, 2]}).prompts == [[1, 2]]
+    assert CompletionBody.model_validate({"prompt": [[1, 2]]}).prompts == [[1, 2]]

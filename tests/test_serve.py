@@ -1,0 +1,88 @@
+"""`trimtab serve`: what is chosen from flags, and one real start and stop."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
+from trimtab.errors import CorrectionError, InvalidRequest
+from trimtab.server import serve
+from trimtab.steering.correction import save
+
+
+def test_corrections_are_named_by_flag_or_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    assert serve.choose_corrections("m", [f"mine={tmp_path}", str(folder)]) == [("mine", tmp_path), ("a=b", folder)]
+    with pytest.raises(InvalidRequest, match="there is no folder"):
+        serve.choose_corrections("m", [f"mine={tmp_path}/none"])
+
+
+def test_the_demo_brings_its_correction_when_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "DEMO_CORRECTION", tmp_path)
+    assert serve.choose_corrections("demo", []) == [(tmp_path.name, tmp_path)]
+    assert serve.choose_corrections("other", []) == []
+    monkeypatch.setattr(serve, "DEMO_CORRECTION", tmp_path / "none")
+    assert serve.choose_corrections("demo", []) == []
+
+
+def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    assert serve.choose_keys(None) == []
+    monkeypatch.setenv(serve.KEY_VARIABLE, "e")
+    assert serve.choose_keys(None) == ["e"]
+    assert serve.choose_keys(["f"]) == ["f"]
+    monkeypatch.setenv(serve.KEY_VARIABLE, "")
+    with pytest.raises(InvalidRequest, match="must not be empty"):
+        serve.choose_keys(None)
+
+
+def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None:
+    base, other = tiny_base(), tiny_base(seed=1)
+    save(tiny_correction(base, "made"), tmp_path / "made")
+    save(tiny_correction(other, "foreign"), tmp_path / "foreign")
+    bank = serve.load_bank(base, [("one", tmp_path / "made"), ("two", tmp_path / "made")], ["tiny"])
+    assert bank.names == ["one", "two"]
+    told = serve.describe(base, bank, ["tiny", "alias"], 4, 128)
+    assert "tiny, alias (float32 on cpu)" in told
+    assert "one: head, rank 4, top 10, strength 1 where entropy > 1 nats" in told
+    assert "never evaluated" in told
+    with pytest.raises(InvalidRequest, match="the model itself is called tiny"):
+        serve.load_bank(base, [("tiny", tmp_path / "made")], ["tiny"])
+    with pytest.raises(CorrectionError, match="fitted to"):
+        serve.load_bank(base, [("x", tmp_path / "foreign")], ["tiny"])
+
+
+def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    command = [sys.executable, "-m", "trimtab.cli", "serve", str(tmp_path / "tiny"), "--port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--max-model-len", "64", "--max-num-seqs", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            told = ""
+            while not (found := re.search(r"running on (http://\S+)", told)):
+                line = server.stdout.readline()
+                assert line, f"the server ended: {told}"
+                told += line
+            assert "slots        2 of 64 tokens" in told
+            assert httpx.get(f"{found[1]}/health").json() == {"status": "ok"}
+            assert httpx.get(f"{found[1]}/v1/models").json()["data"][0]["id"] == "tiny"
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+            assert "Traceback" not in server.stdout.read()
+        finally:
+            server.kill()

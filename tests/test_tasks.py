@@ -1,0 +1,91 @@
+"""Task files: errors name the file, the line and the field; splits are disjoint and stable."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.errors import TaskError
+from trimtab.steering.tasks import fingerprint, load_task
+
+
+def write(path: Path, lines: list[Any]) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def lines(count: int, prefix: str = "p") -> list[Any]:
+    return [{"id": f"{prefix}{i}", "prompt": f"{prefix}: {i} + 1 =", "answer": i + 1} for i in range(count)]
+
+
+def test_a_file_is_split_by_hash_and_adding_lines_moves_none(tmp_path: Path) -> None:
+    few = load_task(write(tmp_path / "few.jsonl", lines(100)), "exact")
+    many = load_task(write(tmp_path / "many.jsonl", lines(200)), "exact")
+    train, held_out = few.problems("train", 60), few.problems("held-out", 20)
+    assert not {p.id for p in train} & {p.id for p in held_out}
+    assert many.problems("train", 60) == train
+    assert many.problems("held-out", 20) == held_out
+    with pytest.raises(TaskError, match=r"few\.jsonl has \d+ held-out problems; 99 are needed"):
+        few.problems("held-out", 99)
+
+
+def test_the_same_prompt_never_stands_in_both_splits(tmp_path: Path) -> None:
+    twice = [{**line, "id": line["id"] + suffix} for line in lines(60) for suffix in "ab"]
+    task = load_task(write(tmp_path / "t.jsonl", twice), "exact")
+    train = {p.prompt for p in task.problems("train", 70)}
+    assert not train & {p.prompt for p in task.problems("held-out", 20)}
+
+
+def test_a_held_out_file_is_the_other_split(tmp_path: Path) -> None:
+    train, held_out = write(tmp_path / "a.jsonl", lines(3)), write(tmp_path / "b.jsonl", lines(4, "q"))
+    task = load_task(train, "exact", held_out)
+    assert [p.id for p in task.problems("train", 3)] == ["p0", "p1", "p2"]
+    assert [p.id for p in task.problems("held-out", 4)] == ["q0", "q1", "q2", "q3"]
+    assert task.score(task.problems("held-out", 1)[0], " 1\n") == 1.0
+    assert fingerprint(task, 2, 2) != fingerprint(task, 3, 2)
+    overlap = write(tmp_path / "c.jsonl", [{**lines(1)[0], "id": "other"}])
+    with pytest.raises(TaskError, match=r"c\.jsonl: the problem 'other' has the prompt of a training problem"):
+        load_task(train, "exact", overlap)
+
+
+GOOD = {"id": "x", "messages": [{"role": "user", "content": "Hi"}], "answer": "3"}
+
+
+@pytest.mark.parametrize(
+    ("line", "verifier", "words"),
+    [
+        ("{", "exact", "is not JSON"),
+        ("[]", "exact", "must be a JSON object"),
+        ({**GOOD, "colour": 1}, "exact", "colour is not a known field"),
+        ({**GOOD, "id": None}, "exact", "id must be"),
+        ({**GOOD, "id": "good"}, "exact", "id 'good' was used before"),
+        ({"id": "x", "prompt": "a"}, "exact", "answer is missing"),
+        ({**GOOD, "prompt": "a"}, "exact", "messages or prompt exactly one"),
+        ({"id": "x", "answer": 1}, "exact", "messages or prompt exactly one"),
+        ({"id": "x", "answer": 1, "prompt": ""}, "exact", "prompt must be"),
+        ({**GOOD, "messages": []}, "exact", "messages must be"),
+        ({**GOOD, "messages": [{"role": "user"}]}, "exact", r"messages\[0\] must be"),
+        ({**GOOD, "kind": 3}, "exact", "kind must be"),
+        ({**GOOD, "answer": "("}, "regex", "answer is not a regular expression"),
+        ({**GOOD, "answer": 3}, "regex", "answer must be a string"),
+        ({**GOOD, "answer": None}, "math", "answer must be a string or a number"),
+        ({**GOOD, "answer": ""}, "math", "answer is not a number or formula"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: Any, verifier: str, words: str) -> None:
+    good = {"id": "good", "prompt": "a", "answer": "1"}
+    path = write(tmp_path / "t.jsonl", [good, "", line])
+    with pytest.raises(TaskError, match=rf"t\.jsonl, line 3: {words}"):
+        load_task(path, verifier)
+
+
+def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no file 'gsm'"):
+        load_task("gsm")
+    with pytest.raises(TaskError, match="needs a verifier"):
+        load_task(write(tmp_path / "t.jsonl", lines(2)))
+    with pytest.raises(TaskError, match="holds no problems"):
+        load_task(write(tmp_path / "empty.jsonl", []), "exact")
+    with pytest.raises(TaskError, match="its own verifier"):
+        load_task("instructions", "exact")

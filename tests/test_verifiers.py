@@ -1,0 +1,58 @@
+"""Verifiers: what counts as right, and whose mistake is named when one fails."""
+
+from pathlib import Path
+
+import pytest
+
+from trimtab.errors import TaskError
+from trimtab.steering.verifiers import load_verifier
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("So it is \\boxed{\\frac{1}{2}}.", "0.5", True),
+        ("The answer is 42.", 42, True),
+        ("The answer is 41.", 42, False),
+        ("It costs $1,200.", "1200", True),
+        ("1/2", "\\frac12", True),
+        ("\\boxed{1+x}", "x+1", True),
+        ("", "3", False),
+    ],
+)
+def test_math(completion: str, answer: object, right: bool) -> None:
+    assert load_verifier("math")(completion, answer) == float(right)
+
+
+def test_exact_and_regex() -> None:
+    assert load_verifier("exact")(" yes\n", "yes") == 1.0
+    assert load_verifier("exact")("yes.", "yes") == 0.0
+    assert load_verifier("regex")("I say yes!", r"\byes\b") == 1.0
+    assert load_verifier("regex")("eyes", r"\byes\b") == 0.0
+
+
+def test_a_function_of_the_users_is_imported_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grading.py").write_text(
+        "def half(completion, answer): return 0.5\n"
+        "def same(completion, answer): return completion == answer\n"
+        "def loud(completion, answer): return 3\n"
+        "def broken(completion, answer): return answer['gone']\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_verifier("grading:half")("a", "b") == 0.5
+    assert load_verifier("grading:same")("a", "a") == 1.0
+    with pytest.raises(TaskError, match=r"'grading:loud' returned 3\.0"):
+        load_verifier("grading:loud")("a", "b")
+    with pytest.raises(TaskError, match="'grading:broken' failed on 'a': KeyError"):
+        load_verifier("grading:broken")("a", {})
+    with pytest.raises(TaskError, match="not a function"):
+        load_verifier("grading:number")
+
+
+@pytest.mark.parametrize("name", ["maths", "nowhere_at_all:f", "json:no_such", ":f", "json:"])
+def test_a_verifier_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(TaskError, match="verifier"):
+        load_verifier(name)
