@@ -10,9 +10,7 @@ from trimtab.kernels.record import StepInputs, StepRecord
 def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:
     """The step function of a device. Triton is imported only where it is used."""
     if device.type == "cuda":
-        from trimtab.kernels import step
-
-        return step.step
-    from trimtab.kernels import reference
-
-    return reference.step
+        from trimtab.kernels.step import step
+    else:
+        from trimtab.kernels.reference import step
+    return step

@@ -36,7 +36,8 @@ def uniform(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.fl
     zero = np.zeros_like(seed)
     words = philox(np.stack([position & _LOW, position >> _SHIFT, zero, zero]), np.stack([seed & _LOW, seed >> _SHIFT]))
     bits = (words[0] << np.uint64(20)) ^ (words[1] >> np.uint64(12))
-    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+    draws: npt.NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-52
+    return draws
 
 
 def derive(seed: int, index: int) -> int:

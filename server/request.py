@@ -102,7 +102,8 @@ class Receipt(NamedTuple):
         return self.fired and self.base_token != self.steered_token
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     """One sampled token of one choice, or its end without one (token None: abort or error)."""
 
     request_id: str

@@ -10,7 +10,6 @@ import json
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,9 @@ def add_eval(subparsers: Subparsers) -> None:
     parser.add_argument("--verifier", help="for a file: math, exact, regex or module:function")
     parser.add_argument("--held-out", help="for a file: a second JSONL file to judge on")
     parser.add_argument("--problems", type=_positive, default=200, help="held-out problems (default: 200)")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many: others than the fit's report")
+    parser.add_argument(
+        "--skip", type=_count, default=0, help="leave out the first so many: others than the fit's report"
+    )
     parser.add_argument("--samples", type=_positive, default=2, help="completions a problem and policy (default: 2)")
     parser.add_argument("--seed", type=int, help="of the draws")
     parser.add_argument("--temperature", type=float)
@@ -86,7 +87,6 @@ def add_eval(subparsers: Subparsers) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--slots", type=_positive, default=32, help="completions sampled at once")
     parser.add_argument("--threads", type=_positive, default=1, help="torch threads")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep completions here and continue from them")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of Markdown")
     parser.set_defaults(func=run_eval)
 
@@ -103,7 +103,9 @@ def run_eval(args: argparse.Namespace) -> None:
     from trimtab.steering.tasks import load_task
 
     correction = load(args.correction)
-    fitted: Mapping[str, Any] = correction.provenance.get("config", {})
+    fitted: dict[str, Any] = dict(correction.provenance.get("config", {}))
+    if args.task:  # another task brings its own verifier and held-out file
+        fitted |= {"verifier": None, "held_out": None}
     asked = {name: _first(getattr(args, name), fitted.get(name), default) for name, default in _EVAL_DEFAULTS.items()}
     folders = [args.correction / "controls" / kind for kind in CONTROLS]
     controls = [load(folder) for folder in folders if folder.is_dir()]
@@ -122,7 +124,7 @@ def run_eval(args: argparse.Namespace) -> None:
             sampling,
             correction,
             controls,
-            args.work or Path(scratch),
+            Path(scratch) / "eval",
             args.slots,
             args.threads,
             args.strength,
@@ -182,8 +184,14 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _positive(text: str) -> int:
+def _count(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    if (value := _count(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, not 0")
     return value

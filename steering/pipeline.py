@@ -187,7 +187,7 @@ def _provenance(
         "method": "head tier, fitted directly: clipped ratio under a trust region",
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
-        "problems": fingerprint(task, config.problems + config.validation_problems, config.test_problems),
+        "problems_sha256": fingerprint(task, config.problems + config.validation_problems, config.test_problems),
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
         "mixed_problems": len(set(features.problem.tolist())),

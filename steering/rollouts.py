@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One completion. Counts are of steps; see DESIGN's words open, fired and flip in kernels/record.py."""
+    """One completion. open, fired and flips count steps; kernels/record.py says what they mean."""
 
     problem: str
     sample: int

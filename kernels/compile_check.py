@@ -1,0 +1,137 @@
+"""Compile the step's kernels for a GPU that is not there, and read what the compiler made of them.
+
+    python -m trimtab.kernels.compile_check            every kernel, sm_80 and sm_90; the last line is JSON
+
+Invariant: needs neither driver nor device: the triton wheel brings the assembler and both disassemblers. What passes
+the interpreter may still fail to compile, or spill, or read two bytes at a time: this says so.
+"""
+
+# mypy: allow-untyped-calls
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trimtab.kernels import finish, resolve, stats
+from trimtab.kernels.record import MAX_ALTERNATIVES
+
+TARGETS = (80, 90)
+_BIN = Path(nvidia.__file__).parent / "bin"
+_INT32 = (
+    "top_k correction edit_offsets edit_token edit_count correction_top_k task "
+    "token_out status_out base_token_out steered_token_out top_ids_out"
+)
+_POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
+    "shadow": "*i8",
+    "uniform": "*fp64",
+    "ranked": "*i64",
+    "steered_keys": "*i64",
+}
+_ALIGNED = {
+    "logits_stride",
+    "vocab",
+    "stride",
+    "hidden_stride",
+    "size",
+    "head_stride",
+}  # multiples of 16 in real models
+_INTEGERS = _ALIGNED | {"rank", "alternatives"}
+_OF_DTYPE = {"logits", "hidden", "head"}
+
+
+class Build(NamedTuple):
+    """One way to launch a kernel."""
+
+    name: str
+    kernel: Any  # the jit function
+    dtype: str  # of logits, hidden and head, as Triton writes it
+    constants: dict[str, int | bool]
+    launch: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a build for one target."""
+
+    name: str
+    target: int  # 90 is sm_90
+    registers: int  # a thread
+    stack: int  # bytes
+    spills: int  # STL and LDL instructions
+    wide_loads: int  # LDG of 128 bits
+    shared: int  # bytes
+    instructions: int
+
+
+def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
+    """The launches of a model with up to groups * 128 tokens: usual banks, and the largest with most alternatives."""
+    chunk = {"CHUNK": stats.CHUNK}
+    result = [Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH) for d in ("bf16", "fp32")]
+    for slots in (finish.slots_for(32, 20), finish.slots_for(finish.MAX_CANDIDATES, MAX_ALTERNATIVES)):
+        shape = {"HAS_EDITS": True, "SLOTS": slots}
+        sizes = shape | {"GROUPS": groups, "RANK": rank, "BLOCK": finish.MOST_PRODUCTS // max(slots, rank)}
+        result.append(Build(f"finish bf16, {slots} slots", finish.finish_kernel, "bf16", sizes, finish.LAUNCH))
+    sizes = shape | {"BLOCK": resolve.BLOCK}
+    return [*result, Build("resolve bf16", resolve.resolve_kernel, "bf16", sizes, resolve.LAUNCH)]
+
+
+def compile_for(build: Build, target: int) -> Compiled:
+    """Compile one build for sm_<target> and read its machine code."""
+    names: Sequence[str] = build.kernel.arg_names
+    signature = {name: _type(name, build) for name in names}
+    aligned = [n for n in names if n in _ALIGNED or signature[n].startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(build.kernel, signature, build.constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(build.launch))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Compiled(
+        name=build.name,
+        target=target,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        wide_loads=len(re.findall(r"\bLDG\.E[\w.]*\.128", code)),
+        shared=binary.metadata.shared,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    )
+
+
+def _type(name: str, build: Build) -> str:
+    if name in build.constants:
+        return "constexpr"
+    if name in _INTEGERS:
+        return "i32"
+    if name in _OF_DTYPE:
+        return f"*{build.dtype}"
+    return _POINTERS.get(name, "*fp32")
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Compile everything; print a line a kernel, then all of it as JSON."""
+    results = [compile_for(build, target) for target in TARGETS for build in builds()]
+    for r in results:
+        print(
+            f"sm_{r.target} {r.name:24} {r.registers:4} registers {r.stack:5} stack {r.spills:5} spills "
+            f"{r.wide_loads:3} wide loads {r.shared:6} shared {r.instructions:6} instructions"
+        )
+    print(json.dumps([r._asdict() for r in results]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The last kernel of a step: rows that `finish` could not settle, edited ones and those whose filters keep many tokens.
+
+Invariant: exact for any filter and any vocabulary, without a sort; a row that has its token returns at once, so the
+launch needs no word from the host. The row's logits, corrected and edited, are written out once. Every cut in the order
+of tokens is a bisection over keys, each probe one pass over the row: the top k by their number, a nucleus by its mass,
+and a draw in rank order by its mass too.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from trimtab.kernels.chance import RANK_ORDER
+from trimtab.kernels.finish import APPLIED, DEAD, Tasks
+from trimtab.kernels.keys import LOWEST, NEG_INF, inverse_temperature, key_token, key_value, load_logits, to_key
+from trimtab.kernels.record import StepInputs, StepRecord
+
+BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
+LAUNCH: dict[str, Any] = {"num_warps": 16, "enable_fp_fusion": False}
+HIGHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+NO_LOGIT = tl.constexpr(-0x7F800000_00000000)  # just above the key of any -inf
+
+
+@triton.jit
+def row_keys(z, start, vocab, BLOCK: tl.constexpr):
+    token = start + tl.arange(0, BLOCK)
+    value = tl.load(z + token, mask=token < vocab, other=NEG_INF)
+    return tl.where(token < vocab, to_key(value, token), LOWEST)
+
+
+@triton.jit
+def tempered(key, best, inverse):
+    return tl.where(key >= NO_LOGIT, tl.exp((key_value(key) - best) * inverse), 0.0)
+
+
+@triton.jit
+def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr):
+    """How many tokens have a key of at least `floor`, and their mass."""
+    count = tl.zeros([BLOCK], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        key = row_keys(z, start, vocab, BLOCK)
+        count += (key >= floor).to(tl.int32)
+        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0)
+    return tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0)
+
+
+@triton.jit
+def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, STRICT: tl.constexpr, BLOCK: tl.constexpr):
+    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass (more, where STRICT).
+
+    -> the key of its last token.
+    """
+    low, high = floor, tl.full([], HIGHEST, tl.int64)  # at low the wants are met, at high not
+    low_count, high_count = kept, 0
+    while low_count - high_count > 1:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK)
+        heavy = mass > want_mass if STRICT else mass >= want_mass
+        if (count >= want_count) & heavy:
+            low = middle
+            low_count = count
+        else:
+            high = middle
+            high_count = count
+    return next_key(z, vocab, low, BLOCK)
+
+
+@triton.jit
+def next_key(z, vocab, floor, BLOCK: tl.constexpr):
+    """The lowest key at or above `floor`."""
+    least = tl.full([BLOCK], HIGHEST, tl.int64)
+    for start in range(0, vocab, BLOCK):
+        key = row_keys(z, start, vocab, BLOCK)
+        least = tl.minimum(least, tl.where(key >= floor, key, HIGHEST))
+    return tl.min(least, axis=0)
+
+
+@triton.jit
+def draw_by_id(z, vocab, floor, best, inverse, uniform, mass, BLOCK: tl.constexpr):
+    """Inverse CDF in ascending id order over the tokens at or above `floor`, whose mass is `mass`."""
+    x = uniform * mass
+    running = tl.full([], 0.0, tl.float64)
+    before = running
+    chosen = 0
+    for start in range(0, vocab, BLOCK):
+        key = row_keys(z, start, vocab, BLOCK)
+        weight = tl.sum(tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(tl.float64), axis=0)
+        here = (running <= x) & (weight > 0.0)
+        chosen = tl.where(here, start, chosen)
+        before = tl.where(here, running, before)
+        running += weight
+    key = row_keys(z, chosen, vocab, BLOCK)
+    w = tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(tl.float64)
+    at = tl.sum((tl.cumsum(w, axis=0) <= x - before).to(tl.int32), axis=0)
+    return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
+
+
+@triton.jit(do_not_specialize=["alternatives"])
+def resolve_kernel(
+    logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
+    edit_offsets, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,
+    token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
+    base_token_logprob_out, steered_token_logprob_out, top_ids_out, top_logprobs_out,
+    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    bits = tl.load(task + row * 2)
+    if bits == 0:
+        return
+    logits += row * logits_stride
+    z = scratch + row * vocab
+
+    # z or z', then the edits, written where any thread may read them.
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        tl.store(z + token, load_logits(logits, token, vocab), mask=token < vocab)
+    tl.debug_barrier()
+    slot = tl.arange(0, SLOTS)
+    member = slot < tl.load(task + row * 2 + 1)
+    steered = tl.load(steered_keys + row * SLOTS + slot, mask=member, other=LOWEST)
+    if (bits & APPLIED) != 0:
+        tl.store(z + key_token(steered), key_value(steered), mask=member)
+    tl.debug_barrier()
+    if HAS_EDITS:
+        repeat = tl.load(repetition + row)
+        often = tl.load(frequency + row)
+        present = tl.load(presence + row)
+        stop = tl.load(edit_offsets + row + 1)
+        for start in range(tl.load(edit_offsets + row), stop, 128):
+            entry = start + tl.arange(0, 128)
+            listed = entry < stop
+            token = tl.load(edit_token + entry, mask=listed, other=0)
+            count = tl.load(edit_count + entry, mask=listed, other=0)
+            value = tl.load(z + token, mask=listed, other=0.0)
+            value = tl.where(count < 0, value, tl.where(value > 0.0, tl.div_rn(value, repeat), value * repeat))
+            value -= often * tl.maximum(count, 0).to(tl.float32)
+            value -= tl.where(count > 0, present, 0.0)
+            value += tl.load(edit_bias + entry, mask=listed, other=0.0)
+            tl.store(z + token, value + 0.0, mask=listed)
+        tl.debug_barrier()
+
+    highest = tl.full([BLOCK], LOWEST, tl.int64)
+    for start in range(0, vocab, BLOCK):
+        highest = tl.maximum(highest, row_keys(z, start, vocab, BLOCK))
+    first = tl.max(highest, axis=0)
+    best = key_value(first)
+    if best == NEG_INF:  # the edits forbade every token
+        tl.store(status_out + row, tl.load(status_out + row) | DEAD)
+        tl.store(base_token_out + row, -1)
+        tl.store(steered_token_out + row, -1)
+        tl.store(base_logprob_out + row, 0.0)
+        tl.store(steered_logprob_out + row, 0.0)
+        tl.store(base_token_logprob_out + row, 0.0)
+        tl.store(steered_token_logprob_out + row, 0.0)
+        tl.store(top_ids_out + row * alternatives + slot, -1, mask=slot < alternatives)
+        tl.store(top_logprobs_out + row * alternatives + slot, NEG_INF, mask=slot < alternatives)
+        return
+
+    t = tl.load(temperature + row)
+    token = key_token(first)
+    if t > 0.0:
+        inverse = inverse_temperature(t)
+        k = tl.load(top_k + row)
+        p = tl.load(top_p + row)
+        least = tl.load(min_p + row)
+        u = tl.load(uniform + row)
+        floor = tl.full([], NO_LOGIT, tl.int64)
+        kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
+        if (k > 0) & (k < kept):
+            floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, False, BLOCK)
+            kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
+        if p < 1.0:
+            floor = cut(z, vocab, floor, kept, 0, mass * p, best, inverse, False, BLOCK)
+            kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
+        if least > 0.0:
+            lowest = tl.full([BLOCK], HIGHEST, tl.int64)
+            for start in range(0, vocab, BLOCK):
+                key = row_keys(z, start, vocab, BLOCK)
+                lowest = tl.minimum(lowest, tl.where(tempered(key, best, inverse) >= least, key, HIGHEST))
+            floor = tl.maximum(floor, tl.min(lowest, axis=0))
+            kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
+        unfiltered = (k <= 0) & (p >= 1.0) & (least <= 0.0) & (vocab > RANK_ORDER)
+        if (kept > RANK_ORDER) | unfiltered:
+            token = draw_by_id(z, vocab, floor, best, inverse, u, mass, BLOCK)
+        else:
+            token = key_token(cut(z, vocab, floor, kept, 0, mass * u, best, inverse, True, BLOCK))
+
+    base_logit = load_logits(logits, token, vocab)
+    hit = (key_token(steered) == token) & member
+    steered_logit = tl.max(tl.where(hit, key_value(steered), NEG_INF), axis=0)
+    steered_logit = tl.where(tl.sum(hit.to(tl.int32), axis=0) > 0, steered_logit, base_logit)
+    tl.store(token_out + row, token)
+    best_of, log_mass = tl.load(norms + row * 4), tl.load(norms + row * 4 + 1)
+    tl.store(base_logprob_out + row, base_logit - best_of - log_mass)
+    best_of, log_mass = tl.load(norms + row * 4 + 2), tl.load(norms + row * 4 + 3)
+    tl.store(steered_logprob_out + row, steered_logit - best_of - log_mass)
+
+
+def resolve_rows(inputs: StepInputs, tasks: Tasks, record: StepRecord) -> None:
+    """Give every row that `finish_rows` left its token."""
+    rows, vocab = inputs.logits.shape
+    params, edits = inputs.params, inputs.edits
+    scratch = torch.empty(rows, vocab, dtype=torch.float32, device=inputs.logits.device)
+    resolve_kernel[rows,](
+        inputs.logits, inputs.logits.stride(0), vocab,
+        params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
+        params.repetition, params.presence, params.frequency,
+        *(edits or (params.top_k, params.top_k, params.top_k, params.tau)),
+        *tasks, scratch, inputs.alternatives, *record,
+        HAS_EDITS=edits is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK, **LAUNCH,
+    )  # fmt: skip

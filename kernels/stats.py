@@ -1,0 +1,60 @@
+"""The first kernel of a step: one read of the logits, reduced to a few numbers for every group of 128 tokens.
+
+Invariant: a group's numbers are sums over that group alone, shifted by its own maximum: they depend on neither the grid
+nor the batch, and mass that a distant peak would round to 0 survives until the peak is known to be demoted.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
+
+CHUNK = 4096  # tokens a program
+LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+LOG2_E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-200.0)  # exp is 0 there; 0 * FLOOR is 0 where 0 * -inf is NaN
+
+
+class Groups(NamedTuple):
+    """What `measure_groups` leaves for the later kernels: float32 [rows, groups padded to whole chunks]."""
+
+    peak: Tensor  # the maximum; +inf where the group holds a NaN or +inf
+    mass: Tensor  # sum of exp(z - peak)
+    moment: Tensor  # sum of exp(z - peak) * (z - peak)
+    tempered: Tensor  # sum of exp((z - peak) / temperature); unwritten where the temperature is 0 or 1
+
+
+@triton.jit
+def stats_kernel(
+    logits, logits_stride, vocab, temperature, peak_out, mass_out, moment_out, tempered_out, stride, CHUNK: tl.constexpr
+):
+    """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
+    row = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    z = tl.load(logits + row * logits_stride + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
+    peak = tl.max(z, axis=1)
+    below = z - tl.where(peak == NEG_INF, 0.0, peak)[:, None]
+    e = tl.exp2(below * LOG2_E)
+    mass = tl.sum(e, axis=1)
+    at = row * stride + group
+    tl.store(peak_out + at, tl.where(mass == mass, peak + 0.0, INF))  # a NaN or +inf has spoiled the mass
+    tl.store(mass_out + at, mass)
+    tl.store(moment_out + at, tl.sum(e * tl.maximum(below, FLOOR), axis=1))
+    inverse = inverse_temperature(tl.load(temperature + row))
+    if inverse != 1.0:
+        tl.store(tempered_out + at, tl.sum(tl.exp2(below * (inverse * LOG2_E)), axis=1))
+
+
+def measure_groups(logits: Tensor, temperature: Tensor) -> Groups:
+    """logits [rows, vocab], temperature float32 [rows]."""
+    rows, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK)
+    stride = chunks * (CHUNK // GROUP.value)
+    groups = Groups(*logits.new_empty(4, rows, stride, dtype=temperature.dtype).unbind(0))
+    stats_kernel[chunks, rows](logits, logits.stride(0), vocab, temperature, *groups, stride, CHUNK=CHUNK, **LAUNCH)
+    return groups

@@ -1,0 +1,299 @@
+"""The Triton kernels against the reference and the float64 oracle: interpreted everywhere, native on CUDA."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from interpreted import Interpreter
+from torch.nn import functional as F
+
+from oracle import draw, expect
+from steps import make_edits, make_inputs
+from trimtab.kernels import reference
+from trimtab.kernels.random import uniform
+from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord
+
+Step = Callable[[StepInputs], StepRecord]
+NUMBERS = StepRecord._fields[4:9]  # float fields, one a row
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def step(request: pytest.FixtureRequest) -> Iterator[Step]:
+    """The kernels' step, CPU tensors in and out."""
+    if request.param == "interpreter":
+        interpreter = Interpreter()
+        yield interpreter.step
+        interpreter.close()
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    else:
+        yield native_step
+
+
+def native_step(inputs: StepInputs) -> StepRecord:
+    from trimtab.kernels import step as kernels
+
+    torch.use_deterministic_algorithms(True)  # poisons uninitialised memory
+    try:
+        return move(kernels.step(move(inputs, "cuda")), "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def move(value: Any, device: str) -> Any:
+    """A (nested) NamedTuple's tensors on `device`, with their strides."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+    return type(value)(*(move(v, device) for v in value)) if isinstance(value, tuple) else value
+
+
+def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
+    """The step of some of the rows, in this order."""
+    edits = inputs.edits
+    if edits is not None:
+        spans = [range(int(edits.offsets[r]), int(edits.offsets[r + 1])) for r in rows]
+        edits = make_edits(
+            [{int(edits.token[i]): (int(edits.counts[i]), float(edits.bias[i])) for i in s} for s in spans]
+        )
+    return inputs._replace(
+        logits=inputs.logits[rows],
+        hidden=inputs.hidden[rows],
+        params=type(inputs.params)(*(t[rows] for t in inputs.params)),
+        edits=edits,
+        **changes,
+    )
+
+
+def random_rows(count: int, seed: int, vocab: int) -> tuple[list[dict[str, Any]], list[dict[int, tuple[int, float]]]]:
+    """Rows that mix every parameter, and their edits; half of the rows have none."""
+    r = random.Random(seed)
+    rows, edits = [], []
+    for _ in range(count):
+        row = {
+            "temperature": r.choice([0.0, 0.3, 1.0, 1.0, 1.7]),
+            "uniform": r.random(),
+            "correction": r.choice([-1, 0, 1, 1]),
+            "strength": r.choice([0.0, 1.0, 1.0, -4.0]),
+            "tau": r.choice([0.0, 0.0, 2.0, math.inf]),
+            "shadow": r.random() < 0.25,
+            "repetition": r.choice([1.0, 1.5]),
+            "presence": r.choice([0.0, 0.7]),
+            "frequency": r.choice([0.0, 0.3]),
+        }
+        if r.random() < 0.6:
+            row |= {"top_k": r.choice([0, 1, 3, 40, 200]), "top_p": r.choice([1.0, 0.95, 0.5, 0.01])}
+            row["min_p"] = r.choice([0.0, 0.05, 0.5])
+        rows.append(row)
+        listed = r.sample(range(vocab), min(vocab, 4)) if r.random() < 0.5 else []
+        edits.append({t: (r.randrange(-1, 4), r.choice([0.0, 5.0, -100.0, -math.inf])) for t in listed})
+    return rows, edits
+
+
+def check(inputs: StepInputs, record: StepRecord) -> None:
+    """Agreement with the reference in every field, and with the oracle in all that it knows."""
+    plain = reference.step(inputs)
+    assert record.status.tolist() == plain.status.tolist()
+    assert record.base_token.tolist() == plain.base_token.tolist()
+    assert record.steered_token.tolist() == plain.steered_token.tolist()
+    assert record.top_ids.tolist() == plain.top_ids.tolist()
+    torch.testing.assert_close(record.entropy, plain.entropy, rtol=0, atol=2e-5)
+    torch.testing.assert_close(record.top_logprobs, plain.top_logprobs, rtol=0, atol=1e-4)
+    for row in range(len(inputs.logits)):
+        expected = expect(inputs, row)
+        token, status = int(record.token[row]), int(record.status[row])
+        if expected is None:
+            assert (token, status & DEAD) == (-1, DEAD)
+            continue
+        allowed = draw(expected, float(inputs.params.uniform[row]))
+        assert token in allowed
+        assert len(allowed) > 1 or token == plain.token[row]
+        assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
+        assert status == OPEN * expected.open + FIRED * expected.fired
+        for value, of, distribution in (
+            (record.base_logprob, token, expected.base),
+            (record.steered_logprob, token, expected.steered),
+            (record.base_token_logprob, int(record.base_token[row]), expected.base),
+            (record.steered_token_logprob, int(record.steered_token[row]), expected.steered),
+        ):
+            assert float(value[row]) == pytest.approx(float(distribution[of]), abs=1e-4)
+        if not status & FIRED:
+            assert torch.equal(record.steered_logprob[row], record.base_logprob[row])
+
+
+def assert_same(a: StepRecord, b: StepRecord, fields: tuple[str, ...] = StepRecord._fields) -> None:
+    """Bit for bit."""
+    for field in fields:
+        assert torch.equal(getattr(a, field), getattr(b, field)), field
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("vocab", [1, 5, 64, 69, 127, 128, 129, 300])
+def test_mixed_rows_agree(step: Step, vocab: int, ties: bool) -> None:
+    rows, edits = random_rows(14, vocab + 1000 * ties, vocab)
+    inputs = make_inputs(rows, vocab, seed=vocab, ties=ties, edits=edits, alternatives=vocab % 7)
+    check(inputs, step(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_strided_rows_agree(step: Step, dtype: torch.dtype) -> None:
+    rows, edits = random_rows(10, 7, 5003)
+    inputs = make_inputs(rows, 5003, seed=3, dtype=dtype, edits=edits, top_k=(5, 60), alternatives=20)
+    inputs = inputs._replace(logits=F.pad(inputs.logits, (0, 13), value=99.0)[:, :5003])
+    check(inputs, step(inputs))
+
+
+def test_a_real_vocabulary_agrees(step: Step) -> None:
+    rows: list[dict[str, Any]] = [
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
+        {"correction": 0, "uniform": 0.999},
+        {"top_p": 0.99, "temperature": 1.3, "uniform": 0.6},
+    ]
+    inputs = make_inputs(rows, 49152, dtype=torch.bfloat16, alternatives=3)
+    check(inputs, step(inputs))
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_far_from_zero_nothing_is_lost(step: Step, shift: float) -> None:
+    inputs = make_inputs([{"correction": 1, "uniform": 0.3}, {"temperature": 0.5, "uniform": 0.8}], 300)
+    inputs = inputs._replace(logits=(inputs.logits * 64).round() / 64 + shift)  # exact in float32 after the shift
+    check(inputs, step(inputs))
+
+
+def test_every_candidate_may_be_demoted(step: Step) -> None:
+    """The correction pushes all of its candidates under tokens that it does not touch; ties at the boundary."""
+    for ties in (False, True):
+        filters: list[dict[str, Any]] = [
+            {"temperature": 0.0},
+            {"top_k": 4},
+            {"top_p": 0.8},
+            {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+            {},
+        ]
+        rows = [
+            {"correction": 0, "strength": s, "uniform": 0.37, **f} for f in filters for s in (-0.3, -1.0, -3.0, -90.0)
+        ]
+        inputs = make_inputs(rows, 300, seed=5, ties=ties, top_k=(32,), alternatives=4)
+        assert inputs.corrections is not None
+        inputs = inputs._replace(
+            head=torch.ones_like(inputs.head),
+            corrections=inputs.corrections._replace(
+                A=torch.zeros_like(inputs.corrections.A), b=torch.ones(1, 24) * 0.1
+            ),
+        )
+        record = step(inputs)
+        check(inputs, record)
+        assert int((record.steered_token != record.base_token).sum()) >= 10
+
+
+def test_mass_under_a_demoted_peak_is_kept(step: Step) -> None:
+    """The rest of the peak's own group is e^-120 of it: nothing in float32, unless summed apart from the peak."""
+    inputs = make_inputs([{"correction": 0, "strength": -60.0, "uniform": u} for u in (0.1, 0.6, 0.9)], 300, top_k=(1,))
+    logits = inputs.logits - 120
+    logits[:, 7] = 0
+    assert inputs.corrections is not None
+    corrections = inputs.corrections._replace(A=torch.zeros_like(inputs.corrections.A), b=torch.ones(1, 24))
+    inputs = inputs._replace(logits=logits, head=torch.ones_like(inputs.head), corrections=corrections)
+    inputs = inputs._replace(params=inputs.params._replace(tau=torch.full((3,), -1.0)))
+    check(inputs, step(inputs))
+
+
+def test_a_dead_row_harms_nobody(step: Step) -> None:
+    rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)]
+    edits: list[dict[int, tuple[int, float]]] = [{} for _ in rows]
+    edits[5] = dict.fromkeys(range(130), (-1, -math.inf))
+    inputs = make_inputs(rows, 130, edits=edits, alternatives=2)
+    alone = step(take(inputs, [0, 4]))
+    inputs.logits[1, 129], inputs.logits[2, 3], inputs.logits[3] = math.nan, math.inf, -math.inf
+    record = step(inputs)
+    check(inputs, record)
+    assert (record.status & DEAD).tolist() == [0, DEAD, DEAD, DEAD, 0, DEAD]
+    for field in StepRecord._fields:
+        assert torch.equal(getattr(record, field)[[0, 4]], getattr(alone, field)), field
+    plain = reference.step(inputs)
+    for field in (*NUMBERS[1:], "token", "base_token", "top_ids", "top_logprobs"):
+        assert torch.equal(getattr(record, field)[[1, 2, 3, 5]], getattr(plain, field)[[1, 2, 3, 5]]), field
+
+
+def test_masked_tokens_are_never_drawn(step: Step) -> None:
+    rows = [{"uniform": u, **f} for u in (1e-12, 0.5, 1 - 1e-12) for f in ({}, {"top_p": 0.999}, {"top_k": 100})]
+    inputs = make_inputs(rows, 300)
+    inputs.logits[:, 3:] = -math.inf
+    record = step(inputs)
+    assert record.token.max() < 3
+    assert record.token.tolist() == reference.step(inputs).token.tolist()
+
+
+def test_a_row_does_not_depend_on_its_batch(step: Step) -> None:
+    rows, edits = random_rows(12, 99, 700)
+    inputs = make_inputs(rows, 700, edits=edits, alternatives=20, top_k=(5, 60))
+    record = step(inputs)
+    assert_same(record, step(inputs))
+    order = [7, 2, 11, 0, 5, 9]
+    others = step(take(inputs, order, alternatives=0))
+    for field in StepRecord._fields[:9]:
+        assert torch.equal(getattr(record, field)[order], getattr(others, field)), field
+
+
+def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
+    rows, edits = random_rows(10, 41, 300)
+    rows = [row | {"correction": 1, "tau": 0.0, "shadow": False} for row in rows]
+    sampled = ("token", "entropy", "base_token", "base_logprob", "base_token_logprob", "top_ids", "top_logprobs")
+
+    def run(**change: Any) -> StepRecord:
+        return step(make_inputs([row | change for row in rows], 300, edits=edits, alternatives=5))
+
+    off, zero, shadow = run(correction=-1), run(strength=0.0), run(strength=3.0, shadow=True)
+    assert_same(off, zero, StepRecord._fields[:1] + StepRecord._fields[2:])
+    assert_same(off, shadow, sampled)
+    assert (zero.status == OPEN).all()
+    assert (shadow.status == OPEN + FIRED).all()
+    assert (shadow.steered_logprob != shadow.base_logprob).any()
+    bare = step(
+        make_inputs([row | {"correction": -1} for row in rows], 300, edits=edits, alternatives=5)._replace(
+            corrections=None
+        )
+    )
+    assert_same(off, bare)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"correction": 0}, {"top_p": 0.9}, {"top_k": 9, "frequency": 0.5}],
+    ids=["unfiltered", "nucleus", "edited"],
+)
+def test_draws_follow_the_distribution(step: Step, row: dict[str, Any]) -> None:
+    count = 120
+    rows = [{"temperature": 1.4, "uniform": u, **row} for u in uniform([11] * count, range(count)).tolist()]
+    edits = [{0: (2, 0.0), 1: (-1, -math.inf)} if "frequency" in row else {} for _ in rows]
+    inputs = make_inputs(rows, 80, edits=edits, top_k=(4,))
+    inputs = inputs._replace(logits=inputs.logits[:1].expand(count, -1), hidden=inputs.hidden[:1].expand(count, -1))
+    expected = expect(inputs, 0)
+    assert expected is not None
+    probability = torch.zeros(80, dtype=torch.float64)
+    probability[expected.order] = expected.probabilities
+    drawn = torch.bincount(step(inputs).token.long(), minlength=80).double()
+    assert drawn[probability == 0].sum() == 0  # an illegal token never
+    common = probability * count >= 5
+    cells = torch.cat([drawn[common], drawn[~common].sum()[None]])
+    wanted = torch.cat([probability[common], probability[~common].sum()[None]]).clamp(min=1e-9) * count
+    freedom = len(cells) - 1
+    statistic = float(((cells - wanted) ** 2 / wanted).sum())
+    assert freedom >= 3
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # beyond four deviations
+
+
+def test_rare_tokens_keep_their_place(step: Step) -> None:
+    """Two tokens of 2^-40 each, told apart by a uniform of 52 bits."""
+    inputs = make_inputs([{"uniform": 1 - 1.5 * 2.0**-40}, {"uniform": 1 - 0.5 * 2.0**-40}, {"uniform": 0.5}], 130)
+    logits = torch.full_like(inputs.logits, -math.inf)
+    logits[:, 0], logits[:, 100], logits[:, 129] = 0.0, -40 * math.log(2), -40 * math.log(2)
+    assert step(inputs._replace(logits=logits)).token.tolist() == [100, 129, 0]
+
+
+def test_the_largest_bank_and_most_alternatives_fit(step: Step) -> None:
+    rows = [{"correction": 0, "uniform": 0.9, "top_p": 0.97}, {"correction": 0, "strength": -3.0, "uniform": 0.2}]
+    inputs = make_inputs(rows, 700, top_k=(64,), alternatives=20)
+    check(inputs, step(inputs))
