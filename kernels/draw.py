@@ -15,22 +15,23 @@ _ID_MASK = 0xFFFFFFFF  # the low word of a key holds the id, inverted
 _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
 
 
-def draw_token(z: Tensor, inputs: StepInputs, row: int) -> int:
-    """The sampled token of one row (record.py, 6 and 7), or -1 when no token is left."""
+def draw_token(z: Tensor, maxima: Tensor, inputs: StepInputs, row: int) -> int:
+    """The sampled token of one row (record.py, 6 and 7), or -1 when no token is left. maxima [groups]: z's."""
     params = inputs.params
     vocab = inputs.logits.shape[1]
     temperature = float(params.temperature[row])
     top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
     uniform = float(params.uniform[row])
-    token = best_token(z)
-    if z[token] == float("-inf"):
+    best = maxima.amax()
+    if best == float("-inf"):
         return -1
     if temperature == 0:
-        return token
-    scaled = (z - z[token]).div_(temperature)
+        return best_token(z, maxima)
+    scaled = (z - best).div_(temperature)
     if vocab > RANK_ORDER and not top_k and top_p >= 1 and min_p <= 0:
         return _draw_by_id(scaled.exp_(), uniform)
-    values, ids = best_tokens(scaled, min(max(RANK_ORDER, top_k), vocab))
+    ids = best_tokens(z[None], maxima[None], min(max(RANK_ORDER, top_k), vocab))[1][0]
+    values = scaled[ids]
     weights = scaled.exp()
     kept, cut = _keep(scaled, weights, values, top_k, top_p, min_p)
     if kept <= RANK_ORDER:
@@ -95,17 +96,19 @@ def _draw_by_id(weights: Tensor, uniform: float) -> int:
     return group * GROUP + token
 
 
-def best_tokens(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of z [padded] in (value descending, id ascending) order -> values float32 [k], ids int64 [k]."""
-    groups = z.view(-1, GROUP)
-    count = len(groups)
-    chosen = torch.arange(count)
-    if k < count:
-        chosen = _ID_MASK - (_key(groups.amax(1), chosen).topk(k).values & _ID_MASK)
-    ids = (chosen[:, None] * GROUP + torch.arange(GROUP)).flatten()
-    keys = _key(z[ids], ids).topk(k).values
+def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row in (value descending, id ascending) order -> values float32, ids int64, both [rows, k].
+
+    z [rows, padded]; maxima [rows, groups]: z's.
+    """
+    groups = torch.arange(maxima.shape[1])
+    chosen = groups.expand(len(z), -1)
+    if k < len(groups):
+        chosen = _ID_MASK - (_key(maxima, groups).topk(k).values & _ID_MASK)
+    ids = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    keys = _key(z.gather(1, ids), ids).topk(k).values
     ids = _ID_MASK - (keys & _ID_MASK)
-    return z[ids], ids
+    return z.gather(1, ids), ids
 
 
 def _key(values: Tensor, ids: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ def total_mass(weights: Tensor) -> Tensor:
     return weights.view(-1, GROUP).sum(1).sum()
 
 
-def best_token(z: Tensor) -> int:
-    """The argmax of z [padded], lowest id first. By groups: torch's own argmax of a long row is three times slower."""
-    group = int(z.view(-1, GROUP).amax(1).argmax())
+def best_token(z: Tensor, maxima: Tensor) -> int:
+    """The argmax of z [padded], lowest id first. maxima [groups]: z's; torch's argmax of a whole row is far slower."""
+    group = int(maxima.argmax())
     return group * GROUP + int(z[group * GROUP : (group + 1) * GROUP].argmax())

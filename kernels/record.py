@@ -15,8 +15,9 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
     keep the first n tokens of that order: n = top_k if set; then the shortest prefix whose mass, renormalised over the
     kept, reaches top_p; then those with probability >= min_p times the best token's
 7.  draw with one uniform u in (0, 1) by inverse CDF: in that same order if n <= RANK_ORDER, else over the kept
-    tokens in ascending id order
+    tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER)
 8.  log-probabilities are of z (base) and z' (steered), at temperature 1, before edits and filters
+9.  a row whose edits forbid every token is DEAD too: it keeps its entropy and status, and reports no token
 """
 
 from typing import NamedTuple

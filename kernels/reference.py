@@ -18,11 +18,23 @@ from trimtab.kernels.record import DEAD, FIRED, OPEN, Corrections, Edits, StepIn
 _FLOOR = -1e4  # exp is 0 there, and 0 * _FLOOR is 0 where 0 * -inf is NaN
 
 
-class _Candidates(NamedTuple):
-    """The tokens a correction acts on, for the open rows of a batch."""
+class _Rows(NamedTuple):
+    """What one pass over the logits leaves: the rest of a step reads groups, not rows."""
 
-    ids: Tensor  # int64 [open rows, max top_k]
-    steered: Tensor  # float32 [open rows, max top_k]: z + strength * delta
+    entropy: Tensor  # [rows] nats; 0 for a dead row
+    alive: Tensor  # [rows] bool
+    best: Tensor  # [rows]: the largest logit
+    normaliser: Tensor  # [rows]: log sum exp
+    maxima: Tensor  # [rows, groups]: each group's largest logit
+    masses: Tensor  # [rows, groups]: each group's sum of exp(z - best)
+
+
+class _Candidates(NamedTuple):
+    """The tokens a correction acts on in one fired row."""
+
+    ids: Tensor  # int64 [max top_k]
+    base: Tensor  # float32 [max top_k]: z
+    steered: Tensor  # float32 [max top_k]: z + strength * delta
 
 
 @torch.inference_mode()
@@ -31,50 +43,53 @@ def step(inputs: StepInputs) -> StepRecord:
     rows, vocab = inputs.logits.shape
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
     z[:, :vocab] = inputs.logits
-    entropy, normaliser, alive = _base_statistics(z)
+    base = _read_rows(z)
     params = inputs.params
-    is_open = alive & (params.correction >= 0) & (entropy > params.tau)
+    is_open = base.alive & (params.correction >= 0) & (base.entropy > params.tau)
     fired = is_open & (params.strength != 0)
     record = _empty_record(rows, inputs.alternatives)
-    record.entropy.copy_(entropy)
-    record.status.copy_(is_open * OPEN + fired * FIRED + ~alive * DEAD)
-    candidates = _correct(inputs, inputs.corrections, z, fired) if inputs.corrections and fired.any() else None
-    nth_fired = (fired.cumsum(0) - 1).tolist()
-    for row, row_alive in enumerate(alive.tolist()):
-        if row_alive:
-            _finish_row(inputs, row, z[row], float(normaliser[row]), _pick(candidates, fired, row, nth_fired), record)
+    record.entropy.copy_(base.entropy)
+    record.status.copy_(is_open * OPEN + fired * FIRED + ~base.alive * DEAD)
+    candidates = _correct(inputs, inputs.corrections, z, base, fired) if inputs.corrections and fired.any() else {}
+    for row, alive in enumerate(base.alive.tolist()):
+        if alive:
+            _finish_row(inputs, row, z[row], base, candidates.get(row), record)
     return record
 
 
-def _base_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [rows, padded] -> entropy in nats, log-normaliser, alive; each [rows]. Dead rows have entropy 0."""
-    entropy, normaliser = torch.zeros(len(z)), torch.zeros(len(z))
-    alive = torch.zeros(len(z), dtype=torch.bool)
+def _read_rows(z: Tensor) -> _Rows:
+    """z [rows, padded] -> its statistics, with one pass a row while the row is in cache."""
+    rows = len(z)
+    groups = z.shape[1] // GROUP
+    entropy, best, normaliser = torch.zeros(3, rows)
+    maxima, masses = torch.zeros(2, rows, groups)
+    alive = torch.zeros(rows, dtype=torch.bool)
     for row, values in enumerate(z):
-        best = values.view(-1, GROUP).amax(1).amax()
-        if not torch.isfinite(best):  # NaN and +inf surface in the maximum; -inf means no token is left
+        torch.amax(values.view(-1, GROUP), 1, out=maxima[row])
+        top = maxima[row].amax()
+        if not torch.isfinite(top):  # NaN and +inf surface in the maximum; -inf means no token is left
             continue
-        d = (values - best).clamp_(min=_FLOOR)
+        d = (values - top).clamp_(min=_FLOOR)
         e = d.exp()
-        mass, moment = total_mass(e), total_mass(d.mul_(e))
+        torch.sum(e.view(-1, GROUP), 1, out=masses[row])
+        mass = masses[row].sum()
         log_mass = mass.log()
-        entropy[row] = (log_mass - moment / mass).clamp_(min=0)  # shifted coordinates: exact as |z| grows
-        normaliser[row] = best + log_mass
+        entropy[row] = (log_mass - total_mass(d.mul_(e)) / mass).clamp_(min=0)  # shifted: exact as |z| grows
+        best[row] = top
+        normaliser[row] = top + log_mass
         alive[row] = True
-    return entropy, normaliser, alive
+    return _Rows(entropy, alive, best, normaliser, maxima, masses)
 
 
-def _correct(inputs: StepInputs, bank: Corrections, z: Tensor, fired: Tensor) -> _Candidates:
-    """The corrected logits of the fired rows' candidates.
+def _correct(inputs: StepInputs, bank: Corrections, z: Tensor, base: _Rows, fired: Tensor) -> dict[int, _Candidates]:
+    """The corrected logits of each fired row's candidates, by row.
 
     Sums of products instead of matrix multiplications: the bits of a GEMM depend on how many rows it is given.
     """
     at = fired.nonzero()[:, 0]
     which = inputs.params.correction[at].long()
     k = min(bank.max_top_k, inputs.logits.shape[1])
-    tops = [best_tokens(z[row], k) for row in at.tolist()]
-    ids = torch.stack([ids for _, ids in tops])  # [fired, k]
-    base = torch.stack([values for values, _ in tops])
+    values, ids = best_tokens(z[at], base.maxima[at], k)  # [fired, k]
     h = inputs.hidden[at].float()  # [fired, hidden]
     inner = (bank.A[which] * h[:, None, :]).sum(-1)  # [fired, rank]
     shift = (bank.B[which] * inner[:, None, :]).sum(-1) + bank.b[which]  # [fired, hidden]
@@ -82,54 +97,59 @@ def _correct(inputs: StepInputs, bank: Corrections, z: Tensor, fired: Tensor) ->
     cap = bank.cap[which, None]
     delta = cap * torch.tanh(raw / cap)
     within = torch.arange(k)[None, :] < bank.top_k[which, None]
-    return _Candidates(ids, torch.where(within, base + inputs.params.strength[at, None] * delta, base))
-
-
-def _pick(candidates: _Candidates | None, fired: Tensor, row: int, nth: list[int]) -> tuple[Tensor, Tensor] | None:
-    """The row's candidate ids and steered logits, or None where the correction did not fire."""
-    if candidates is None or not fired[row]:
-        return None
-    return candidates.ids[nth[row]], candidates.steered[nth[row]]
+    steered = torch.where(within, values + inputs.params.strength[at, None] * delta, values)
+    return {row: _Candidates(*parts) for row, *parts in zip(at.tolist(), ids, values, steered, strict=True)}
 
 
 def _finish_row(
-    inputs: StepInputs,
-    row: int,
-    z: Tensor,
-    normaliser: float,
-    candidates: tuple[Tensor, Tensor] | None,
-    out: StepRecord,
+    inputs: StepInputs, row: int, z: Tensor, base: _Rows, candidates: _Candidates | None, out: StepRecord
 ) -> None:
-    """Steer, edit, draw and report one live row. z [padded] is the base's and may be overwritten."""
-    params = inputs.params
-    base_token = steered_token = best_token(z)
-    base_best = steered_best = float(z[base_token])
-    steered_normaliser, start = normaliser, z
-    steered = z
+    """Steer, edit, draw and report one live row. z [padded] is the base's and is overwritten."""
+    maxima, base_normaliser = base.maxima[row], float(base.normaliser[row])
+    base_token = steered_token = best_token(z, maxima)
+    base_best = steered_best = float(base.best[row])
+    normaliser, steered_normaliser = base_normaliser, base_normaliser
+    applied = candidates is not None and not inputs.params.shadow[row]
     if candidates is not None:
-        steered = z.scatter(0, *candidates)
-        steered_normaliser = float(_log_mass(steered))
-        steered_token = best_token(steered)
-        steered_best = float(steered[steered_token])
-        start = z if params.shadow[row] else steered
-    start_normaliser = normaliser if start is z else steered_normaliser
-    final = start if inputs.edits is None else _edit(start, inputs.edits, inputs, row)
-    token = draw_token(final, inputs, row)
+        z[candidates.ids] = candidates.steered
+        steered_maxima, steered_normaliser = _read_steered(z, base, row, candidates.ids)
+        steered_token = best_token(z, steered_maxima)
+        steered_best = float(z[steered_token])
+        if applied:
+            maxima, normaliser = steered_maxima, steered_normaliser
+        else:
+            z[candidates.ids] = candidates.base
+    final = z if inputs.edits is None else _edit(z, inputs.edits, inputs, row)
+    token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits forbade every token
         out.status[row] |= DEAD
         return
+    base_value = steered_value = float(inputs.logits[row, token])
+    if candidates is not None and (at := (candidates.ids == token).nonzero()).numel():
+        steered_value = float(candidates.steered[at[0, 0]])
     out.token[row] = token
     out.base_token[row], out.steered_token[row] = base_token, steered_token
-    out.base_logprob[row] = float(z[token]) - normaliser
-    out.steered_logprob[row] = float(steered[token]) - steered_normaliser
-    out.base_token_logprob[row] = base_best - normaliser
+    out.base_logprob[row] = base_value - base_normaliser
+    out.steered_logprob[row] = steered_value - steered_normaliser
+    out.base_token_logprob[row] = base_best - base_normaliser
     out.steered_token_logprob[row] = steered_best - steered_normaliser
     if inputs.alternatives:
-        values, ids = best_tokens(start, min(inputs.alternatives, inputs.logits.shape[1]))
-        out.top_ids[row, : len(ids)] = ids.int()
-        out.top_logprobs[row, : len(ids)] = (
-            values.double() - start_normaliser
-        )  # as the token's own is computed: bit-equal
+        k = min(inputs.alternatives, inputs.logits.shape[1])
+        values, ids = best_tokens(z[None], maxima[None], k)
+        out.top_ids[row, :k] = ids[0].int()
+        # float64, as the token's own log-probability above: the two must be the same float
+        out.top_logprobs[row, :k] = values[0].double() - normaliser
+
+
+def _read_steered(z: Tensor, base: _Rows, row: int, ids: Tensor) -> tuple[Tensor, float]:
+    """Maxima and log-normaliser of a row whose `ids` have changed: only their groups are read again."""
+    touched = ids // GROUP
+    groups = z.view(-1, GROUP)[touched]
+    maxima = base.maxima[row].index_copy(0, touched, groups.amax(1))
+    best = maxima.amax()
+    masses = base.masses[row] * (base.best[row] - best).exp()
+    masses[touched] = (groups - best).exp_().sum(1)
+    return maxima, float(best + masses.sum().log())
 
 
 def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
@@ -145,12 +165,6 @@ def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
     values = values - params.frequency[row] * count.clamp(min=0)
     values = values - params.presence[row] * (count > 0)
     return z.scatter(0, token, values + edits.bias[begin:end])
-
-
-def _log_mass(z: Tensor) -> Tensor:
-    """log sum exp of z [padded], with the same additions in the same order as `_base_statistics`."""
-    best = z.max()
-    return best + total_mass((z - best).exp_()).log()
 
 
 def _empty_record(rows: int, alternatives: int) -> StepRecord:

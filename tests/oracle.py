@@ -68,7 +68,8 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
         mass = weights[order].cumsum(0)
         order = order[: 1 + int((mass < p.top_p * mass[-1]).sum())]
     order = [i for i in order if weights[i] >= p.min_p * weights[order[0]]]
-    if len(order) > RANK_ORDER:
+    unfiltered = not p.top_k and p.top_p >= 1 and p.min_p <= 0
+    if len(order) > RANK_ORDER or (unfiltered and len(z) > RANK_ORDER):
         order = sorted(order)
     kept = weights[order]
     return Expected(entropy, is_open, fired, base, steered.log_softmax(0), order, kept / kept.sum())
