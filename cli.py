@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.func(args)
+        sys.stdout.flush()
     except TrimtabError as error:
         print("trimtab:", " ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -1,11 +1,15 @@
 """The command line: light to start, and a mistake is one line and exit code 1."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tiny import tiny_base, tiny_correction
 from trimtab.cli import build_parser, main
+from trimtab.steering.correction import save
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -51,3 +55,14 @@ def test_flags_have_vllms_names() -> None:
     assert (args.model, args.host, args.port, args.dtype) == ("m", "h", 1, "float32")
     assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (2, 3, 4)
     assert (args.api_key, args.served_model_name) == (["k"], ["a", "b"])
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    """As in `trimtab inspect DIR | head -1`."""
+    save(tiny_correction(tiny_base()), tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "trimtab.cli", "inspect", str(tmp_path)]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd="/", check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, "")
