@@ -31,7 +31,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", default=DEMO, metavar="MODEL", help="a folder, a .gguf file, a hub id, or `demo`: SmolLM2-135M")
+    add("model", nargs="?", default=DEMO, metavar="MODEL", help="a folder, a .gguf file, a hub id, or `demo`")
     add(
         "--correction",
         action="append",
