@@ -24,7 +24,7 @@ import torch
 
 from trimtab.server.base import Base, load_base
 from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core, set_threads
+from trimtab.server.core import Core
 from trimtab.server.request import Request, SamplingParams, Steering
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, Gate, check, load
@@ -45,8 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    set_threads(EngineConfig(threads=args.threads))
-    base = load_base(args.model, dtype=args.dtype, device=args.device)
+    base = load_base(args.model, args.dtype, args.device, args.threads)
     correction = choose_correction(base, args.correction, args.seed)
     results = [measure(base, correction, batch, args) for batch in args.batches]
     here = machine.describe()

@@ -38,7 +38,7 @@ class RowParams(NamedTuple):
     top_k: Tensor  # int32; 0 is off
     top_p: Tensor  # float32 in (0, 1]; 1 is off
     min_p: Tensor  # float32 in [0, 1]; 0 is off
-    uniform: Tensor  # float64 in (0, 1): random.uniform(seed, position)
+    uniform: Tensor  # float64 in (0, 1): philox.uniform(seed, position)
     repetition: Tensor  # float32; 1 is off
     presence: Tensor  # float32; 0 is off
     frequency: Tensor  # float32; 0 is off

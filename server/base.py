@@ -79,11 +79,13 @@ class Base:
         return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
 
-def load_base(model: str, dtype: str = "auto", device: str = "auto") -> Base:
+def load_base(model: str, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:
     """Load MODEL (see weights.py). dtype: auto, float32, bfloat16, float16; device: auto, cpu, cuda.
 
-    auto dtype is bfloat16 where the device multiplies it natively, else float32. Raises UnsupportedModel.
+    auto dtype is bfloat16 where the device multiplies it natively, else float32. threads: torch's, for the calling
+    thread, here and afterwards: more than the free cores is far slower than one. Raises UnsupportedModel.
     """
+    torch.set_num_threads(threads)
     weights = locate(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

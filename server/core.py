@@ -13,10 +13,8 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from trimtab.errors import ContextOverflow, InvalidRequest, Overloaded
-from trimtab.kernels import random
+from trimtab.kernels import philox
 from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord, pack, unpack
 from trimtab.server.attention import KVBatch, Span
@@ -88,7 +86,7 @@ class Core:
         """Queue a request that `check` has passed."""
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         for index in range(request.n):
-            self._scheduler.add(self._start(request, index, random.derive(seed, index)))
+            self._scheduler.add(self._start(request, index, philox.derive(seed, index)))
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
@@ -192,8 +190,3 @@ class Core:
     def _fail(self, sequence: Sequence, reason: str) -> Event:
         self._scheduler.remove(sequence)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason)
-
-
-def set_threads(config: EngineConfig) -> None:
-    """Pin torch's CPU threads, which are the process's: more than the free cores is far slower than one."""
-    torch.set_num_threads(config.threads)

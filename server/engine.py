@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
+
 from trimtab.errors import EngineFailure, Overloaded
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core, set_threads
+from trimtab.server.core import Core
 from trimtab.server.request import Event, FinishReason, Request
 from trimtab.steering.bank import Bank
 
@@ -108,7 +110,7 @@ class Engine:
             self._thread.join()
 
     def _loop(self) -> None:
-        set_threads(self._core.config)
+        torch.set_num_threads(self._core.config.threads)  # a setting of each thread's own
         reason = None
         try:
             while self._take_messages():

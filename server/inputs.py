@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.kernels import random
+from trimtab.kernels import philox
 from trimtab.kernels.record import Corrections, Edits, RowParams, StepInputs
 from trimtab.server.sequence import Sequence
 
@@ -30,7 +30,7 @@ def _row_params(sequences: list[Sequence], device: torch.device) -> RowParams:
     def column(read: Callable[[Sequence], float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor([read(s) for s in sequences], dtype=dtype).to(device)
 
-    draws = random.uniform([s.seed for s in sequences], [s.sampled for s in sequences])
+    draws = philox.uniform([s.seed for s in sequences], [s.sampled for s in sequences])
     return RowParams(
         temperature=column(lambda s: s.request.sampling.temperature),
         top_k=column(lambda s: s.request.sampling.top_k, torch.int32),

@@ -68,7 +68,7 @@ class Steering:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and n samples of its continuation. Sample i draws with the seed random.derive(seed, i)."""
+    """One prompt and n samples of its continuation. Sample i draws with the seed philox.derive(seed, i)."""
 
     id: str
     prompt: tuple[int, ...]

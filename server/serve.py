@@ -74,7 +74,7 @@ def serve(args: argparse.Namespace) -> None:
         threads=args.threads,
     )
     folders = choose_corrections(args.model, args.correction)
-    base = load_base(args.model, args.dtype, args.device)
+    base = load_base(args.model, args.dtype, args.device, args.threads)
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)

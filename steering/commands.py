@@ -55,7 +55,9 @@ def run_fit(args: argparse.Namespace) -> None:
     from trimtab.steering.tasks import load_task
 
     task = load_task(config.task, config.verifier, config.held_out, config.seed)
-    correction = pipeline.run(config, args.out, load_base(config.model, config.dtype, config.device), task)
+    correction = pipeline.run(
+        config, args.out, load_base(config.model, config.dtype, config.device, config.threads), task
+    )
     assert correction.report is not None
     print(to_markdown(correction.report))
 
@@ -93,8 +95,6 @@ def add_eval(subparsers: Subparsers) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     """Prints the report on stdout."""
-    import torch
-
     from trimtab.server.base import load_base
     from trimtab.steering.controls import CONTROLS
     from trimtab.steering.correction import check, load
@@ -109,13 +109,12 @@ def run_eval(args: argparse.Namespace) -> None:
     asked = {name: _first(getattr(args, name), fitted.get(name), default) for name, default in _EVAL_DEFAULTS.items()}
     folders = [args.correction / "controls" / kind for kind in CONTROLS]
     controls = [load(folder) for folder in folders if folder.is_dir()]
-    base = load_base(asked["model"], args.dtype, args.device)
+    base = load_base(asked["model"], args.dtype, args.device, args.threads)
     for one in (correction, *controls):
         check(one, base.identity)
     task = load_task(asked["task"], asked["verifier"], asked["held_out"], int(fitted.get("seed", 0)))
     problems = task.problems("held-out", args.skip + args.problems)[args.skip :]
     sampling = Sampling(args.samples, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
-    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         report = make(
             base,

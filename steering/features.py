@@ -20,7 +20,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
-from trimtab.steering.select import Item
+from trimtab.steering.selection import Item
 
 CANDIDATES = 32  # kept a position: the most a correction may have
 SHARD = 64  # completions a file

@@ -34,7 +34,7 @@ from trimtab.steering.fit import fit
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
-from trimtab.steering.select import select
+from trimtab.steering.selection import select
 from trimtab.steering.tasks import Task, fingerprint
 
 

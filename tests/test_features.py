@@ -16,7 +16,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import encode, open_core
-from trimtab.steering.select import Item
+from trimtab.steering.selection import Item
 
 PROMPTS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hello", "b": "Once upon a time"}.items()}
 TAU = 1.5

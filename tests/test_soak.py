@@ -42,7 +42,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         correction.B.mul_(scale)
         bank.add(correction)
     engine = Engine(base, bank, CONFIG)
-    with loopback(create_app(engine, base, bank)) as url:
+    with loopback(create_app(engine, base, bank), engine) as url:
         yield Server(url, engine, engine._core)
 
 

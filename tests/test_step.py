@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from oracle import draw, expect
 from steps import make_edits, make_inputs
 from trimtab.kernels import reference
-from trimtab.kernels.random import uniform
+from trimtab.kernels.philox import uniform
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord
 
 Step = Callable[[StepInputs], StepRecord]

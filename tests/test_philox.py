@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.kernels.random import derive, philox, uniform
+from trimtab.kernels.philox import derive, philox, uniform
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trimtab.errors import TaskError
 from trimtab.steering.config import FitConfig
 from trimtab.steering.rollouts import Rollout
-from trimtab.steering.select import FEWEST, Item, select
+from trimtab.steering.selection import FEWEST, Item, select
 
 
 def rollouts(rewards: dict[str, list[float]], lengths: dict[str, list[int]] | None = None) -> list[Rollout]:

@@ -1,0 +1,105 @@
+"""The README tells the truth: its commands run in its order, and its Python runs against the server it starts.
+
+Sizes are cut by options added at the end of a line; nothing else is changed but MODEL, DIR and the port. CI runs
+`scripts/setup` and `scripts/demo`; the image's two commands need a container engine.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIT = ["--problems", "12", "--samples", "6", "--validation-problems", "2", "--validation-samples", "1"]
+FIT += ["--test-problems", "4", "--test-samples", "1", "--epochs", "2", "--max-tokens", "24", "--slots", "8"]
+SHORT = {"fit": FIT, "eval": ["--problems", "4", "--samples", "1"], "inspect": []}
+
+pytestmark = pytest.mark.model
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The lines of the README's shell blocks that call `trimtab name`."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line[:2] == ["trimtab", name]]
+
+
+def run(command: list[str], folder: Path) -> str:
+    words = [sys.executable, "-m", "trimtab.cli", *command[1:]]
+    ran = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"{shlex.join(command)}\n{ran.stderr}"
+    return ran.stdout
+
+
+@contextmanager
+def serving(command: list[str], folder: Path) -> Iterator[str]:
+    words = [sys.executable, "-m", "trimtab.cli", *command[1:], "--port", "0"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            told = ""
+            while not (found := re.search(r"running on (http://\S+)", told)):
+                line = server.stdout.readline()
+                assert line, f"the server ended: {told}"
+                told += line
+            yield found[1]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+
+
+def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
+    sums = [
+        {"id": i, "prompt": f"Q: What is {i} + 1?\nA: {i + 1}\nQ: What is {i} + 2?\nA:", "answer": str(i + 2)}
+        for i in range(40)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+    for name in ("fit", "eval", "inspect"):
+        found = commands(name)
+        assert found, f"the README shows no `trimtab {name}`"
+        for command in found:
+            words = ["demo" if word == "MODEL" else word for word in command]
+            assert run(words + SHORT[name], tmp_path).strip()
+    (serve, *rest) = commands("serve")
+    assert rest == []
+    plain = serve[: serve.index("--correction") + 2]
+    made = [{"MODEL": "demo", "DIR": "corrections/mine"}.get(word, word) for word in plain]
+    with serving(made, tmp_path) as url:
+        (program,) = blocks("python")
+        assert "http://127.0.0.1:8000" in program
+        program = program.replace("http://127.0.0.1:8000", url)
+        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        ran = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "correction='mine'" in ran.stdout
+
+
+def test_every_path_in_the_tree_exists_and_every_file_is_in_it() -> None:
+    (tree,) = re.findall(r"```\n(server/ .*?)```", README, re.DOTALL)
+    folder, named = "", set()
+    for line in tree.splitlines():
+        top = re.match(r"(\w+)/ ", line)
+        folder = top[1] if top else folder if line.startswith(" ") else ""
+        named |= {
+            f"{folder}/{name}" if folder else name for name in re.findall(r"\b\w+\.py\b", line) if name != "test_.py"
+        }
+    missing = {path for path in named if not (ROOT / path).exists()}
+    assert missing == set()
+    assert {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))} <= set(
+        re.findall(r"^(\w+)/", tree, re.MULTILINE)
+    )
