@@ -3,8 +3,9 @@
 One step = plan -> base forward -> step kernel -> one record copied to the host -> events. The trainer drives a Core
 directly with `run`; the server puts one behind a thread (engine.py).
 
-Invariant: what a request gets depends on that request alone, never on its neighbours; when a row is dead or a step
-fails, the sequences concerned end with an error event and the others go on.
+Invariant: what a request gets depends on that request alone, up to the rounding of the model's matrix products (their
+order of additions varies with the batch: in float32 tokens agree, in bfloat16 a sampled token may differ). When a row
+is dead or a step fails, the sequences concerned end with an error event, what they wrote is wiped, and the rest go on.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator
 
-from trimtab.errors import ContextOverflow, InvalidRequest, Overloaded
+from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord, pack, unpack
@@ -62,7 +63,7 @@ class Core:
         return self._scheduler.free_slots
 
     def check(self, request: Request) -> None:
-        """Raise what `submit` would, save Overloaded: ContextOverflow, InvalidRequest, NotFound. Reads only."""
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. Reads only."""
         wanted = request.sampling.max_tokens or 1
         if len(request.prompt) >= self.max_len:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
@@ -76,10 +77,8 @@ class Core:
             self.bank.get(request.steering.correction)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises as `check`, and Overloaded when its n choices do not fit the queue."""
+        """Queue a request. Raises as `check`."""
         self.check(request)
-        if self.waiting + request.n > self.config.slots + self.config.max_queue:
-            raise Overloaded(f"{self.waiting} choices wait and {self.config.max_queue} may; try again")
         self.add(request)
 
     def add(self, request: Request) -> None:
@@ -159,14 +158,13 @@ class Core:
         columns = zip(*(column.tolist() for column in record), strict=True)
         events = []
         for sequence, row in zip(sequences, columns, strict=True):
-            token, status, base_token, steered_token, entropy, base_lp, steered_lp, _, _, top_ids, top_lps = row
+            token, status, base_token, steered_token, entropy, base_lp, steered_lp, *best_lps, top_ids, top_lps = row
             if status & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))
                 continue
-            receipt = Receipt(
-                entropy, bool(status & OPEN), bool(status & FIRED), base_token, steered_token, base_lp, steered_lp
-            )
+            opened, fired = bool(status & OPEN), bool(status & FIRED)
+            receipt = Receipt(entropy, opened, fired, base_token, steered_token, base_lp, steered_lp, *best_lps)
             first = sequence.sampled == 0
             steering = sequence.request.steering
             wanted = sequence.request.sampling.alternatives
@@ -188,5 +186,7 @@ class Core:
         return events
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
-        self._scheduler.remove(sequence)
+        """End a sequence whose slot may hold NaN, which a mask's zero weight would carry to the slot's next user."""
+        self._cache.clear(sequence.slot)
+        self._scheduler.remove(sequence, reusable=False)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason)

@@ -94,14 +94,10 @@ class Engine:
         self._inbox.put(_Abort(request_id, index))
 
     def stats(self) -> EngineStats:
-        core = self._core
-        return EngineStats(
-            core.running,
-            core.waiting + self._inbox.qsize(),
-            core.config.slots,
-            self._thread.is_alive(),
-            self._heartbeat,
-        )
+        running = self._core.running
+        with self._lock:
+            waiting = max(0, sum(map(len, self._open.values())) - running)
+        return EngineStats(running, waiting, self._core.config.slots, self._thread.is_alive(), self._heartbeat)
 
     def close(self) -> None:
         """Stop after the current step; open requests are aborted. Returns when the thread has ended."""

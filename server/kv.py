@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.errors import InvalidRequest
+
 
 class KVCache:
     """Keys and values of every layer and slot. Pages of memory untouched by a sequence cost nothing on CPU."""
@@ -29,10 +31,22 @@ class KVCache:
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
 
+    def clear(self, slot: int) -> None:
+        """Forget all that a slot holds."""
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
+
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros. On CPU by way of numpy, which leaves untouched pages to the system; torch would write them all."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(flat).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InvalidRequest(
+            f"the KV cache of {shape[1]} slots of {shape[2]} tokens needs {2 * size / 1e9:.1f} GB, more than there is: "
+            "lower --max-num-seqs or --max-model-len",
+            "max_num_seqs",
+        ) from error

@@ -64,4 +64,6 @@ def receipt_json(step: Step, pieces: Pieces) -> dict[str, Any]:
         "steered_token_id": receipt.steered_token,
         "base_logprob": finite(receipt.base_logprob),
         "steered_logprob": finite(receipt.steered_logprob),
+        "base_token_logprob": finite(receipt.base_token_logprob),
+        "steered_token_logprob": finite(receipt.steered_token_logprob),
     }

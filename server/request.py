@@ -95,6 +95,8 @@ class Receipt(NamedTuple):
     steered_token: int  # the corrected distribution's most likely token
     base_logprob: float  # of the sampled token, under the base
     steered_logprob: float  # of the sampled token, under the corrected distribution
+    base_token_logprob: float  # of base_token, under the base
+    steered_token_logprob: float  # of steered_token, under the corrected distribution
 
     @property
     def flip(self) -> bool:

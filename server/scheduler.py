@@ -66,11 +66,13 @@ class Scheduler:
         sequence.computed = work.end
         self._slots.held[sequence.slot] = sequence.tokens[: work.end]
 
-    def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended or was aborted: free its slot, keep what it holds for reuse."""
+    def remove(self, sequence: Sequence, reusable: bool = True) -> None:
+        """A sequence has ended or was aborted: free its slot, which keeps what it holds if that is reusable."""
         key = (sequence.request.id, sequence.index)
         self.waiting.pop(key, None)
         if self.running.pop(key, None) is not None:
+            if not reusable:
+                self._slots.held[sequence.slot] = []
             self._slots.release(sequence.slot)
 
     def abort(self, request_id: str, index: int) -> None:

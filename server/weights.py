@@ -45,6 +45,7 @@ def locate(model: str) -> Weights:
         return Weights(str(path), path.resolve().name)
     if path.is_absolute() or model.startswith((".", "~")):
         raise UnsupportedModel(f"no folder at {path}")
+    print(f"there is no folder {model}: asking the model hub", file=sys.stderr, flush=True)
     return Weights(model, model)
 
 
@@ -73,11 +74,10 @@ def dequantised(gguf: Path) -> Path:
         made = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
         try:
             _dequantise(gguf, made)
-            try:
-                made.rename(target)
-            except OSError:  # another process was first: its folder is as good
-                if not (target / "config.json").is_file():
-                    raise
+            made.rename(target)
+        except Exception as error:
+            if not (target / "config.json").is_file():  # unless another process was first: its folder is as good
+                raise UnsupportedModel(f"{gguf} cannot be dequantised: {error}") from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return target

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tiny import tiny_base, tiny_model, tiny_tokenizer
-from trimtab.errors import UnsupportedModel
+from trimtab.errors import InvalidRequest, UnsupportedModel
 from trimtab.server import attention
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import load_base, prepare
@@ -97,6 +97,51 @@ def test_a_packed_layer_that_computes_something_else_is_not_used(monkeypatch: py
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.zeros(*x.shape[:-1], 32))
     assert pack_linears(half) == 0
     assert type(half[0]) is nn.Linear
+
+
+def test_a_family_of_another_kind_is_refused_in_one_sentence() -> None:
+    """MLA caches, chunked attention: whatever fails inside, the caller reads why this model is not served."""
+    with pytest.raises(UnsupportedModel, match="tiny-deepseek_v3"):
+        tiny_base("deepseek_v3", kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    with pytest.raises(UnsupportedModel, match="chunked_attention"):
+        tiny_base("llama4_text", layer_types=["chunked_attention", "full_attention"], num_local_experts=2)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_folder_is_refused_in_one_sentence(file: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnsupportedModel, match="cannot be loaded"):
+        load_base(str(tmp_path), device="cpu")
+
+
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UnsupportedModel, match="cannot be dequantised"):
+        load_base(str(tmp_path / "junk.gguf"), device="cpu")
+    assert list((tmp_path / "cache" / "trimtab").iterdir()) == []
+
+
+def test_rope_that_depends_on_the_longest_neighbour_is_kept_where_it_does_not() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    base = tiny_base("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    assert base.max_len == 64
+
+
+def test_a_single_changed_weight_changes_the_fingerprint() -> None:
+    plain, changed = tiny_model(), tiny_model()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[13, 17] += 1
+    names = [prepare(model, tiny_tokenizer(), "m").identity.fingerprint for model in (plain, changed)]
+    assert names[0] != names[1]
+
+
+def test_a_cache_that_does_not_fit_names_the_flags() -> None:
+    with pytest.raises(InvalidRequest, match=r"needs .* GB.*--max-num-seqs or --max-model-len"):
+        tiny_base().new_cache(10**6, 10**9)
 
 
 @pytest.mark.model

@@ -124,3 +124,21 @@ def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:
     event = harness.events.get(timeout=WAIT)
     assert blocked.is_set()
     assert (event.finish, event.error) == ("error", "the engine died: boom")
+
+
+def test_events_arrive_once_a_step(harness: Harness) -> None:
+    """The server crosses into its event loop once a step, however many requests run."""
+    calls: list[int] = []
+    engine = Engine(harness.base, harness.bank, harness.config)
+    done = threading.Event()
+
+    def on_events(events: list[Event]) -> None:
+        calls.append(len(events))
+        if sum(calls) == 4 * 50:
+            done.set()
+
+    engine.start(on_events)
+    engine.submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=50, ignore_eos=True), n=4))
+    assert done.wait(WAIT)
+    engine.close()
+    assert len(calls) <= 50 + 2  # the first sample is a step ahead of its siblings

@@ -64,3 +64,32 @@ def test_a_removed_sequence_frees_its_slot_and_the_next_takes_it() -> None:
     assert run_step(scheduler) == [("b", 2, 3)]
     scheduler.remove(second)
     assert scheduler.free_slots == 1
+
+
+def test_a_taken_slot_no_longer_offers_what_it_held() -> None:
+    """The slot's old prefix is gone once another sequence is admitted to it, in the same plan already."""
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=2, step_tokens=64, copy=lambda *args: copies.append(args))
+    old = sequence("old", [1, 2, 3, 4, 5])
+    scheduler.add(old)
+    run_step(scheduler)
+    scheduler.remove(old)
+    busy = sequence("busy", [8, 8, 8])
+    scheduler.add(busy)
+    run_step(scheduler)
+    scheduler.add(sequence("taker", [9, 9, 9]))
+    assert run_step(scheduler)[-1] == ("taker", 0, 3)
+    scheduler.remove(busy)
+    scheduler.add(sequence("late", [1, 2, 3, 4, 6]))
+    assert ("late", 0, 5) in run_step(scheduler)
+    assert copies == []
+
+
+def test_a_spoilt_slot_is_not_reused() -> None:
+    scheduler = Scheduler(slots=1, step_tokens=64, copy=lambda *_: None)
+    spoilt = sequence("spoilt", [1, 2, 3])
+    scheduler.add(spoilt)
+    run_step(scheduler)
+    scheduler.remove(spoilt, reusable=False)
+    scheduler.add(sequence("next", [1, 2, 3]))
+    assert run_step(scheduler) == [("next", 0, 3)]
