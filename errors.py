@@ -3,9 +3,11 @@
     TrimtabError
     |-- InvalidRequest        a value in a request is wrong: names the field and the fix       (HTTP 400)
     |   `-- ContextOverflow   the prompt alone does not fit the model's context                (HTTP 400)
+    |-- Unauthorized          the API key is missing or wrong                                  (HTTP 401)
     |-- NotFound              no model or correction of that name                              (HTTP 404)
     |-- Overloaded            the queue is full; try again later                               (HTTP 503)
     |-- EngineFailure         one request failed inside the engine; the others go on           (HTTP 500)
+    |-- EngineStopped         the engine ended before the answer did                           (HTTP 503)
     |-- UnsupportedModel      this model cannot be served, and why
     |-- CorrectionError       a correction's folder is damaged, or made for another base
     `-- TaskError             a task file or verifier is wrong: names the line and the fix
@@ -30,15 +32,25 @@ class InvalidRequest(TrimtabError):
 
 
 class ContextOverflow(InvalidRequest):
-    """The prompt alone fills the context. Agents match on this message: keep OpenAI's wording."""
+    """The prompt alone fills the context. Agents match on this message: keep OpenAI's wording.
 
-    def __init__(self, limit: int, prompt: int, completion: int, field: str = "messages") -> None:
+    at_least: the prompt was not tokenised, as its bytes alone need so many of the longest tokens.
+    """
+
+    def __init__(
+        self, limit: int, prompt: int, completion: int, field: str = "messages", at_least: bool = False
+    ) -> None:
+        some = "at least " if at_least else ""
         super().__init__(
-            f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} "
-            f"tokens ({prompt} in the {field}, {completion} in the completion). Please reduce the length of the "
-            f"{field} or completion.",
+            f"This model's maximum context length is {limit} tokens. However, you requested {some}"
+            f"{prompt + completion} tokens ({some}{prompt} in the {field}, {completion} in the completion). Please "
+            f"reduce the length of the {field} or completion.",
             field,
         )
+
+
+class Unauthorized(TrimtabError):
+    """The API key is missing or wrong."""
 
 
 class NotFound(TrimtabError):
@@ -59,6 +71,10 @@ class Overloaded(TrimtabError):
 
 class EngineFailure(TrimtabError):
     """One request failed inside the engine (NaN logits, a dead distribution, an internal error)."""
+
+
+class EngineStopped(TrimtabError):
+    """The engine ended before the answer did: the server is shutting down, or its log says why."""
 
 
 class UnsupportedModel(TrimtabError):

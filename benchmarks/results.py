@@ -1,9 +1,11 @@
 """Writes RESULTS.md, and the table between the README's markers, from what was measured. Nobody writes them by hand.
 
     python benchmarks/step.py | tee runs/step.txt;  python benchmarks/serve.py | tee runs/serve.txt
+    trimtab eval --correction corrections/smollm2-135m-instructions --skip 200 --json > runs/eval.txt
     python benchmarks/results.py runs/*.txt --correction corrections/smollm2-135m-instructions
 
-Inputs: the benchmarks' outputs (the last line is JSON) and corrections' folders (the report is in correction.json).
+Inputs: the outputs of benchmarks and of `trimtab eval --json` (the last line is JSON), and corrections' folders (the
+report is in correction.json).
 """
 
 import argparse
@@ -14,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-
 from trimtab.steering.config import FitConfig
+from trimtab.steering.machine import hardware, versions
 from trimtab.steering.report import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +36,10 @@ def main() -> None:
     args = parser.parse_args()
     runs = [json.loads(path.read_text().strip().splitlines()[-1]) for path in args.outputs]
     fits = [json.loads((folder / "correction.json").read_text()) for folder in args.correction]
-    steps, serves = ([run for run in runs if run["benchmark"] == kind] for kind in ("step", "serve"))
+    steps, serves, evals = ([run for run in runs if run["benchmark"] == kind] for kind in ("step", "serve", "eval"))
     sections = [HEAD]
     sections += [write_fit(fit, folder) for fit, folder in zip(fits, args.correction, strict=True)]
+    sections += [write_eval(run) for run in evals]
     sections += [write_run("Steering's share of a decode step", run, step_table(run)) for run in steps]
     sections += [write_run("Serving speed", run, serve_table(run)) for run in serves]
     (ROOT / "RESULTS.md").write_text("\n".join(sections))
@@ -54,25 +56,34 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
         if name in defaults and name != "name" and value != _plain(defaults[name]):
             values = value if isinstance(value, list) else [value]
             command += [f"--{name.replace('_', '-')}", *map(str, values)]
-    versions = " ".join(f"{name} {found}" for name, found in made.get("versions", {}).items())
+    here = made.get("machine")
     facts = {
         "command": f"`{shlex.join(command)}`",
         "base": fit["base"]["model"],
         "correction": f"{fit['tier']}, rank {fit['rank']}, {fit['top_k']} candidates, strength {fit['strength']:g}, "
         f"gate above {fit['gate']['tau']:g} nats",
         "seed": config.get("seed"),
-        "versions": versions,
+        "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads" if here else None,
+        **(_machine(here) if here else {}),
     }
     body = to_markdown(fit["report"]) if fit.get("report") else "No report: nobody has judged this correction.\n"
     return f"## The correction {fit['name']}\n\n{_list(facts)}\n\n{body}"
+
+
+def write_eval(run: dict[str, Any]) -> str:
+    """A correction judged again, on other problems than the fit's or with other options: a table of its own."""
+    here, known = run["machine"], run["problems_of_the_fits_report"]
+    which = f"problems, {known} of them in the fit's own report" if known else "further problems"
+    facts = {"command": f"`{here['command']}`", "base": run["model"], "seed": run["sampling"]["seed"]}
+    facts |= {**_machine(here), "when": here["when"]}
+    return f"## The correction {run['correction']} on {run['problems']} {which}\n\n{_list(facts)}\n\n{to_markdown(run)}"
 
 
 def write_run(title: str, run: dict[str, Any], table: str) -> str:
     """One benchmark: the command, the machine and the figures."""
     here = run["machine"]
     known = {name: value for name, value in run.items() if name not in ("benchmark", "machine", "results")}
-    facts = {"command": f"`{here['command']}`", **known, "hardware": machine.hardware(here), "system": here["system"]}
-    facts["versions"] = " ".join(f"{name} {found}" for name, found in here["versions"].items())
+    facts = {"command": f"`{here['command']}`", **known, **_machine(here)}
     return f"## {title}: {run['model']}\n\n{_list({**facts, 'when': here['when']})}\n\n{table}\n"
 
 
@@ -108,7 +119,7 @@ def headline(fits: Sequence[Mapping[str, Any]], steps: Sequence[dict[str, Any]])
                 rows.append([f"correction minus {d['against']}", figure, "the same, paired seeds"])
     for run in steps:
         shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
-        where = f"{machine.hardware(run['machine'])}; {run['model']} ({run['device']})"
+        where = f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
         rows.append(["steering's share of a decode step, gate always open", shares, where])
     return _table(rows)
 
@@ -118,6 +129,10 @@ def fill_readme(readme: Path, table: str) -> None:
     assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
     before, rest = text.split(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+def _machine(here: Mapping[str, Any]) -> dict[str, str]:
+    return {"hardware": hardware(here), "system": here["system"], "versions": versions(here)}
 
 
 def _plain(value: Any) -> Any:

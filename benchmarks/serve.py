@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --url http://127.0.0.1:8000/v1 [--steer NAME] [--streams 1 8 32]
 
-Every stream asks for exactly `--tokens` tokens of its own prompt (prompts differ from the first word on, so no prefix
-cache helps), one request after the other until `--requests` a stream are done. Run it on the server's machine: the
-hardware it prints is its own. The gap between two pieces of text counts as one time between tokens.
+Every stream asks for exactly `--tokens` tokens of its own prompt (each opens with a number of its own, so a prefix
+cache can save some digits at most), one request after the other until `--requests` a stream are done. Run it on the
+server's machine: the hardware it prints is its own. The gap between two pieces of text counts as one time between
+tokens.
 """
 
 import argparse
@@ -84,7 +85,7 @@ async def ask(client: httpx.AsyncClient, args: argparse.Namespace, model: str, n
     draw = random.Random(f"{args.seed} {number}")
     body: dict[str, Any] = {
         "model": model,
-        "prompt": " ".join(draw.choices(WORDS.split(), k=args.words)),
+        "prompt": " ".join([str(number), *draw.choices(WORDS.split(), k=args.words)]),
         "max_tokens": args.tokens,
         "ignore_eos": True,
         "temperature": 0.8,

@@ -216,12 +216,14 @@ def _settings(base_url: str, api_key: str | None, timeout: float) -> dict[str, A
     """httpx's settings, the same for both clients."""
     try:
         url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
+    except (httpx.InvalidURL, TypeError) as error:
         raise InvalidRequest(f"base_url {base_url!r} is not a URL: {error}", "base_url") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InvalidRequest(f"base_url must look like {DEFAULT_URL}, not {base_url!r}", "base_url")
     if url.path in ("", "/"):
         url = url.copy_with(path="/v1")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidRequest("api_key must be printable ASCII, as it travels in a header", "api_key")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     return {"base_url": url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT)}
 

@@ -1,9 +1,10 @@
 """What is sent to the server: the one request builder, shared by both clients.
 
-Invariant: what the caller did not set is not sent, so the server's defaults hold; values are checked by the server
-alone, which names the field that is wrong.
+Invariant: what the caller did not set is not sent, so the server's defaults hold. Here is checked only what no body can
+say; values are checked by the server, which names the field that is wrong.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -67,7 +68,10 @@ def list_models() -> Call:
 
 def chat(messages: Messages, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
     """A chat request. messages: a string, or OpenAI's list of {role, content}."""
-    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if not isinstance(listed, Sequence) or not all(isinstance(message, Mapping) for message in listed):
+        raise InvalidRequest("messages must be a string, or a list of {role, content}", "messages")
+    listed = [dict(message) for message in listed]
     return Call("POST", "/chat/completions", _body({"messages": listed}, model, steering, options, stream))
 
 
@@ -86,7 +90,15 @@ def _body(
     body = {**({} if model is None else {"model": model}), **subject, **rest}
     if steering is not None:
         chosen = Steering(correction=steering) if isinstance(steering, str) else steering
+        if not isinstance(chosen, Steering):
+            raise InvalidRequest("steering must be a correction's name or a Steering", "steering")
         body["steering"] = {key: value for key, value in vars(chosen).items() if value is not None}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return body | dict(extra)
+    body |= extra
+    for key, value in body.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{key} cannot be sent as JSON: {error}", str(key)) from error
+    return body

@@ -5,6 +5,7 @@ sooner than the server's Retry-After asks. A read that timed out is not retried:
 """
 
 import random
+import re
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -46,13 +47,14 @@ class Retries:
         return float(min(self.longest, self.first * 2.0**attempt)) * random.uniform(0.75, 1.0)
 
 
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 _FINAL = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)
 
 
 def retry_after(response: httpx.Response) -> float | None:
     """The Retry-After header in seconds from now, as a number or a date; None when absent or not understood."""
     value = response.headers.get("retry-after", "").strip()
-    if value.isdecimal():
+    if _SECONDS.fullmatch(value):
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())

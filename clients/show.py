@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=DEFAULT_URL)
     parser.add_argument("--api-key")
     parser.add_argument("--correction", help="default: the first that the server has")
+    parser.add_argument("--require-correction", action="store_true", help="fail when the server has none")
     parser.add_argument("--strength", type=float, help="default: the correction's own")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -46,14 +47,19 @@ def ask_both(client: Client, args: argparse.Namespace) -> None:
     name = args.correction or find_correction(models)
     sampling = {"temperature": args.temperature, "seed": args.seed, "max_tokens": args.max_tokens}
     print(f"\n{args.question}\n\n-- {models[0].id}\n{client.chat(args.question, **sampling).text}")
+    if name is None and args.require_correction:
+        raise TrimtabError(f"{args.url} has no correction loaded")
     if name is None:
         print("\n(this server has no correction loaded: there is nothing to compare with)")
         return
     steering = Steering(name, strength=args.strength, report="tokens")
-    report = client.chat(args.question, steering=steering, **sampling).steering
+    answer = client.chat(args.question, steering=steering, **sampling)
+    report = answer.steering
     if report is None:
         raise TrimtabError(f"{args.url} answered without a steering report: is it a Trimtab server?")
-    print(f"\n-- with {describe(report)}\n{mark(report.tokens, colours=sys.stdout.isatty())}\n\n{summarise(report)}")
+    ended = answer.choices[0].finish_reason == "stop"  # by its last token, which is a step but no text
+    shown = report.tokens[:-1] if ended else report.tokens
+    print(f"\n-- with {describe(report)}\n{mark(shown, colours=sys.stdout.isatty())}\n\n{summarise(report)}")
 
 
 def find_correction(models: Sequence[Model]) -> str | None:

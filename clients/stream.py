@@ -73,7 +73,9 @@ class _Reader(Generic[C]):
                 if "steps" in choice.steering.model_fields_set:
                     self.steering = choice.steering
 
-    def _failed(self, error: httpx.RequestError) -> StreamFailed:
+    def _failed(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed:
+        if isinstance(error, httpx.StreamError):
+            return StreamFailed("a stream can be read once, inside its `with` block")
         return StreamFailed(str(transport_error(error, str(self.response.url))))
 
     def _finish(self) -> None:
@@ -88,7 +90,7 @@ class Stream(_Reader[C]):
         try:
             for piece in self.response.iter_bytes():
                 yield from self._read(piece)
-        except httpx.RequestError as error:
+        except (httpx.RequestError, httpx.StreamError) as error:
             raise self._failed(error) from error
         self._finish()
 
@@ -101,6 +103,6 @@ class AsyncStream(_Reader[C]):
             async for piece in self.response.aiter_bytes():
                 for chunk in self._read(piece):
                     yield chunk
-        except httpx.RequestError as error:
+        except (httpx.RequestError, httpx.StreamError) as error:
             raise self._failed(error) from error
         self._finish()

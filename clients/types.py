@@ -12,7 +12,7 @@ class _Answer(BaseModel):
 
 
 class Receipt(_Answer):
-    """What one decode step did. Log-probabilities are of the sampled token, at temperature 1, before filters."""
+    """What one decode step did. Log-probabilities are of the sampled token unless said, at temperature 1."""
 
     token: str
     token_id: int
@@ -26,6 +26,8 @@ class Receipt(_Answer):
     steered_token_id: int
     base_logprob: float
     steered_logprob: float
+    base_token_logprob: float  # of base_token, under the base: a flip's two probabilities are these two
+    steered_token_logprob: float  # of steered_token, under the corrected distribution
 
 
 class SteeringReport(_Answer):
@@ -143,7 +145,7 @@ class _Reply(_Answer):
 class ChatCompletion(_Reply):
     """The answer of `chat`. `text` and `steering` are the first choice's."""
 
-    choices: list[ChatChoice]
+    choices: list[ChatChoice] = Field(min_length=1)
 
     @property
     def text(self) -> str:

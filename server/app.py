@@ -21,14 +21,15 @@ from starlette.responses import JSONResponse, Response
 from trimtab.server import chat, completions, http_errors
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
-from trimtab.server.dispatch import Dispatch
 from trimtab.server.engine import Engine
+from trimtab.server.front_door import FrontDoor
 from trimtab.server.generation import Generation, Service
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
 from trimtab.server.schema import Body, ChatBody, CompletionBody
-from trimtab.server.wire import ClientGone, EventStream, Gate, or_gone
+from trimtab.server.tickets import Tickets
+from trimtab.server.wire import ClientGone, EventStream, or_gone
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,11 @@ def create_app(
     keep_alive: seconds of silence after which a stream sends a comment.
     """
     names = names or [base.name]
+    pieces = Pieces(base.tokenizer)
     service = Service(
-        dispatch=Dispatch(engine),
-        prompter=Prompter(base.tokenizer),
-        pieces=Pieces(base.tokenizer),
+        tickets=Tickets(engine),
+        prompter=Prompter(base.tokenizer, pieces, engine.max_len),
+        pieces=pieces,
         catalogue=Catalogue(names, bank, engine.max_len),
         metrics=Metrics(names[0]),
         max_len=engine.max_len,
@@ -66,13 +68,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.dispatch.start()
+        service.tickets.start()
         yield
         await asyncio.to_thread(engine.close)  # its last events still reach their callers
         service.prompter.close()
 
     app = FastAPI(title="Trimtab", lifespan=lifespan)
-    app.add_middleware(Gate, keys=tuple(api_keys))
+    app.add_middleware(FrontDoor, keys=tuple(api_keys))
     http_errors.install(app)
     logged: set[str] = set()
 

@@ -12,6 +12,7 @@ from trimtab.errors import InvalidRequest, NotFound
 from trimtab.server.request import Steering
 from trimtab.server.schema import SteeringBody
 from trimtab.steering.bank import Bank
+from trimtab.steering.correction import Correction
 
 
 class Chosen(NamedTuple):
@@ -50,15 +51,12 @@ class Catalogue:
                 )
             correction = name
         if correction is None:
-            for field in ("strength", "tau"):
-                if getattr(asked, field) is not None:
+            for field in ("strength", "tau", "mode"):
+                if getattr(asked, field) not in (None, "off"):
                     message = f"steering.{field} needs a correction: name one in model or steering.correction"
                     raise InvalidRequest(message, f"steering.{field}")
             return Chosen(name, Steering(mode="off"), None, None)
-        try:
-            defaults = self._bank.get(correction)
-        except NotFound as error:
-            raise NotFound(str(error), "steering.correction") from None
+        defaults = self._find(correction, "steering.correction")
         steering = Steering(correction, asked.strength, asked.tau, asked.mode or "apply")
         strength = defaults.strength if asked.strength is None else asked.strength
         return Chosen(name, steering, strength, defaults.gate.tau if asked.tau is None else asked.tau)
@@ -88,7 +86,7 @@ class Catalogue:
 
     def correction(self, name: str) -> dict[str, Any]:
         """GET /v1/corrections/{name}: how it acts by default, how it was made and what it did. Raises NotFound."""
-        found = self._bank.get(name)
+        found = self._find(name, "correction")
         return {
             "id": found.name,
             "object": "correction",
@@ -102,3 +100,10 @@ class Catalogue:
             "provenance": dict(found.provenance),
             "report": None if found.report is None else dict(found.report),
         }
+
+    def _find(self, name: str, field: str) -> Correction:
+        """The correction of this name. Raises NotFound, with the field where the caller wrote it."""
+        try:
+            return self._bank.get(name)
+        except NotFound as error:
+            raise NotFound(str(error), field) from None

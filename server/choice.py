@@ -3,9 +3,8 @@
 Invariant: a choice ends once, by its own end or by `end`; its tally has a step for every token it was given.
 """
 
-from trimtab.errors import EngineFailure
+from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
-from trimtab.server.http_errors import EngineStopped
 from trimtab.server.metrics import Watch
 from trimtab.server.pieces import Pieces
 from trimtab.server.receipts import Tally
@@ -14,10 +13,11 @@ from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
 
 
 class Choice:
-    """Choice `index` of an answer. echo: the prompt's text, where it is to stand before the answer's."""
+    """Choice `index` of an answer."""
 
-    def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch, echo: str) -> None:
-        self.index, self.echo = index, echo
+    def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch) -> None:
+        self.index = index
+        self.echo = ""  # the prompt's text, where it is to stand before the answer's
         self.stream = ChoiceStream(pieces, rules)
         self.tally = Tally(chosen)
         self.cached = 0

@@ -19,15 +19,16 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     """A completion's body -> a generation, not yet submitted. Raises NotFound, InvalidRequest."""
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
+    service.check_room(len(body.prompts), body.choices)
     texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
     ids: list[Ids] = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
     if texts:
         ids = await service.prompter.text(texts, body.add_special_tokens is not False)
-    echoes: list[str] = []
-    if body.echo:
-        echoes = texts or await service.prompter.decode(ids)
     shape = CompletionShape(service.pieces, body.logprobs is not None)
-    return Generation(service, body, chosen, shape, ids, echoes)
+    generation = Generation(service, body, chosen, shape, ids)
+    if body.echo:
+        generation.echo(texts or await service.prompter.decode(ids))
+    return generation
 
 
 class CompletionShape:

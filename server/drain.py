@@ -11,7 +11,7 @@ import uvicorn
 
 from trimtab.server.engine import Engine
 
-_BACKSTOP = 5  # seconds more for a connection that does not read what it is told
+_BACKSTOP = 2  # seconds more for a connection that does not read what it is told
 
 
 class DrainingServer(uvicorn.Server):

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 from trimtab.server.catalogue import Catalogue, Chosen
 from trimtab.server.choice import Choice
-from trimtab.server.dispatch import Dispatch, Ticket
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
@@ -28,6 +27,7 @@ from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+from trimtab.server.tickets import Ticket, Tickets
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -37,7 +37,7 @@ DONE = b"data: [DONE]\n\n"
 class Service:
     """What every generation of an app uses."""
 
-    dispatch: Dispatch
+    tickets: Tickets
     prompter: Prompter
     pieces: Pieces
     catalogue: Catalogue
@@ -46,6 +46,12 @@ class Service:
     capacity: int  # choices under way at once
     fingerprint: str
     keep_alive: float = 10.0  # seconds of silence in a stream
+
+    def check_room(self, prompts: int, n: int) -> None:
+        """Raise InvalidRequest for more choices than can ever be under way."""
+        if prompts * n > self.capacity:
+            message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
+            raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
 
 
 class Shape(Protocol):
@@ -82,7 +88,6 @@ class Generation:
         chosen: Chosen,
         shape: Shape,
         prompts: Sequence[Ids],
-        echoes: Sequence[str] = (),
     ) -> None:
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
@@ -96,24 +101,24 @@ class Generation:
             Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
             for i, prompt in enumerate(prompts)
         ]
-        asked = len(prompts) * body.choices
-        if asked > service.capacity:
-            message = (
-                f"this server takes {service.capacity} choices at once, and this body asks for {asked}: send fewer"
-            )
-            raise InvalidRequest(message, "n" if len(prompts) == 1 else "prompt")
+        service.check_room(len(prompts), body.choices)
         self._choices: dict[tuple[str, int], Choice] = {}
-        for i, request in enumerate(self._requests):
+        for request in self._requests:
             for k in range(request.n):
-                watch = service.metrics.watch(self._chosen.steering.correction)
-                echo = echoes[i] if echoes else ""
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch, echo)
+                watch = service.metrics.watch(self._chosen.steering)
+                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
                 self._choices[request.id, k] = choice
+
+    def echo(self, texts: Sequence[str]) -> None:
+        """Let every choice begin with the text of its prompt."""
+        for request, text in zip(self._requests, texts, strict=True):
+            for k in range(request.n):
+                self._choices[request.id, k].echo = text
 
     @contextmanager
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
-        with self._service.dispatch.open(self._requests) as ticket:
+        with self._service.tickets.open(self._requests) as ticket:
             self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
             try:
                 yield ticket
@@ -134,10 +139,10 @@ class Generation:
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = _dumps(self._head(self._shape.chunk_object))[:-1]
-        tail = ',"usage":null}\n\n' if self._body.include_usage else "}\n\n"
         try:
             async for news in self._updates(ticket):
                 chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
+                tail = self._tail()
                 events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
                 if not news:
                     yield KEEP_ALIVE
@@ -205,6 +210,12 @@ class Generation:
 
     def _summary(self, choice: Choice) -> dict[str, Any]:
         return {} if self._body.report == "none" else {"steering": choice.tally.summary()}
+
+    def _tail(self) -> str:
+        """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""
+        if not self._body.include_usage:
+            return "}\n\n"
+        return f',"usage":{_dumps(self._usage() if self._body.continuous_usage else None)}}}\n\n'
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -17,19 +17,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, NotFound, Overloaded, TrimtabError
+from trimtab.errors import (
+    ContextOverflow,
+    EngineFailure,
+    EngineStopped,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TrimtabError,
+    Unauthorized,
+)
 
 log = logging.getLogger("trimtab.server")
 
 _INVALID = "invalid_request_error"
-
-
-class Unauthorized(TrimtabError):
-    """The key is missing or wrong."""
-
-
-class EngineStopped(TrimtabError):
-    """The engine ended before the answer did: the server is shutting down."""
 
 
 class Failure(NamedTuple):

@@ -1,4 +1,4 @@
-"""Prometheus metrics: vLLM's names under the prefix `trimtab:`, and what steering does, by correction.
+"""Prometheus metrics: vLLM's names under the prefix `trimtab:`, and what steering does, by correction and mode.
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
 when somebody looks; label lookups happen once a request, not once a token.
@@ -11,11 +11,12 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from trimtab.server.engine import EngineStats
-from trimtab.server.request import Event
+from trimtab.server.request import Event, Steering
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 NO_CORRECTION = "none"  # the label's value for a request that is not steered
+_SHADOW = "; with the mode shadow, would have"  # nothing is applied then, so it is a series of its own
 
 
 class Metrics:
@@ -27,23 +28,25 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests").labels(model)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests").labels(model)
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
         self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
         self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
         self.first = self._histogram("time_to_first_token_seconds", "From submission", _SECONDS).labels(model)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
         self.whole = self._histogram("e2e_request_latency_seconds", "From submission to end", _SECONDS).labels(model)
-        self._open = self._counter("steering_open", "Steps at which the gate was open", "correction")
-        self._fired = self._counter("steering_fired", "Steps at which the correction acted", "correction")
-        self._flips = self._counter("steering_flips", "Steps whose most likely token it changed", "correction")
+        by = ("correction", "mode")
+        self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
+        self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
+        self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
-    def watch(self, correction: str | None) -> "Watch":
+    def watch(self, steering: Steering) -> "Watch":
         """The series of one choice that starts now."""
-        labels = (self.model, correction or NO_CORRECTION)
+        base = (self.model, steering.correction or NO_CORRECTION)
+        labels = (*base, steering.mode)
         counters = (self._open.labels(*labels), self._fired.labels(*labels), self._flips.labels(*labels))
-        return Watch(self, Steered(*counters, self._entropy.labels(*labels)))
+        return Watch(self, Steered(*counters, self._entropy.labels(*base)))
 
     def render(self, stats: EngineStats) -> bytes:
         """The text that Prometheus reads."""

@@ -1,34 +1,38 @@
 """From what a caller sends to token ids: chat templates and tokenising, off the event loop.
 
 Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
-does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams.
+does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
+caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised at all.
 
-    prompter = Prompter(tokenizer);  ids = await prompter.chat(messages);  ids = await prompter.text("Once")
+    prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
 """
 
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.server.pieces import Pieces
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
 
 
 class Prompter:
-    """The prompts of one tokenizer."""
+    """The prompts of one tokenizer. max_len: tokens that a prompt may have at most."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, pieces: Pieces, max_len: int) -> None:
+        self._tokenizer, self._max_len = tokenizer, max_len
+        self._longest = max(len(pieces.content(token)) for token in tokenizer.get_vocab().values())  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
 
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
-        return await self._run(lambda: [self._encode(text, add_special_tokens, "prompt") for text in prompts])
+        return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
 
     async def chat(
         self,
@@ -53,7 +57,7 @@ class Prompter:
 
     async def decode(self, prompts: Sequence[Ids]) -> list[str]:
         """The text of prompts, for echo."""
-        return await self._run(lambda: [str(self._tokenizer.decode(ids)) for ids in prompts])
+        return [str(await self._run(partial(self._tokenizer.decode, ids))) for ids in prompts]
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -63,9 +67,11 @@ class Prompter:
 
     def _encode(self, text: str, special: bool, field: str) -> Ids:
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:  # JSON can say half a surrogate pair; no tokenizer can read it
             raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
+        if size > self._max_len * self._longest:
+            raise ContextOverflow(self._max_len, -(-size // self._longest), 1, field, at_least=True)
         return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _render(

@@ -1,8 +1,7 @@
 """What a request's body may say: OpenAI's and vLLM's words, and `steering`.
 
 Invariant: pydantic checks the shape here, and SamplingParams and Steering check the values; either way the caller is
-told the field. null is the same as not sent. Keys that nobody knows are accepted (`unknown_keys`); keys that would
-change the answer, and that this server does not do, are refused, never ignored.
+told the field. null is the same as not sent. Of keys without a field here, foreign.py decides.
 
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
@@ -12,44 +11,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
+from trimtab.server import foreign
 from trimtab.server.request import Mode, SamplingParams
 from trimtab.server.stream import TextRules
 
 Report = Literal["none", "summary", "tokens"]
 
 MAX_STOPS = 16
-# Accepted and without effect, by OpenAI's or vLLM's own definition.
-_IGNORED = {
-    "metadata",
-    "parallel_tool_calls",
-    "priority",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-}
-# Not done here. The value that asks for nothing stands with each.
-_REFUSED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "length_penalty": (1, 1.0),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tools": ([],),
-    "use_beam_search": (False,),
-}
 
 
 class SteeringBody(BaseModel):
@@ -65,9 +33,13 @@ class SteeringBody(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """`stream_options`: include_usage adds a last chunk with the usage."""
+    """`stream_options`: include_usage adds a last chunk with the usage; with continuous_usage_stats all have it."""
+
+    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding, which is not done here
 
 
 class Body(BaseModel):
@@ -100,10 +72,7 @@ class Body(BaseModel):
 
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
-        for key, nothing in _REFUSED.items():
-            value = (self.model_extra or {}).get(key)
-            if value is not None and value not in nothing:
-                raise InvalidRequest(f"{key} is not supported by this server: leave it out", key)
+        foreign.refuse(self.model_extra or {})
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.stream_options is not None and not self.stream:
@@ -118,12 +87,17 @@ class Body(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk tells the usage so far. As with vLLM, include_usage alone turns usage on."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
     def report(self) -> Report:
         return (self.steering and self.steering.report) or "summary"
 
     def unknown_keys(self) -> set[str]:
         """Keys that were accepted without being understood."""
-        return set(self.model_extra or ()) - _IGNORED - set(_REFUSED)
+        return foreign.unknown(self.model_extra or {})
 
     def rules(self) -> TextRules:
         """How the text is cut. Raises InvalidRequest."""

@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +40,17 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="a correction's folder, and what it is called as a model; repeatable",
     )
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=_at_least(0), default=8000, help="0 takes a free one")
     add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {KEY_VARIABLE}")
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called; the first is reported")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--max-model-len", type=int, metavar="TOKENS", help="prompt and answer together; the model's, at most 4096")
-    add("--max-num-seqs", type=int, default=32, metavar="N", help="choices that run at once")
-    add("--max-num-batched-tokens", type=int, default=512, metavar="TOKENS", help="tokens computed in a step")
-    add("--max-queue", type=int, default=512, metavar="N", help="choices that may wait; more get a 503")
-    add("--threads", type=int, default=1, help="torch's threads on the CPU: no more than free cores")
-    add("--drain-timeout", type=int, default=30, metavar="SECONDS", help="for running answers after SIGTERM")
+    add("--max-model-len", type=_at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
+    add("--max-num-seqs", type=_at_least(1), default=32, metavar="N", help="choices that run at once")
+    add("--max-num-batched-tokens", type=_at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
+    add("--max-queue", type=_at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
+    add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     parser.set_defaults(func=serve)
 
@@ -145,6 +145,18 @@ def _describe_correction(correction: Any) -> str:
         f"strength {correction.strength:g} where entropy > {correction.gate.tau:g} nats\n"
         f"             held out: {found or 'never evaluated: its report has no verdict'}"
     )
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse, which names the flag that has another value."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
 
 
 def _leave(signum: int, frame: object) -> None:

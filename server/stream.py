@@ -68,6 +68,7 @@ class ChoiceStream:
         self._out = 0  # characters that are out
         self._pending: deque[_Pending] = deque()
         self._bytes = bytearray()
+        self._exempt = 0  # characters in the first min_tokens tokens: a stop string must end after them
         self.tokens = 0
         self.finish: FinishReason | None = None
 
@@ -81,6 +82,8 @@ class ChoiceStream:
         before = self._out + len(self._held)
         self._bytes += content
         self._held += self._utf8.decode(content, event.finish is not None)
+        if self.tokens <= self._rules.min_tokens:
+            self._exempt = self._out + len(self._held)
         partial = 1 if self._utf8.getstate()[0] else 0
         complete = self._out + len(self._held) + partial
         self._pending.append(_Pending(event, content, before, complete, len(self._bytes)))
@@ -93,9 +96,9 @@ class ChoiceStream:
 
     def _find_stop(self) -> int | None:
         """Where in the held text the answer ends, if a stop string is complete."""
-        if self.tokens <= self._rules.min_tokens:
-            return None
-        ends = [(at + len(stop), at) for stop in self._rules.stop if (at := self._held.find(stop)) >= 0]
+        exempt = self._exempt - self._out
+        starts = ((stop, max(0, exempt - len(stop) + 1)) for stop in self._rules.stop)
+        ends = [(at + len(stop), at) for stop, start in starts if (at := self._held.find(stop, start)) >= 0]
         if not ends:
             return None
         end, start = min(ends)
@@ -103,7 +106,7 @@ class ChoiceStream:
 
     def _hold_back(self) -> int:
         """The longest end of the held text with which a stop string may begin."""
-        if self.tokens <= self._rules.min_tokens or not self._rules.stop:
+        if not self._rules.stop:
             return 0
         longest = min(len(self._held), max(map(len, self._rules.stop)) - 1)
         for length in range(longest, 0, -1):

@@ -28,7 +28,7 @@ from trimtab.steering.correction import BaseIdentity, Gate
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
-RECEIPT = Receipt(1.5, True, True, 65, 66, -2.0, -1.0)
+RECEIPT = Receipt(1.5, True, True, 65, 66, -2.0, -1.0, -0.5, -0.25)
 
 Script = Callable[[Request, int], Sequence[Event]]
 

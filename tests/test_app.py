@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +15,8 @@ import pytest
 
 from scripted import EOS, RECEIPT, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, Overloaded
+from trimtab.server.front_door import MAX_BODY
+from trimtab.server.prompt import Prompter
 from trimtab.server.request import Event, Request
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -173,6 +175,19 @@ def test_a_chat_stream_is_shaped_like_openais() -> None:
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
+def test_usage_so_far_comes_with_every_chunk_on_request(ask: Callable[..., httpx.Response]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events_of(ask(say("abc"), stream=True, n=2, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert all(chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] for chunk in chunks)
+    assert chunks[-1]["usage"] == last["usage"]
+    assert last["usage"]["completion_tokens"] == 8
+    alone = events_of(ask(stream=True, stream_options=options | {"include_usage": False}))
+    assert all("usage" not in chunk for chunk in alone), "as with vLLM"
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
 def test_without_include_usage_every_chunk_has_a_choice(ask: Callable[..., httpx.Response]) -> None:
     chunks = events_of(ask(stream=True))
     assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
@@ -270,8 +285,14 @@ def test_steering_in_the_body_refines_it() -> None:
         "steered_token_id": 66,
         "base_logprob": -2.0,
         "steered_logprob": -1.0,
+        "base_token_logprob": -0.5,
+        "steered_token_logprob": -0.25,
     }
     assert [receipt["token"] for receipt in told["tokens"]] == ["a", "<|im_end|>"]
+
+
+def test_off_needs_no_correction() -> None:
+    assert chat(steering={"mode": "off"}).json()["choices"][0]["steering"]["mode"] == "off"
 
 
 def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> None:
@@ -312,6 +333,11 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"steering": {"strength": 1000, "correction": "brief"}}, "steering.strength"),
         ({"steering": {"strength": 1}}, "steering.strength"),
+        ({"steering": {"mode": "shadow"}}, "steering.mode"),
+        ({"steering": {"mode": "apply"}}, "steering.mode"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"steering": {"mode": "on"}}, "steering.mode"),
         ({"steering": {"strenght": 1}}, "steering.strenght"),
         ({"steering": {"report": "all"}}, "steering.report"),
@@ -366,10 +392,38 @@ def test_an_unknown_model_or_correction_is_a_404_that_names_the_field(body: Any,
     assert (response.status_code, error["param"], error["code"]) == (404, field, code)
 
 
-def test_a_batch_that_can_never_be_taken_is_a_400() -> None:
+def test_a_batch_that_can_never_be_taken_is_a_400_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prompter, "text", lambda *_: pytest.fail("it was tokenised"))
     with in_memory(ScriptedEngine(say("x"))) as ask:
         response = ask("POST", TEXT_PATH, json={"prompt": ["a"] * 65})
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
+
+
+def test_ids_that_cannot_fit_are_a_400_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prompter, "decode", lambda *_: pytest.fail("they were decoded"))
+    response = complete(prompt=[1] * 300, echo=True)
+    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_text_that_cannot_fit_is_an_overflow_too() -> None:
+    response = complete(prompt="x" * 10_000)
+    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_a_413(announced: bool) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(MAX_BODY // 2**20):
+            yield b"x" * 2**20
+        pytest.fail("all of it was read")
+
+    content: Any = b"x" * (MAX_BODY + 1) if announced else pieces()
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        response = ask("POST", TEXT_PATH, content=content, headers={"content-type": "application/json"})
+        assert ask("POST", TEXT_PATH, json={"prompt": "a"}).status_code == 200
+    assert (response.status_code, error_of(response)["type"]) == (413, "invalid_request_error")
+    assert response.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(("path", "word"), [(CHAT_PATH, "messages"), (TEXT_PATH, "prompt")])
@@ -454,6 +508,7 @@ def test_models_are_the_base_and_its_corrections() -> None:
         listed = ask("GET", "/v1//models").json()["data"]
         one = ask("GET", "/v1/models/polite").json()
         missing = ask("GET", "/v1/models/none")
+        unknown = ask("GET", "/v1/corrections/none")
         correction = ask("GET", "/v1/corrections/polite").json()
         aliased = ask("POST", CHAT_PATH, json=CHAT | {"model": "alias"}).json()
     assert [(m["id"], m["parent"]) for m in listed] == [
@@ -466,6 +521,8 @@ def test_models_are_the_base_and_its_corrections() -> None:
     assert one["max_model_len"] == 200
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "model_not_found"
+    assert unknown.status_code == 404
+    assert (error_of(unknown)["param"], error_of(unknown)["code"]) == ("correction", "correction_not_found")
     assert (correction["parent"], correction["gate"]["tau"]) == ("tiny", 0.75)
     assert aliased["model"] == "alias"
 
@@ -484,21 +541,24 @@ def test_metrics_count_what_happened() -> None:
     with in_memory(ScriptedEngine(say("abc"))) as ask:
         ask("POST", CHAT_PATH, json=CHAT | {"model": "brief", "n": 2})
         ask("POST", CHAT_PATH, json=CHAT | {"stream": True})
+        ask("POST", CHAT_PATH, json=CHAT | {"model": "polite", "steering": {"mode": "shadow"}})
         text = ask("GET", "/metrics").text
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     expected = {
         'trimtab:num_requests_running{model_name="tiny"}': 2.0,
         'trimtab:num_requests_waiting{model_name="tiny"}': 1.0,
-        'trimtab:generation_tokens_total{model_name="tiny"}': 12.0,
-        'trimtab:request_success_total{finished_reason="stop",model_name="tiny"}': 3.0,
-        'trimtab:steering_fired_total{correction="brief",model_name="tiny"}': 8.0,
-        'trimtab:steering_flips_total{correction="none",model_name="tiny"}': 4.0,
+        'trimtab:generation_tokens_total{model_name="tiny"}': 16.0,
+        'trimtab:request_success_total{finished_reason="stop",model_name="tiny"}': 4.0,
+        'trimtab:steering_fired_total{correction="brief",mode="apply",model_name="tiny"}': 8.0,
+        'trimtab:steering_fired_total{correction="polite",mode="shadow",model_name="tiny"}': 4.0,
+        'trimtab:steering_flips_total{correction="none",mode="off",model_name="tiny"}': 4.0,
         'trimtab:steering_entropy_nats_count{correction="brief",model_name="tiny"}': 8.0,
-        'trimtab:time_to_first_token_seconds_count{model_name="tiny"}': 3.0,
-        'trimtab:inter_token_latency_seconds_count{model_name="tiny"}': 9.0,
-        'trimtab:e2e_request_latency_seconds_count{model_name="tiny"}': 3.0,
+        'trimtab:time_to_first_token_seconds_count{model_name="tiny"}': 4.0,
+        'trimtab:inter_token_latency_seconds_count{model_name="tiny"}': 12.0,
+        'trimtab:e2e_request_latency_seconds_count{model_name="tiny"}': 4.0,
     }
     assert {key: float(samples[key]) for key in expected} == expected
+    assert not any('correction="polite",mode="apply"' in key for key in samples), "a shadow never acts"
 
 
 # Keys, ids, and clients that leave

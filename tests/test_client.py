@@ -37,7 +37,7 @@ Handler = Callable[[httpx.Request], httpx.Response]
 RECEIPT = {
     "token": " sky", "token_id": 7, "entropy": 1.25, "open": True, "fired": True, "flip": True,
     "base_token": " sea", "base_token_id": 8, "steered_token": " sky", "steered_token_id": 7,
-    "base_logprob": -1.5, "steered_logprob": -0.25,
+    "base_logprob": -1.5, "steered_logprob": -0.25, "base_token_logprob": -0.5, "steered_token_logprob": -0.25,
 }  # fmt: skip
 TOTALS = {
     "correction": "brief", "mode": "apply", "strength": 1.0, "tau": 0.5,
@@ -194,11 +194,42 @@ def test_the_base_url_may_leave_v1_out(both: Both, url: str) -> None:
     assert str(server.requests[0].url) == "http://h:1/v1/models"
 
 
-@pytest.mark.parametrize("settings", [{"base_url": "localhost:8000"}, {"base_url": "http://"}, {"max_retries": -1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base_url": "localhost:8000"},
+        {"base_url": "http://"},
+        {"base_url": None},
+        {"max_retries": -1},
+        {"api_key": "schlüssel"},
+        {"api_key": "a\nb"},
+    ],
+)
 def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         both.call(Server(), "models", settings=settings)
     assert caught.value.field in settings
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "field"),
+    [
+        ([1], {}, "messages"),
+        (None, {}, "messages"),
+        ({"role": "user", "content": "Why?"}, {}, "messages"),
+        ([["role", "user"]], {}, "messages"),
+        ("Why?", {"temperature": float("nan")}, "temperature"),
+        ("Why?", {"stop": {"a"}}, "stop"),
+        ("Why?", {"extra": {"a": object()}}, "a"),
+        ("Why?", {"extra": [1]}, "extra"),
+        ("Why?", {"steering": 5}, "steering"),
+        ("half a pair: \ud800", {}, "messages"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(both: Both, messages: Any, options: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        both.call(Server(), "chat", messages, **options)
+    assert caught.value.field == field
 
 
 # what is read
@@ -214,7 +245,7 @@ def test_an_answer_is_read_with_its_receipts(both: Both) -> None:
     assert answer.shade == "new"  # a field this version does not know
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"{}", b'{"choices": 3}', b""])
+@pytest.mark.parametrize("content", [b"<html>", b"{}", b'{"choices": 3}', b'{"choices": []}', b""])
 def test_an_answer_of_another_shape_is_told(both: Both, content: bytes) -> None:
     with pytest.raises(BadAnswer, match="base_url"):
         both.call(Server(httpx.Response(200, content=content)), "chat", "Why?")
@@ -290,6 +321,18 @@ def test_retry_after_is_obeyed(both: Both, naps: list[float]) -> None:
     both.call(Server(*answers), "chat", "Why?")
     assert naps[0] == 7.0
     assert 20 < naps[1] <= 30
+
+
+@pytest.mark.parametrize(("value", "waited"), [("2.5", 2.5), ("0", 0.0), (" 3 ", 3.0)])
+def test_retry_after_may_be_a_fraction(both: Both, naps: list[float], value: str, waited: float) -> None:
+    both.call(Server(refusal(503, {"retry-after": value}), httpx.Response(200, json=CHAT)), "chat", "Why?")
+    assert naps == [waited]
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "1e3", "1."])
+def test_a_retry_after_that_says_nothing_is_as_none(both: Both, naps: list[float], value: str) -> None:
+    both.call(Server(refusal(503, {"retry-after": value}), httpx.Response(200, json=CHAT)), "chat", "Why?")
+    assert 0.3 < naps[0] <= 0.5
 
 
 def test_a_retry_after_beyond_patience_is_raised_at_once(both: Both, naps: list[float]) -> None:
@@ -406,6 +449,18 @@ def test_a_connection_that_breaks_in_a_stream_is_an_error(both: Both) -> None:
     with pytest.raises(StreamFailed, match="reset"):
         both.stream(Server(httpx.Response(200, stream=body)), "Why?")
     assert body.closed
+
+
+def test_a_stream_is_read_once(both: Both) -> None:
+    body = Body(EVENTS)
+    _, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?")
+
+    async def again() -> None:
+        async for _ in stream:
+            pass
+
+    with pytest.raises(StreamFailed, match="once"):
+        asyncio.run(again()) if both.kind is AsyncClient else list(stream)
 
 
 def test_a_refused_stream_is_retried_then_raised(both: Both, naps: list[float]) -> None:

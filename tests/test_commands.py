@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from trimtab.cli import build_parser, main
 from trimtab.server import base as base_module
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import load
+from trimtab.steering.machine import describe, hardware
 
 GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 SMALL = (
@@ -41,7 +43,9 @@ def run(arguments: str) -> int:
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.chdir(folder)
-    patch.setattr(base_module, "load_base", lambda model, dtype, device: tiny_base(seed=0 if model == "tiny" else 1))
+    patch.setattr(
+        base_module, "load_base", lambda model, dtype, device, threads: tiny_base(seed=0 if model == "tiny" else 1)
+    )
 
 
 @pytest.fixture
@@ -53,11 +57,31 @@ def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_eval_repeats_the_fits_report_and_takes_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval --correction odd --problems 8 --json") == 0
     again = json.loads(capsys.readouterr().out)
-    assert again == load("odd").report
+    report = load("odd").report
+    assert report is not None
+    assert {name: again[name] for name in report} == report
     assert run("eval --correction odd --problems 4 --skip 8 --samples 1 --strength 0") == 0
     table = capsys.readouterr().out
     assert "4 held-out problems of task.jsonl, 1 samples each" in table
-    assert "| correction - base | +0.000 | [+0.000, +0.000] |" in table
+    for policy in ("correction", "shuffled-rewards", "random-positions"):
+        assert f"| {policy} - base | +0.000 | [+0.000, +0.000] |" in table
+
+
+@pytest.mark.usefixtures("_inside")
+def test_eval_in_json_says_what_ran_where(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = "eval --correction odd --problems 4 --skip 6 --samples 1 --strength 0.5 --tau 1.25 --json"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/trimtab", *arguments.split()])
+    assert run(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["benchmark"], found["correction"], found["model"]) == ("eval", "odd", "tiny-llama")
+    assert found["machine"]["command"] == f"trimtab {arguments}"
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert found["hardware"] == f"{hardware(describe())} (cpu, float32, 1 threads)"
+    assert found["problems_of_the_fits_report"] == 2
+    assert found["tau"] == 1.25
+    assert found["strengths"]["correction"] == 0.5
+    for kind in ("shuffled-rewards", "random-positions"):
+        assert found["strengths"][kind] == pytest.approx(load(f"odd/controls/{kind}").strength / 2)
 
 
 @pytest.mark.usefixtures("_inside")

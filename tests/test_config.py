@@ -14,6 +14,10 @@ def test_every_field_has_a_line_of_documentation() -> None:
     assert set(FREE) < fields.keys()
 
 
+def test_slots_are_part_of_a_run_as_they_change_rounding() -> None:
+    assert "slots" not in FREE
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -4,9 +4,12 @@ import random
 
 import pytest
 
+from trimtab.errors import InvalidRequest
+from trimtab.steering.correction import BaseIdentity, Correction
 from trimtab.steering.evaluate import compare, summarise
-from trimtab.steering.problem import Problem
-from trimtab.steering.report import build, judge, to_markdown
+from trimtab.steering.head import Head
+from trimtab.steering.problem import Problem, Split
+from trimtab.steering.report import Exam, Judged, build, judge, policies, strengths, to_markdown
 from trimtab.steering.rollouts import Rollout, Sampling
 
 PROBLEMS = [Problem(f"p{i}", None, prompt="x", kind="ab"[i % 2]) for i in range(200)]
@@ -64,18 +67,35 @@ def test_figures_are_shares_of_steps_and_completions() -> None:
     assert (figures.truncated, figures.open, figures.fired, figures.flips) == (0.5, 0.8, 0.6, 0.1)
 
 
+class Demo:
+    """A task by name only."""
+
+    name = "demo"
+
+    def problems(self, split: Split, count: int) -> list[Problem]:
+        raise NotImplementedError
+
+    def score(self, problem: Problem, completion: str) -> float:
+        raise NotImplementedError
+
+
+def tiny(name: str, strength: float) -> Correction:
+    return Head(4, 1, 3.0, 1.0, 1.0, seed=0).correction(name, 5, 0.5, BaseIdentity("m", "f", "t", "c"), strength)
+
+
 def report(correction: float, shuffled: float) -> dict[str, object]:
     base = answers(0.5, 1)
     found = {"base": base, "correction": shifted(base, correction, 2), "shuffled-rewards": shifted(base, shuffled, 3)}
-    return build("demo", PROBLEMS, Sampling(2, 0, 0.6, 0.95, 64), found)
+    exam = Exam(Demo(), PROBLEMS, Sampling(2, 0, 0.6, 0.95, 64), 1, 1)
+    return build(exam, Judged(tiny("mine", 1.0), [tiny("shuffled-rewards", 0.8)]), found, "a box, 2 cores")
 
 
 @pytest.mark.parametrize(
     ("correction", "shuffled", "ship", "words"),
     [
-        (0.3, 0.0, True, "worth serving"),
-        (0.3, 0.3, False, "does NOT beat: shuffled-rewards; do not serve it"),
-        (0.0, 0.0, False, "does NOT beat: base, shuffled-rewards; do not serve it"),
+        (0.3, 0.0, True, "]; beats shuffled-rewards"),
+        (0.3, 0.3, False, "]; does not beat shuffled-rewards; do not serve it"),
+        (0.0, 0.0, False, "]; does not beat base, shuffled-rewards; do not serve it"),
     ],
 )
 def test_the_verdict_says_what_was_not_beaten(correction: float, shuffled: float, ship: bool, words: str) -> None:
@@ -83,8 +103,36 @@ def test_the_verdict_says_what_was_not_beaten(correction: float, shuffled: float
     verdict = made["verdict"]
     assert isinstance(verdict, dict)
     assert verdict["ship"] is ship
-    assert words in verdict["summary"]
-    assert words in to_markdown(made)
+    assert verdict["summary"].endswith(words)
+    shown = to_markdown(made)
+    assert (
+        f"{words}.\n\n`ship` is {'true' if ship else 'false'}. It is true when the correction beats the base" in shown
+    )
+    assert "correction is mine; strengths: correction 1, shuffled-rewards 0.8; the gate opens above 0.5 nats" in shown
+    assert "On a box, 2 cores." in shown
+
+
+def test_what_is_beaten_and_what_is_not_are_told_apart() -> None:
+    base = answers(0.5, 1)
+    found = {"base": base, "correction": shifted(base, 0.3, 2), "shuffled-rewards": base}
+    found["random-positions"] = found["correction"]
+    verdict = judge([compare(found, "correction", other) for other in found if other != "correction"], base)
+    assert verdict["ship"], "the random control decides nothing"
+    assert "; beats shuffled-rewards; does not beat random-positions (the gate is open at 80%" in verdict["summary"]
+
+
+def test_another_strength_scales_the_controls_with_the_correction() -> None:
+    judged = Judged(tiny("mine", 2.0), [tiny("shuffled-rewards", 0.5), tiny("random-positions", 3.0)])
+    assert strengths(judged) == {"correction": 2.0, "shuffled-rewards": 0.5, "random-positions": 3.0}
+    halved = judged._replace(strength=1.0, tau=0.7)
+    assert strengths(halved) == {"correction": 1.0, "shuffled-rewards": 0.25, "random-positions": 1.5}
+    served = {policy.name: (policy.strength, policy.tau) for policy in policies(halved) if policy.correction}
+    assert served["correction"] == served["correction-greedy"] == (1.0, 0.7)
+    assert served["shuffled-rewards"] == (0.25, 0.7)
+    idle = Judged(tiny("idle", 0.0), [tiny("shuffled-rewards", 0.5)])
+    assert strengths(idle)["shuffled-rewards"] == 0.5
+    with pytest.raises(InvalidRequest, match="strength cannot be set"):
+        strengths(idle._replace(strength=1.0))
 
 
 def test_without_a_shuffled_control_nothing_ships() -> None:

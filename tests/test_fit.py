@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TaskError
-from trimtab.steering.config import FitConfig
-from trimtab.steering.controls import CONTROLS, SHUFFLED, fit_control, shuffle
+from trimtab.steering.config import CANDIDATES, FitConfig
+from trimtab.steering.controls import CONTROLS, RANDOM, SHUFFLED, fit_control, shuffle
 from trimtab.steering.correction import BaseIdentity
-from trimtab.steering.features import CANDIDATES, Features, rank
-from trimtab.steering.fit import fit, match_strength, measure
+from trimtab.steering.features import Features, rank
+from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
 from trimtab.steering.head import Head
-from trimtab.steering.objective import compare
+from trimtab.steering.objective import change_by
 
 VOCAB, HIDDEN, POSITIONS, ITEMS = 64, 8, 2400, 240
 T = 0.7
@@ -72,8 +72,8 @@ def test_the_fit_finds_the_known_direction_within_each_budget(features: Features
     measured = features.at(features.gated & features.held_out)
     gains = []
     for snapshot in snapshots:
-        kl, gain = measure(snapshot.head, measured, rows, CONFIG)
-        assert (kl, gain) == (snapshot.kl, snapshot.surrogate)
+        kl = measure(snapshot.head, measured, rows, CONFIG)
+        assert kl == snapshot.kl
         assert 0 < kl < snapshot.budget
         gains.append(merit_after(snapshot.head, features, rows))
     assert [s.budget for s in snapshots] == [0.02, 0.06, 0.12]
@@ -87,6 +87,56 @@ def test_equal_inputs_give_equal_tensors_and_another_seed_does_not(features: Fea
     assert not torch.equal(one.B, other.B)
 
 
+def noise(advantage: Tensor, where: Tensor) -> Tensor:
+    """Other advantages at those positions."""
+    assert where.any()
+    return torch.where(where, 2.0 - 3 * advantage, advantage)
+
+
+def test_what_is_held_out_teaches_nothing(features: Features, rows: Tensor) -> None:
+    perturbed = features._replace(advantage=noise(features.advantage, features.held_out))
+    one, other = (fit(f, rows, [0.05], CONFIG)[0].head for f in (features, perturbed))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    taught = features._replace(advantage=noise(features.advantage, ~features.held_out))
+    assert not torch.equal(one.B, fit(taught, rows, [0.05], CONFIG)[0].head.B), "the same change elsewhere does"
+
+
+def test_the_random_control_learns_at_its_random_positions_only(features: Features, rows: Tensor) -> None:
+    other = features._replace(advantage=noise(features.advantage, features.gated & ~features.random))
+    correction = fit(features, rows, [0.05], CONFIG)[0].head
+    one, same = (fit_control(RANDOM, f, rows, 0.05, CONFIG, BASE) for f in (features, other))
+    assert torch.equal(one.B, same.B)
+    assert not torch.equal(one.B, correction.B)
+
+
+def test_a_control_whose_first_step_is_too_far_is_brought_back_by_its_strength(
+    features: Features, rows: Tensor
+) -> None:
+    eager = FitConfig(**{**vars(CONFIG), "learning_rate": 0.2})
+    with pytest.raises(TaskError, match="the first step leaves every KL budget"):
+        fit(features, rows, [0.01], eager)
+    for kind in CONTROLS:
+        control = fit_control(kind, features, rows, 0.01, eager, BASE)
+        assert 0 < control.strength < 1
+        assert control.provenance["kl"] == pytest.approx(0.01, rel=0.02)
+
+
+def test_a_first_step_into_nan_is_kept_by_nobody(features: Features, rows: Tensor) -> None:
+    broken = features._replace(advantage=torch.full_like(features.advantage, float("nan")))
+    with pytest.raises(TaskError, match="the first step leaves every KL budget"):
+        fit(broken, rows, [0.06], CONFIG, overshoot=True)
+
+
+def test_a_control_that_cannot_push_as_hard_says_so(
+    features: Features, rows: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timid = FitConfig(**{**vars(CONFIG), "learning_rate": 1e-9, "epochs": 1})
+    control = fit_control(SHUFFLED, features, rows, 0.06, timid, BASE)
+    assert control.strength == STRENGTH_LIMIT
+    assert control.provenance["kl"] < control.provenance["kl_wanted"] == 0.06
+    assert "the limit: it pushes less than the correction" in capsys.readouterr().err
+
+
 def test_the_controls_push_as_hard_and_the_shuffled_one_gains_nothing_like_it(features: Features, rows: Tensor) -> None:
     snapshot = fit(features, rows, [0.06], CONFIG)[0]
     measured = features.at(features.gated & features.held_out)
@@ -95,8 +145,9 @@ def test_the_controls_push_as_hard_and_the_shuffled_one_gains_nothing_like_it(fe
     for kind, control in controls.items():
         head = Head(HIDDEN, control.rank, control.cap, control.hidden_scale, control.row_scale, 0)
         head.A.data, head.B.data, head.b.data = control.A, control.B, control.b
-        kl, _ = measure(head, measured, rows, CONFIG, control.strength)
+        kl = measure(head, measured, rows, CONFIG, control.strength)
         assert kl == pytest.approx(snapshot.kl, rel=0.02)
+        assert control.provenance == {"kl": kl, "kl_wanted": snapshot.kl}
         gains[kind] = merit_after(head, features, rows, control.strength)
     true_gain = merit_after(snapshot.head, features, rows)
     assert gains[SHUFFLED] < 0.5 * true_gain
@@ -116,7 +167,7 @@ def test_matching_strength_reaches_the_kl(features: Features, rows: Tensor) -> N
     head = fit(features, rows, [0.02], CONFIG)[0].head
     strength = match_strength(head, features, rows, 0.1, CONFIG)
     assert strength > 1
-    kl, _ = measure(head, features.at(features.gated & features.held_out), rows, CONFIG, strength)
+    kl = measure(head, features.at(features.gated & features.held_out), rows, CONFIG, strength)
     assert kl == pytest.approx(0.1, rel=0.02)
 
 
@@ -124,7 +175,7 @@ def test_an_unfitted_head_is_the_base(features: Features, rows: Tensor) -> None:
     head = Head(HIDDEN, 2, 3.0, 1.0, 1.0, seed=0)
     delta = head(features.h, rows[features.ids[:, :5].long()])
     assert not delta.any()
-    assert compare(features, delta, T).kl.abs().max() < 1e-5
+    assert change_by(features, delta, T).kl.abs().max() < 1e-5
 
 
 def test_no_open_position_or_no_room_for_a_step_is_an_error_that_names_the_option(

@@ -9,10 +9,11 @@ from torch import Tensor
 from trimtab.kernels.record import RowParams, StepInputs
 from trimtab.kernels.reference import step
 from trimtab.steering.bank import Bank
+from trimtab.steering.config import CANDIDATES
 from trimtab.steering.correction import BaseIdentity
-from trimtab.steering.features import CANDIDATES, Features, rank
+from trimtab.steering.features import Features, rank
 from trimtab.steering.head import Head
-from trimtab.steering.objective import compare, loss
+from trimtab.steering.objective import change_by, loss
 
 VOCAB, HIDDEN = 300, 16
 
@@ -100,7 +101,7 @@ def test_ratio_and_divergence_are_those_of_the_whole_vocabulary(seed: int, tempe
     chosen = torch.multinomial((z / temperature).softmax(-1), 1, generator=generator)[:, 0]
     batch = make_features(z, torch.zeros(6, HIDDEN), chosen, temperature)
     delta = torch.randn(6, top_k, generator=generator)
-    change = compare(batch, delta, temperature)
+    change = change_by(batch, delta, temperature)
     before = (z / temperature).log_softmax(-1)
     after = (steered_logits(z, batch.ids[:, :top_k].long(), delta) / temperature).log_softmax(-1)
     torch.testing.assert_close(change.kl, (before.exp() * (before - after)).sum(-1), atol=1e-4, rtol=1e-3)
@@ -114,7 +115,7 @@ def test_the_loss_is_bounded_however_far_the_ratio_goes(advantage: float) -> Non
     batch = make_features(z, torch.zeros(5, HIDDEN), z.argmax(-1), 0.6)
     wanted = torch.zeros(5, 20)
     wanted[:, 0] = 50.0 if advantage > 0 else -50.0
-    far = loss(compare(batch, wanted, 0.6), torch.full((5,), advantage), 0.5, 0.0)
+    far = loss(change_by(batch, wanted, 0.6), torch.full((5,), advantage), 0.5, 0.0)
     assert far == pytest.approx(-1.5 * 2.0 if advantage > 0 else 0.5 * 2.0, abs=1e-3)
 
 

@@ -1,7 +1,8 @@
 """The official client against a real server on a loopback port, over a real engine with a tiny random model."""
 
+import queue
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import pytest
@@ -18,28 +19,43 @@ from trimtab.steering.bank import Bank
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
 
-EVENTS: list[Event] = []
-
-
 class Watched(Engine):
-    """Keeps every event it hands out."""
+    """Keeps what ended, and counts the steps that brought something."""
+
+    steps = 0
+    ended: "queue.SimpleQueue[Event]"
 
     def start(self, on_events: OnEvents) -> None:
+        self.ended = queue.SimpleQueue()
+
         def keep(events: list[Event]) -> None:
-            EVENTS.extend(events)
+            self.steps += any(event.token is not None for event in events)
+            for event in events:
+                if event.finish is not None:
+                    self.ended.put(event)
             on_events(events)
 
         super().start(keep)
 
 
+class Served(NamedTuple):
+    url: str
+    engine: Watched
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def served() -> Iterator[Served]:
     base = tiny_base()
     bank = Bank(base.hidden, base.device)
     bank.add(tiny_correction(base, "bold"))
     engine = Watched(base, bank, EngineConfig(slots=4, max_model_len=256))
-    with loopback(create_app(engine, base, bank, api_keys=["secret"]), engine) as served:
-        yield served
+    with loopback(create_app(engine, base, bank, api_keys=["secret"]), engine) as url:
+        yield Served(url, engine)
+
+
+@pytest.fixture
+def url(served: Served) -> str:
+    return served.url
 
 
 @pytest.fixture
@@ -140,13 +156,17 @@ def test_errors_become_the_clients_classes(client: OpenAI, url: str) -> None:
         assert refused.value.code == "invalid_api_key"
 
 
-def test_leaving_a_stream_frees_its_slot(client: OpenAI) -> None:
-    """Each would hold one of the 4 slots for some 250 steps."""
+def test_leaving_a_stream_frees_its_slot(client: OpenAI, served: Served) -> None:
+    """Each would hold one of the 4 slots for 250 steps: all 8 together some 500."""
+    engine = served.engine
+    while not engine.ended.empty():
+        engine.ended.get()
+    before = engine.steps
     for _ in range(8):
         extra = {"ignore_eos": True}
         with client.completions.create(
             model="bold", prompt="a", max_tokens=250, stream=True, extra_body=extra
         ) as stream:
             next(iter(stream))
-    assert client.completions.create(model="bold", prompt="a", max_tokens=2).choices
-    assert any(event.finish == "abort" for event in EVENTS)
+    assert [engine.ended.get(timeout=60).finish for _ in range(8)] == ["abort"] * 8
+    assert engine.steps - before < 250

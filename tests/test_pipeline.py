@@ -1,6 +1,7 @@
 """The whole trainer on a tiny random model: it ends in a correction's folder, and a killed run ends in the same one."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trimtab.server.base import Base
 from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import check, load
+from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem, Split
 
 
@@ -79,10 +81,27 @@ def test_a_run_leaves_a_loadable_correction_with_report_and_controls(base: Base,
     fit = correction.provenance["fit"]
     assert 0 < fit["kl"] < fit["kl_budget"]
     assert fit["validation"].keys() == {"base", "kl-0.01", "kl-0.03"}
+    made = correction.provenance
+    assert (made["dtype"], made["device"], made["threads"], made["machine"]) == ("float32", "cpu", 1, describe())
     for kind in ("shuffled-rewards", "random-positions"):
-        check(load(finished / "controls" / kind), base.identity)
+        control = load(finished / "controls" / kind)
+        check(control, base.identity)
+        assert control.provenance["kl_wanted"] == fit["kl"]
+        assert report["strengths"][kind] == control.strength
     assert "Verdict" in (finished / "report.md").read_text()
     assert not list(finished.rglob("*.tmp"))
+
+
+def ids(out: Path, stage: str) -> set[str]:
+    """Of the problems that a stage sampled."""
+    files = list((out / "run" / stage).rglob("*.jsonl"))
+    return {json.loads(line)["problem"] for file in files for line in file.read_text().split("\n") if line}
+
+
+def test_each_stage_samples_problems_of_its_own(finished: Path) -> None:
+    assert ids(finished, "rollouts") == {f"train-{i}" for i in range(20)}
+    assert ids(finished, "validation") == {f"train-{i}" for i in range(20, 23)}
+    assert ids(finished, "report") == {f"held-out-{i}" for i in range(9)}
 
 
 def resulting(out: Path, part: str) -> list[Path]:
@@ -115,7 +134,7 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(
         p for part in ("run.json", "rollouts", "features", "validation", "report") for p in resulting(tmp_path, part)
     ]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    pipeline.run(dataclasses.replace(CONFIG, slots=5), tmp_path, base, Vowels())
+    pipeline.run(CONFIG, tmp_path, base, Vowels())
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
     for path in tmp_path.rglob("*.tmp"):  # left by the kill
         path.unlink()
@@ -123,7 +142,7 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(
 
 
 def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finished: Path) -> None:
-    for change in ({"rank": 3}, {"kl_budgets": (0.01, 0.02)}, {"seed": 1}):
+    for change in ({"rank": 3}, {"kl_budgets": (0.01, 0.02)}, {"seed": 1}, {"slots": 5}):
         (field,) = change
         with pytest.raises(InvalidRequest, match=f"begun with {field} = ") as caught:
             pipeline.run(dataclasses.replace(CONFIG, **change), finished, base, Vowels())

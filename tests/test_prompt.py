@@ -6,16 +6,25 @@ from typing import Any
 import pytest
 
 from tiny import tiny_tokenizer
-from trimtab.errors import InvalidRequest
+from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 
 HI = [{"role": "user", "content": "hi"}]
 
 
+MAX_LEN = 50
+LONGEST = len("<|im_start|>")
+
+
+def prompter_of(tokenizer: Any) -> Prompter:
+    return Prompter(tokenizer, Pieces(tokenizer), MAX_LEN)
+
+
 def chat(template: str | None = None, messages: Any = HI, **options: Any) -> Ids:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template if template is not None else tokenizer.chat_template
-    prompter = Prompter(tokenizer)
+    prompter = prompter_of(tokenizer)
     try:
         return asyncio.run(prompter.chat(messages, **options))
     finally:
@@ -61,3 +70,50 @@ def test_a_template_that_fails_is_the_requests_fault(template: str) -> None:
 def test_a_model_without_a_template_says_where_to_go() -> None:
     with pytest.raises(InvalidRequest, match="/v1/completions"):
         chat("")
+
+
+class Watched:
+    """A tokenizer that keeps what it was asked to tokenise."""
+
+    def __init__(self) -> None:
+        self._tokenizer = tiny_tokenizer()
+        self.seen: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.seen.append(text)
+        return list(self._tokenizer.encode(text, **options))
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
+    tokenizer = Watched()
+    prompter = prompter_of(tokenizer)
+    most = "é" * (MAX_LEN * LONGEST // 2)
+    try:
+        assert len(asyncio.run(prompter.text([most]))[0]) == len(most.encode())
+        with pytest.raises(
+            ContextOverflow, match=r"you requested at least 52 tokens \(at least 51 in the prompt"
+        ) as caught:
+            asyncio.run(prompter.text([most + "x"]))
+        assert caught.value.field == "prompt"
+        with pytest.raises(ContextOverflow, match="in the messages"):
+            asyncio.run(prompter.chat([{"role": "user", "content": most}]))
+    finally:
+        prompter.close()
+    assert tokenizer.seen == [most]
+
+
+def test_callers_take_turns() -> None:
+    tokenizer = Watched()
+    prompter = prompter_of(tokenizer)
+
+    async def main() -> None:
+        await asyncio.gather(prompter.text(["a", "b", "c"]), prompter.text(["x"]))
+
+    try:
+        asyncio.run(main())
+    finally:
+        prompter.close()
+    assert tokenizer.seen.index("x") == 1

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
+from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
+from trimtab.server.drain import DrainingServer
 from trimtab.steering.correction import save
 
 
@@ -30,6 +34,25 @@ def test_the_demo_brings_its_correction_when_there_is_one(tmp_path: Path, monkey
     assert serve.choose_corrections("other", []) == []
     monkeypatch.setattr(serve, "DEMO_CORRECTION", tmp_path / "none")
     assert serve.choose_corrections("demo", []) == []
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max-num-seqs", "--max-num-batched-tokens", "--max-queue", "--threads", "--max-model-len"]
+)
+def test_a_size_that_is_too_small_names_the_flag_that_was_typed(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", "demo", flag, "0"])
+    assert f"argument {flag}: must be at least" in capsys.readouterr().err
+
+
+def test_the_image_has_left_before_docker_stop_kills_it() -> None:
+    """Its 10 seconds must hold the drain, the time for a reader that hangs, and the process's own end."""
+    dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text(encoding="utf-8")
+    (drain,) = re.findall(r'"--drain-timeout", "(\d+)"', dockerfile)
+    engine: Any = None
+    server = DrainingServer(uvicorn.Config("app"), engine, int(drain))
+    assert server.config.timeout_graceful_shutdown is not None
+    assert int(drain) < server.config.timeout_graceful_shutdown <= 9
 
 
 def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

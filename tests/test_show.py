@@ -13,12 +13,16 @@ def receipt(token: str, fired: bool = False, flip: bool = False) -> dict[str, An
     return {
         "token": token, "token_id": 1, "entropy": 1.0, "open": fired, "fired": fired, "flip": flip,
         "base_token": " sea", "base_token_id": 2, "steered_token": token, "steered_token_id": 1,
-        "base_logprob": -1.0, "steered_logprob": -0.5,
+        "base_logprob": -1.0, "steered_logprob": -0.5, "base_token_logprob": -1.0, "steered_token_logprob": -0.5,
     }  # fmt: skip
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, models: list[dict[str, Any]], tokens: list[dict[str, Any]], *arguments: str
+    monkeypatch: pytest.MonkeyPatch,
+    models: list[dict[str, Any]],
+    tokens: list[dict[str, Any]],
+    *arguments: str,
+    finish: str = "length",
 ) -> tuple[int, list[dict[str, Any]]]:
     """-> the exit code, and the bodies that the server saw."""
     bodies = []
@@ -28,7 +32,7 @@ def run(
             return httpx.Response(200, json={"data": models})
         body = json.loads(request.content)
         bodies.append(body)
-        choice: dict[str, Any] = {"message": {"content": "A plain answer."}}
+        choice: dict[str, Any] = {"message": {"content": "A plain answer."}, "finish_reason": finish}
         if "steering" in body:
             totals = {"correction": body["steering"]["correction"], "strength": 1.5, "tau": 0.5, "steps": len(tokens)}
             choice["steering"] = {**totals, "open": 2, "fired": 2, "flips": 1, "mean_entropy": 1.25, "tokens": tokens}
@@ -68,6 +72,22 @@ def test_a_server_without_corrections(monkeypatch: pytest.MonkeyPatch, capsys: p
     code, bodies = run(monkeypatch, [BASE], [])
     assert (code, len(bodies)) == (0, 1)
     assert "no correction" in capsys.readouterr().out
+
+
+def test_a_correction_may_be_required(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, [BASE], [], "--require-correction")[0] == 1
+    assert "no correction loaded" in capsys.readouterr().err
+    assert run(monkeypatch, [BASE, BRIEF], [receipt("x")], "--require-correction")[0] == 0
+
+
+@pytest.mark.parametrize(("finish", "shown"), [("stop", "The[ end]"), ("length", "The[ end]<|im_end|>")])
+def test_the_token_that_ended_the_answer_is_a_step_but_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finish: str, shown: str
+) -> None:
+    run(monkeypatch, [BRIEF], [receipt("The"), receipt(" end", fired=True), receipt("<|im_end|>")], finish=finish)
+    printed = capsys.readouterr().out
+    assert f"\n{shown}\n" in printed
+    assert "3 steps" in printed
 
 
 def test_a_failure_is_one_line_and_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trimtab.server.request import Event, Receipt
 from trimtab.server.stream import ChoiceStream, TextRules, Update
 
-RECEIPT = Receipt(1.0, True, True, 0, 1, -1.0, -1.0)
+RECEIPT = Receipt(1.0, True, True, 0, 1, -1.0, -1.0, -1.0, -1.0)
 
 
 class Contents:
@@ -49,9 +49,12 @@ def bytes_of(updates: list[Update]) -> bytes:
     return b"".join(token.bytes for update in updates for token in update.tokens)
 
 
-def cut_by_definition(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, bool]:
-    """Read character by character; the first stop string to be complete ends the text, of two the longer."""
-    for end in range(1, len(text) + 1):
+def cut_by_definition(text: str, stops: tuple[str, ...], include: bool, exempt: int = 0) -> tuple[str, bool]:
+    """Read character by character; the first stop string to be complete ends the text, of two the longer.
+
+    One that is complete within the first `exempt` characters is text.
+    """
+    for end in range(exempt + 1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             return text[: end if include else end - max(map(len, complete))], True
@@ -79,6 +82,22 @@ def tokens(draw: st.DrawFn) -> list[bytes]:
 def test_text_follows_from_the_bytes_alone(parts: list[bytes], stops: tuple[str, ...], include: bool) -> None:
     updates = play(parts, TextRules(stop=stops, include_stop=include))
     text, stopped = cut_by_definition(b"".join(parts).decode("utf-8", "replace"), stops, include)
+    assert text_of(updates) == text
+    assert updates[-1].finish == ("stop" if stopped else "length")
+    assert bytes_of(updates).decode("utf-8", "replace") == text
+
+
+@given(tokens(), stop_strings, st.booleans(), st.integers(0, 12))
+@example([bytes([c]) for c in b"abcdef"], ("cd",), False, 3)
+@example([b"ab", b"ab", b"c"], ("ab", "abc"), False, 2)
+@example([b"a", b"a", b"a"], ("a", "aax"), False, 2)
+def test_a_stop_string_counts_that_ends_after_min_tokens_wherever_it_began(
+    parts: list[bytes], stops: tuple[str, ...], include: bool, least: int
+) -> None:
+    updates = play(parts, TextRules(stop=stops, include_stop=include, min_tokens=least))
+    ended = least >= len(parts)
+    exempt = len(codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(parts[:least]), ended))
+    text, stopped = cut_by_definition(b"".join(parts).decode("utf-8", "replace"), stops, include, exempt)
     assert text_of(updates) == text
     assert updates[-1].finish == ("stop" if stopped else "length")
     assert bytes_of(updates).decode("utf-8", "replace") == text

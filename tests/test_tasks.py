@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.tasks import fingerprint, load_task
+from trimtab.steering.tasks import fingerprint, load_task, read_problems
 
 
 def write(path: Path, lines: list[Any]) -> str:
@@ -35,6 +35,15 @@ def test_the_same_prompt_never_stands_in_both_splits(tmp_path: Path) -> None:
     task = load_task(write(tmp_path / "t.jsonl", twice), "exact")
     train = {p.prompt for p in task.problems("train", 70)}
     assert not train & {p.prompt for p in task.problems("held-out", 20)}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_line_ends_at_a_newline_only(tmp_path: Path, mark: str) -> None:
+    path, prompts = tmp_path / "t.jsonl", [f"one{mark}two", "three"]
+    written = [{"id": i, "prompt": prompt, "answer": "1"} for i, prompt in enumerate(prompts)]
+    content = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in written)
+    path.write_bytes(content.encode())
+    assert [problem.prompt for problem in read_problems(path, "exact")] == prompts
 
 
 def test_a_held_out_file_is_the_other_split(tmp_path: Path) -> None:

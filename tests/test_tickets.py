@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from scripted import ScriptedEngine, event, say
-from trimtab.errors import Overloaded
-from trimtab.server.dispatch import Dispatch
-from trimtab.server.http_errors import EngineStopped
-from trimtab.server.request import Request
+from trimtab.errors import EngineStopped, Overloaded
+from trimtab.server.request import Event, Request
+from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.wire import ClientGone, or_gone
 
 
 def silence(request: Request, index: int) -> list[Any]:
@@ -21,12 +21,12 @@ def one_token(request: Request, index: int) -> list[Any]:
     return [event(request, index, 65)]
 
 
-def run(engine: ScriptedEngine, use: Callable[[Dispatch], Awaitable[None]]) -> None:
+def run(engine: ScriptedEngine, use: Callable[[Tickets], Awaitable[None]]) -> None:
     async def main() -> None:
         any_engine: Any = engine
-        dispatch = Dispatch(any_engine)
-        dispatch.start()
-        await use(dispatch)
+        tickets = Tickets(any_engine)
+        tickets.start()
+        await use(tickets)
 
     asyncio.run(main())
 
@@ -34,8 +34,8 @@ def run(engine: ScriptedEngine, use: Callable[[Dispatch], Awaitable[None]]) -> N
 def test_a_finished_request_is_not_aborted() -> None:
     engine = ScriptedEngine(say("hi"))
 
-    async def use(dispatch: Dispatch) -> None:
-        with dispatch.open([Request("a", (1,)), Request("b", (1,))]) as ticket:
+    async def use(tickets: Tickets) -> None:
+        with tickets.open([Request("a", (1,)), Request("b", (1,))]) as ticket:
             seen = []
             while len(seen) < 6:
                 seen += await ticket.next(5)
@@ -49,8 +49,8 @@ def test_a_finished_request_is_not_aborted() -> None:
 def test_leaving_early_aborts(script: Any) -> None:
     engine = ScriptedEngine(script)
 
-    async def use(dispatch: Dispatch) -> None:
-        with pytest.raises(KeyError), dispatch.open([Request("a", (1,))]):
+    async def use(tickets: Tickets) -> None:
+        with pytest.raises(KeyError), tickets.open([Request("a", (1,))]):
             raise KeyError("the caller fails")
 
     run(engine, use)
@@ -60,11 +60,11 @@ def test_leaving_early_aborts(script: Any) -> None:
 def test_a_cancelled_caller_aborts() -> None:
     engine = ScriptedEngine(one_token)
 
-    async def use(dispatch: Dispatch) -> None:
+    async def use(tickets: Tickets) -> None:
         waiting = asyncio.Event()
 
         async def caller() -> None:
-            with dispatch.open([Request("a", (1,), n=2)]) as ticket:
+            with tickets.open([Request("a", (1,), n=2)]) as ticket:
                 await ticket.next(5)
                 waiting.set()
                 await ticket.next(60)
@@ -78,11 +78,49 @@ def test_a_cancelled_caller_aborts() -> None:
     assert engine.aborted == [("a", None)]
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_caller_who_leaves_as_an_event_arrives_is_gone(leaves_first: bool, ticks: int) -> None:
+    """`ticks` iterations of the loop lie between the two; whatever they meet, the caller's work ends at once."""
+
+    async def main() -> None:
+        engine: Any = ScriptedEngine(silence)
+        ticket, left = Ticket(engine), asyncio.Event()
+        ticket.expect(Request("a", (1,)))
+        waiting = asyncio.Event()
+
+        async def work() -> None:
+            waiting.set()
+            while True:
+                await ticket.next(60)
+
+        async def receive() -> Any:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        def arrive() -> None:
+            ticket.put(Event("a", 0, 1, 0.0, (), None, None))
+
+        caller = asyncio.create_task(or_gone(receive, work()))
+        await waiting.wait()
+        first, second = (left.set, arrive) if leaves_first else (arrive, left.set)
+        first()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        second()
+        done, _ = await asyncio.wait((caller,), timeout=1)
+        caller.cancel()
+        assert done, "it waits for the next event"
+        assert isinstance(caller.exception(), ClientGone)
+
+    asyncio.run(main())
+
+
 def test_a_choice_that_needs_no_more_is_aborted_at_once_and_once() -> None:
     engine = ScriptedEngine(one_token)
 
-    async def use(dispatch: Dispatch) -> None:
-        with dispatch.open([Request("a", (1,), n=2), Request("b", (1,))]) as ticket:
+    async def use(tickets: Tickets) -> None:
+        with tickets.open([Request("a", (1,), n=2), Request("b", (1,))]) as ticket:
             ticket.finish("a", 0)
             assert engine.aborted == [("a", 0)]
             ticket.finish("a", 1)
@@ -96,14 +134,14 @@ def test_a_choice_that_needs_no_more_is_aborted_at_once_and_once() -> None:
 def test_a_batch_is_taken_whole_or_not_at_all() -> None:
     engine = ScriptedEngine(one_token)
 
-    async def use(dispatch: Dispatch) -> None:
+    async def use(tickets: Tickets) -> None:
         def refuse_the_second(request: Request, index: int) -> list[Any]:
             if request.id == "b":
                 raise Overloaded("full")
             return one_token(request, index)
 
         engine.script = refuse_the_second
-        with pytest.raises(Overloaded), dispatch.open([Request("a", (1,)), Request("b", (1,))]):
+        with pytest.raises(Overloaded), tickets.open([Request("a", (1,)), Request("b", (1,))]):
             pytest.fail("the batch was taken")
 
     run(engine, use)
@@ -113,8 +151,8 @@ def test_a_batch_is_taken_whole_or_not_at_all() -> None:
 def test_silence_returns_nothing_while_the_engine_lives() -> None:
     engine = ScriptedEngine(silence)
 
-    async def use(dispatch: Dispatch) -> None:
-        with dispatch.open([Request("a", (1,))]) as ticket:
+    async def use(tickets: Tickets) -> None:
+        with tickets.open([Request("a", (1,))]) as ticket:
             assert await ticket.next(0.001) == []
             engine.alive = False
             with pytest.raises(EngineStopped, match="stopped"):
@@ -126,10 +164,10 @@ def test_silence_returns_nothing_while_the_engine_lives() -> None:
 def test_events_for_nobody_are_dropped() -> None:
     engine = ScriptedEngine(say("hi"))
 
-    async def use(dispatch: Dispatch) -> None:
-        with dispatch.open([Request("a", (1,))]):
+    async def use(tickets: Tickets) -> None:
+        with tickets.open([Request("a", (1,))]):
             pass
-        with dispatch.open([Request("b", (1,))]) as ticket:
+        with tickets.open([Request("b", (1,))]) as ticket:
             assert {e.request_id for e in await ticket.next(5)} == {"b"}
 
     run(engine, use)

@@ -3,7 +3,7 @@
 Invariant: the engine's thread crosses into the event loop once a step, whatever the number of requests; a request that
 leaves its `open` block unfinished is aborted, however it leaves.
 
-    with dispatch.open(requests) as ticket:
+    with tickets.open(requests) as ticket:
         while events := await ticket.next(timeout=10): ...
 """
 
@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from trimtab.errors import EngineStopped
 from trimtab.server.engine import Engine
-from trimtab.server.http_errors import EngineStopped
 from trimtab.server.request import Event, Request
 
 
@@ -27,8 +27,9 @@ class Ticket:
 
     async def next(self, timeout: float) -> list[Event]:
         """All events since the last call, at least one; none after `timeout` seconds. Raises EngineStopped."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), timeout)
+        with suppress(TimeoutError):  # no wait_for: before Python 3.12 it may swallow that the caller has left
+            async with asyncio.timeout(timeout):
+                await self._arrived.wait()
         if not self._events and not self._engine.stats().alive:
             raise EngineStopped("the engine stopped: the server's log says why")
         self._arrived.clear()
@@ -58,8 +59,8 @@ class Ticket:
         return [request_id for request_id, choices in self._open.items() if choices]
 
 
-class Dispatch:
-    """Tickets of one engine, in one event loop."""
+class Tickets:
+    """Those of one engine, in one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

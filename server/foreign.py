@@ -1,0 +1,71 @@
+"""Keys of a body that have no field in schema.py: which of them are refused, and which do no harm.
+
+Invariant: a key of OpenAI's or vLLM's that would change the answer, and that this server does not do, is refused, never
+ignored; null is the same as not sent. Keys that nobody knows are accepted.
+
+    refuse(extra);  unknown(extra)
+"""
+
+from collections.abc import Mapping
+
+from trimtab.errors import InvalidRequest
+
+# Accepted and without effect, by OpenAI's or vLLM's own definition.
+_IGNORED = {
+    "metadata",
+    "parallel_tool_calls",
+    "priority",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Not done here. The values that ask for nothing stand with each. What one endpoint knows is refused at the other.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (False,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "max_completion_tokens": (),
+    "modalities": ([], ["text"]),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+
+def refuse(extra: Mapping[str, object]) -> None:
+    """Raise InvalidRequest for a key that asks for something which is not done here."""
+    for key, nothing in _REFUSED.items():
+        value = extra.get(key)
+        if value is not None and value not in nothing:
+            raise InvalidRequest(f"{key} is not supported by this server: leave it out", key)
+
+
+def unknown(extra: Mapping[str, object]) -> set[str]:
+    """The keys that nothing here knows."""
+    return set(extra) - _IGNORED - set(_REFUSED)
