@@ -83,13 +83,13 @@ def add_eval(subparsers: Subparsers) -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--strength", type=float, help="of the correction (default: its own)")
+    parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
     parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--slots", type=_positive, default=32, help="completions sampled at once")
     parser.add_argument("--threads", type=_positive, default=1, help="torch threads")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of Markdown")
+    parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
     parser.set_defaults(func=run_eval)
 
 
@@ -98,7 +98,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from trimtab.server.base import load_base
     from trimtab.steering.controls import CONTROLS
     from trimtab.steering.correction import check, load
-    from trimtab.steering.report import make, to_markdown
+    from trimtab.steering.machine import describe_run
+    from trimtab.steering.report import Exam, Judged, make, to_markdown
     from trimtab.steering.rollouts import Sampling
     from trimtab.steering.tasks import load_task
 
@@ -106,7 +107,7 @@ def run_eval(args: argparse.Namespace) -> None:
     fitted: dict[str, Any] = dict(correction.provenance.get("config", {}))
     if args.task:  # another task brings its own verifier and held-out file
         fitted |= {"verifier": None, "held_out": None}
-    asked = {name: _first(getattr(args, name), fitted.get(name), default) for name, default in _EVAL_DEFAULTS.items()}
+    asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
     folders = [args.correction / "controls" / kind for kind in CONTROLS]
     controls = [load(folder) for folder in folders if folder.is_dir()]
     base = load_base(asked["model"], args.dtype, args.device, args.threads)
@@ -115,21 +116,19 @@ def run_eval(args: argparse.Namespace) -> None:
     task = load_task(asked["task"], asked["verifier"], asked["held_out"], int(fitted.get("seed", 0)))
     problems = task.problems("held-out", args.skip + args.problems)[args.skip :]
     sampling = Sampling(args.samples, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
+    exam = Exam(task, problems, sampling, args.slots, args.threads)
+    judged = Judged(correction, controls, args.strength, args.tau)
     with tempfile.TemporaryDirectory() as scratch:
-        report = make(
-            base,
-            task,
-            problems,
-            sampling,
-            correction,
-            controls,
-            Path(scratch) / "eval",
-            args.slots,
-            args.threads,
-            args.strength,
-            args.tau,
-        )
-    print(json.dumps(report) if args.json else to_markdown(report))
+        report = make(base, exam, judged, Path(scratch) / "eval")
+    own = correction.report or {}
+    seen = own["problems"] - args.skip if own.get("task") == task.name else 0
+    facts = {
+        "benchmark": "eval",
+        "model": base.name,
+        "problems_of_the_fits_report": max(0, min(seen, args.problems)),
+        "machine": describe_run("trimtab"),
+    }
+    print(json.dumps(report | facts) if args.json else to_markdown(report))
 
 
 def add_inspect(subparsers: Subparsers) -> None:
@@ -166,16 +165,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
 
 
-_EVAL_DEFAULTS: dict[str, Any] = {
-    "model": "demo",
-    "task": "instructions",
-    "verifier": None,
-    "held_out": None,
-    "seed": 0,
-    "temperature": 0.6,
-    "top_p": 0.95,
-    "max_tokens": 96,
-}
+_AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
 
 
 def _first(*values: Any) -> Any:

@@ -1,7 +1,9 @@
 """Everything `trimtab fit` can be told: one frozen dataclass, validated here, passed whole, stored with the run.
 
-Invariant: two runs with equal FitConfigs on one base and task make the same correction (FREE fields aside, which only
-change the speed). The command line's options are these fields; their help is the line beside each.
+Invariant: two runs with equal FitConfigs on one base, task and machine make the same correction, bit for bit. One
+killed and resumed does too in float32; in bfloat16 up to rounding, as its batches differ, which sampling may turn into
+another completion. FREE fields change the speed, and rounding. The command line's options are these fields; their help
+is the line beside each.
 """
 
 import dataclasses
@@ -12,8 +14,8 @@ from typing import Any
 
 from trimtab.errors import InvalidRequest
 
-FREE = ("slots", "threads")  # a resumed run may change these
-
+FREE = ("threads",)  # a resumed run may change these
+CANDIDATES = 32  # kept a position: the most that a correction may have
 
 MAX_SAMPLES = 128  # that one request to the engine may ask for
 
@@ -48,7 +50,7 @@ class FitConfig:
     advantage_clip: float = option(2.5, "largest absolute advantage")
 
     rank: int = option(8, "of the correction: it has 2 * rank + 1 vectors of the hidden size")
-    top_k: int = option(20, "candidates: the base's best tokens that the correction may move, 1 to 32")
+    top_k: int = option(20, f"candidates: the base's best tokens that the correction may move, 1 to {CANDIDATES}")
     cap: float = option(3.0, "largest change of a logit")
     learning_rate: float = option(1e-3, "of AdamW")
     batch: int = option(256, "positions a step of AdamW")
@@ -62,8 +64,8 @@ class FitConfig:
     test_problems: int = option(200, "held-out problems to judge on")
     test_samples: int = option(2, "completions sampled a held-out problem, for each policy")
 
-    slots: int = option(32, "completions sampled at once; changes the speed only")
-    threads: int = option(1, "torch threads; changes the speed only")
+    slots: int = option(32, "completions sampled at once; in bfloat16 it changes their rounding too")
+    threads: int = option(1, "torch threads: speed, and how sums are rounded")
 
     def __post_init__(self) -> None:
         for name in ("problems", "max_tokens", "rank", "batch", "epochs", "slots", "threads"):
@@ -75,7 +77,7 @@ class FitConfig:
             self._require(name, getattr(self, name) <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
         self._require("test_problems", self.test_problems >= 2, "must be at least 2")
         self._require("keep_problems", self.keep_problems >= 0, "must be at least 0")
-        self._require("top_k", 1 <= self.top_k <= 32, "must be 1 to 32")
+        self._require("top_k", 1 <= self.top_k <= CANDIDATES, f"must be 1 to {CANDIDATES}")
         self._require("drop_longest", 0 <= self.drop_longest < 1, "must be at least 0 and below 1")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         self._require("ratio_clip", 0 < self.ratio_clip < 1, "must be above 0 and below 1")

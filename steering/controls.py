@@ -8,6 +8,7 @@ exactly as hard as the correction: its strength is set to the same held-out KL. 
 Invariant: controls differ from the correction in what they learn from and in nothing else.
 """
 
+import dataclasses
 import hashlib
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import BaseIdentity, Correction
 from trimtab.steering.features import Features
-from trimtab.steering.fit import fit, match_strength
+from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
+from trimtab.steering.head import Head
 from trimtab.steering.progress import say
 
 SHUFFLED, RANDOM = "shuffled-rewards", "random-positions"
@@ -28,12 +30,23 @@ def fit_control(
 ) -> Correction:
     """kind: one of CONTROLS; kl: the correction's own, which the control is brought to."""
     if kind == SHUFFLED:
-        snapshot = fit(shuffle(features, config.seed), rows, [kl], config, stage=kind)[-1]
+        snapshot = fit(shuffle(features, config.seed), rows, [kl], config, stage=kind, overshoot=True)[-1]
     else:
-        snapshot = fit(features, rows, [kl], config, learned=features.random, stage=kind)[-1]
-    strength = match_strength(snapshot.head, features, rows, kl, config)
-    say(kind, f"KL {snapshot.kl:.3f}, brought to {kl:.3f} by the strength {strength:.2f}")
-    return snapshot.head.correction(kind, config.top_k, config.tau, base, strength)
+        snapshot = fit(features, rows, [kl], config, learned=features.random, stage=kind, overshoot=True)[-1]
+    return match(kind, snapshot.head, features, rows, kl, config, base)
+
+
+def match(
+    kind: str, head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
+) -> Correction:
+    """The control that this head makes at the strength which brings it to `kl`, or as near as the limit lets it."""
+    strength = match_strength(head, features, rows, kl, config)
+    measured = features.at(features.gated & features.held_out)
+    plain, reached = (measure(head, measured, rows, config, s) for s in (1.0, strength))
+    words = f"held-out KL {plain:.3f}, brought to {reached:.3f} (the correction's: {kl:.3f}) by strength {strength:.2f}"
+    say(kind, words + (", the limit: it pushes less than the correction" if strength >= STRENGTH_LIMIT else ""))
+    correction = head.correction(kind, config.top_k, config.tau, base, strength)
+    return dataclasses.replace(correction, provenance={"kl": reached, "kl_wanted": kl})
 
 
 def shuffle(features: Features, seed: int) -> Features:

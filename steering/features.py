@@ -16,13 +16,12 @@ from torch import Tensor
 
 from trimtab.server.base import Base
 from trimtab.steering.atomic import write_tensors
-from trimtab.steering.config import FitConfig
+from trimtab.steering.config import CANDIDATES, FitConfig
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 
-CANDIDATES = 32  # kept a position: the most a correction may have
 SHARD = 64  # completions a file
 READ_AT_ONCE = 8  # completions a forward pass
 LOGIT_ROWS = 256  # rows of [rows, vocab] float32 held at a time

@@ -1,10 +1,11 @@
 """The fit: AdamW on cached features under a trust region, one pass with a snapshot at each KL budget.
 
 Invariant: each snapshot's KL(base || corrected), measured on held-out problems at positions where the gate opens, is
-below its budget. Equal features, config and seed give equal tensors.
+below its budget (but see `overshoot`). Equal features, config and seed give equal tensors.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from trimtab.errors import TaskError
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import Features
 from trimtab.steering.head import Head
-from trimtab.steering.objective import Change, compare, loss, surrogate
+from trimtab.steering.objective import Change, change_by, loss
 from trimtab.steering.progress import Progress, say
 
 CHECK_EVERY = 8  # steps between measurements of held-out KL; the first steps are all measured
@@ -28,8 +29,7 @@ class Snapshot(NamedTuple):
 
     head: Head
     budget: float
-    kl: float  # held-out, below the budget
-    surrogate: float  # held-out
+    kl: float  # held-out
     steps: int  # of AdamW
     reached: bool  # False: the epochs ran out before the budget did
 
@@ -41,9 +41,11 @@ def fit(
     config: FitConfig,
     learned: Tensor | None = None,
     stage: str = "fit",
+    overshoot: bool = False,
 ) -> list[Snapshot]:
     """features: at gated and random positions; rows: the LM head's weight [vocab, hidden], on the features' device;
     learned: which positions to learn from (default: the gated ones; held-out problems never are).
+    overshoot: where the first step already leaves every budget, keep it, for one who will set its strength.
     Raises TaskError when there is nothing to learn from, or no snapshot within the budgets."""
     training = features.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = features.at(features.gated & features.held_out)
@@ -56,7 +58,7 @@ def fit(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(config.seed)
     waiting = sorted(budgets)
-    last = Snapshot(copy.deepcopy(head), waiting[0], 0.0, 0.0, 0, True)
+    last = Snapshot(copy.deepcopy(head), waiting[0], 0.0, 0, True)
     taken: list[Snapshot] = []
     steps_an_epoch = -(-len(training.h) // config.batch)
     with Progress(stage, steps_an_epoch * config.epochs, "steps") as progress:
@@ -69,12 +71,14 @@ def fit(
             progress.add(1, f"held-out KL {last.kl:.3f}")
             if step > CHECK_EVERY and step % CHECK_EVERY and step != steps_an_epoch * config.epochs:
                 continue
-            kl, gain = measure(head, measured, rows, config)
+            kl = measure(head, measured, rows, config)
             while waiting and not kl < waiting[0]:  # NaN counts as too far
                 taken.append(last._replace(budget=waiting.pop(0)))
             if not waiting:
+                if overshoot and step == 1 and math.isfinite(kl):
+                    taken.append(Snapshot(head, max(budgets), kl, step, True))
                 break
-            last = Snapshot(copy.deepcopy(head), waiting[0], kl, gain, step, True)
+            last = Snapshot(copy.deepcopy(head), waiting[0], kl, step, True)
     if waiting:  # the largest budgets were never reached: they would all be this one
         taken.append(last._replace(budget=waiting[0], reached=False))
     taken = [s for s in taken if s.steps]
@@ -86,25 +90,23 @@ def fit(
     return taken
 
 
-def measure(
-    head: Head, measured: Features, rows: Tensor, config: FitConfig, strength: float = 1.0
-) -> tuple[float, float]:
-    """Mean KL(base || corrected) and mean clipped gain over the positions."""
+def measure(head: Head, measured: Features, rows: Tensor, config: FitConfig, strength: float = 1.0) -> float:
+    """Mean KL(base || corrected) over the positions."""
     parts = torch.split(torch.arange(len(measured.h), device=measured.h.device), MEASURE_ROWS)
     with torch.no_grad():
-        changes = [_change(head, measured.at(at), rows, config, strength) for at in parts]
-    change = Change(*(torch.cat(column) for column in zip(*changes, strict=True)))
-    gain = surrogate(change, measured.advantage, config.ratio_clip) - measured.advantage.mean()
-    return float(change.kl.mean()), float(gain)
+        kl = [_change(head, measured.at(at), rows, config, strength).kl for at in parts]
+    return float(torch.cat(kl).mean())
 
 
 def match_strength(head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig) -> float:
-    """The strength at which the head's held-out KL is `kl`: controls must push as hard as what they control."""
+    """The strength at which the head's held-out KL is `kl`: controls must push as hard as what they control.
+
+    STRENGTH_LIMIT where even that is less."""
     measured = features.at(features.gated & features.held_out)
     low, high = 0.0, STRENGTH_LIMIT
     for _ in range(20):
         middle = (low + high) / 2
-        if measure(head, measured, rows, config, middle)[0] < kl:
+        if measure(head, measured, rows, config, middle) < kl:
             low = middle
         else:
             high = middle
@@ -122,7 +124,7 @@ def _start(training: Features, rows: Tensor, config: FitConfig) -> Head:
 
 def _change(head: Head, batch: Features, rows: Tensor, config: FitConfig, strength: float = 1.0) -> Change:
     delta = head(batch.h, rows[batch.ids[:, : config.top_k].long()])
-    return compare(batch, strength * delta, config.temperature)
+    return change_by(batch, strength * delta, config.temperature)
 
 
 def _batches(training: Features, config: FitConfig, order: torch.Generator) -> Iterator[Features]:

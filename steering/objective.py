@@ -20,7 +20,7 @@ class Change(NamedTuple):
     kl: Tensor  # [n] KL(base || corrected) in nats
 
 
-def compare(batch: Features, delta: Tensor, temperature: float) -> Change:
+def change_by(batch: Features, delta: Tensor, temperature: float) -> Change:
     """delta [n, k]: what is added to the first k candidates' logits (strength included)."""
     k = delta.shape[1]
     base = batch.logits / temperature - batch.lse[:, None]  # log-probabilities [n, candidates]

@@ -13,7 +13,6 @@ done. So a killed run, started again, continues; and `correction.json` exists on
 
 import dataclasses
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from trimtab.steering.correction import Correction, load, save
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.fit import fit
+from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
@@ -59,13 +59,10 @@ def run(config: FitConfig, out: Path, base: Base, task: Task) -> Correction:
     chosen = _choose(work, config, base, task, problems.validation, candidates)
     controls = _fit_controls(work, config, base, features, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
-    sampling = _sampling(config, config.test_samples)
-    folder = work / "report"
-    report = reports.make(
-        base, task, problems.test, sampling, correction, controls, folder, config.slots, config.threads
-    )
+    exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
+    report = reports.make(base, exam, reports.Judged(correction, controls), work / "report")
     shipped = dataclasses.replace(
-        correction, report=report, provenance=_provenance(config, task, problems, rollouts, features, chosen)
+        correction, report=report, provenance=_provenance(config, base, task, rollouts, features, chosen)
     )
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
@@ -86,7 +83,7 @@ def _begin(work: Path, config: FitConfig, base: Base, task: Task) -> None:
     path = work / "run.json"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     problems = fingerprint(task, config.problems + config.validation_problems, config.test_problems)
-    identity = dataclasses.asdict(base.identity) | {"dtype": str(base.dtype), "problems": problems}
+    identity = dataclasses.asdict(base.identity) | {**_place(base), "problems": problems}
     now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
     if not path.exists():
         if (work.parent / "correction.json").exists():
@@ -173,10 +170,15 @@ def _sampling(config: FitConfig, samples: int) -> Sampling:
     return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
 
 
+def _place(base: Base) -> dict[str, Any]:
+    """What "auto" came to."""
+    return {"dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
+
+
 def _provenance(
     config: FitConfig,
+    base: Base,
     task: Task,
-    problems: Problems,
     rollouts: Sequence[Rollout],
     features: Features,
     chosen: Correction,
@@ -193,5 +195,7 @@ def _provenance(
         "mixed_problems": len(set(features.problem.tolist())),
         "positions": len(training.h),
         "fit": dict(chosen.provenance),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **_place(base),
+        "threads": config.threads,
+        "machine": describe(),
     }

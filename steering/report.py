@@ -2,23 +2,33 @@
 
 Invariant: the verdict follows from the intervals alone. `better` needs the whole interval above 0; a correction ships
 (`ship`) only when it is better than the base and better than the shuffled control. What it does not beat is said in
-words, in the verdict.
+words, in the verdict. Strengths and the gate are those that were used, and are in the report.
+
+    exam = Exam(task, problems, sampling, slots, threads)
+    report = make(base, exam, Judged(correction, controls), Path("run/report"));  print(to_markdown(report))
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from trimtab.errors import InvalidRequest
 from trimtab.server.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.controls import RANDOM, SHUFFLED
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
+from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Rollout, Sampling, open_core
 from trimtab.steering.tasks import Task
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"
+
+SHIP_MEANS = (
+    f"It is true when the correction beats the base and {SHUFFLED}, that is, when both intervals lie wholly above 0; "
+    "no other comparison decides it."
+)
 
 _PAIRS = (
     (CORRECTION, BASE),
@@ -32,53 +42,76 @@ _PAIRS = (
 )
 
 
-def policies(
-    correction: str, controls: Sequence[str], strength: float | None = None, tau: float | None = None
-) -> list[Policy]:
-    """What is compared. Names are of corrections in the bank; controls go by SHUFFLED and RANDOM."""
+class Exam(NamedTuple):
+    """What every policy is asked, and how it answers."""
+
+    task: Task
+    problems: Sequence[Problem]  # held out
+    sampling: Sampling
+    slots: int
+    threads: int
+
+
+class Judged(NamedTuple):
+    """A correction, its controls, and how they are served."""
+
+    correction: Correction
+    controls: Sequence[Correction] = ()  # their names are SHUFFLED and RANDOM
+    strength: float | None = None  # of the correction; None: its own
+    tau: float | None = None  # of every gate; None: their own
+
+
+def strengths(judged: Judged) -> dict[str, float]:
+    """The correction's and each control's, by policy.
+
+    A control pushes exactly as hard as the correction at its own strength (controls.py). Asked for another, all are
+    scaled by one factor: KL grows about as its square, so they stay a match, and the verdict stays about what was
+    learned. Raises InvalidRequest for a correction whose own strength is 0, as nothing says how its controls scale.
+    """
+    own = judged.correction.strength
+    if judged.strength is not None and own == 0:
+        raise InvalidRequest(f"strength cannot be set: {judged.correction.name}'s own is 0", "strength")
+    asked, factor = (own, 1.0) if judged.strength is None else (judged.strength, judged.strength / own)
+    return {CORRECTION: asked} | {control.name: control.strength * factor for control in judged.controls}
+
+
+def policies(judged: Judged) -> list[Policy]:
+    """What is compared."""
+    name, tau, at = judged.correction.name, judged.tau, strengths(judged)
     return [
         Policy(BASE),
         Policy(BASE_GREEDY, greedy=True),
-        Policy(CORRECTION, correction, strength=strength, tau=tau),
-        Policy(CORRECTION_GREEDY, correction, greedy=True, strength=strength, tau=tau),
-        *(Policy(control, control, tau=tau) for control in controls),
+        Policy(CORRECTION, name, strength=at[CORRECTION], tau=tau),
+        Policy(CORRECTION_GREEDY, name, greedy=True, strength=at[CORRECTION], tau=tau),
+        *(Policy(control.name, control.name, strength=at[control.name], tau=tau) for control in judged.controls),
     ]
 
 
-def make(
-    base: Base,
-    task: Task,
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    correction: Correction,
-    controls: Sequence[Correction],
-    folder: Path,
-    slots: int,
-    threads: int,
-    strength: float | None = None,
-    tau: float | None = None,
-) -> dict[str, Any]:
+def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]:
     """Let every policy answer the problems, and report. Finished files in the folder are kept."""
     bank = Bank(base.hidden, base.device)
-    for one in (correction, *controls):
+    for one in (judged.correction, *judged.controls):
         bank.add(one)
-    core = open_core(base, bank, problems, sampling.max_tokens, slots, threads)
-    compared = policies(correction.name, [control.name for control in controls], strength, tau)
-    return build(task.name, problems, sampling, answer(core, task, problems, sampling, compared, folder))
+    core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+    found = answer(core, exam.task, exam.problems, exam.sampling, policies(judged), folder)
+    ran = f"{base.device.type}, {base.dtype}, {exam.threads} threads".replace("torch.", "")
+    return build(exam, judged, found, f"{hardware(describe())} ({ran})")
 
 
-def build(
-    task: str, problems: Sequence[Problem], sampling: Sampling, found: Mapping[str, Sequence[Rollout]]
-) -> dict[str, Any]:
+def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ran_on: str) -> dict[str, Any]:
     """The report as JSON values."""
     differences = [compare(found, one, other) for one, other in _PAIRS if one in found and other in found]
     return {
-        "task": task,
+        "task": exam.task.name,
         "split": "held-out",
-        "problems": len(problems),
-        "sampling": sampling._asdict(),
+        "problems": len(exam.problems),
+        "sampling": exam.sampling._asdict(),
         "interval": "95 %, paired bootstrap over problems",
-        "policies": [summarise(name, problems, rollouts)._asdict() for name, rollouts in found.items()],
+        "hardware": ran_on,
+        "correction": judged.correction.name,
+        "strengths": strengths(judged),
+        "tau": judged.correction.gate.tau if judged.tau is None else judged.tau,
+        "policies": [summarise(name, exam.problems, rollouts)._asdict() for name, rollouts in found.items()],
         "differences": [difference._asdict() for difference in differences],
         "verdict": judge(differences, found[CORRECTION]),
     }
@@ -92,24 +125,30 @@ def judge(differences: Sequence[Difference], rollouts: Sequence[Rollout]) -> dic
     gain = of[BASE]
     words = [f"{gain.mean:+.3f} over the base [{gain.low:+.3f}, {gain.high:+.3f}]"]
     missed = [name for name, better in beats.items() if not better]
+    beaten = [name for name, better in beats.items() if better and name != BASE]
+    if beaten:
+        words.append(f"beats {', '.join(beaten)}")
     if SHUFFLED not in beats:
         words.append("no shuffled control was compared")
     if missed:
         steps = max(1, sum(len(r.tokens) for r in rollouts))
         share = sum(r.open for r in rollouts) / steps
-        hint = f" (the gate is open at {share:.0%} of steps: where it learns matters in the rest only)"
-        words.append(f"does NOT beat: {', '.join(missed)}{hint if RANDOM in missed else ''}")
-    words.append("worth serving" if ship else "do not serve it")
+        hint = f" (the gate is open at {share:.0%} of steps; the more, the less random ones differ from its own)"
+        words.append(f"does not beat {', '.join(missed)}{hint if RANDOM in missed else ''}")
+    if not ship:
+        words.append("do not serve it")
     return {"ship": ship, "beats": beats, "summary": "; ".join(words)}
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """Two tables and the verdict."""
-    sampling = report["sampling"]
+    sampling, verdict = report["sampling"], report["verdict"]
+    served = ", ".join(f"{name} {strength:g}" for name, strength in report["strengths"].items())
     lines = [
         f"{report['problems']} {report['split']} problems of {report['task']}, {sampling['samples']} samples each, "
         f"temperature {sampling['temperature']}, top_p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; "
-        f"interval: {report['interval']}.",
+        f"interval: {report['interval']}. The correction is {report['correction']}; strengths: {served}; "
+        f"the gate opens above {report['tau']:g} nats. On {report['hardware']}.",
         "",
     ]
     kinds = list(report["policies"][0]["by_kind"])
@@ -123,7 +162,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for d in report["differences"]:
         words = [f"{d['policy']} - {d['against']}", f"{d['mean']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]"]
         lines.append(_row(words))
-    lines += ["", f"Verdict: {report['verdict']['summary']}.", ""]
+    lines += ["", f"Verdict: {verdict['summary']}.", "", f"`ship` is {str(verdict['ship']).lower()}. {SHIP_MEANS}", ""]
     return "\n".join(lines)
 
 

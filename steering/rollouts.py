@@ -1,7 +1,9 @@
 """Rollouts: completions sampled by this engine, with their rewards, kept in files of a few problems each.
 
 Invariant: the random numbers of a completion depend on (seed, problem, sample) alone, and a file appears whole when its
-problems are finished. So a killed run loses no finished file, and a resumed one continues the same draws.
+problems are finished. So a killed run loses no finished file, and a resumed one continues the same draws. What it draws
+with them is the same in float32; in bfloat16 up to rounding, which differs with what else is in the batch and which
+sampling may turn into another completion.
 
     rollouts = collect(core, task, problems, Sampling(samples=8, seed=1), Path("run/rollouts"), "rollouts")
 """

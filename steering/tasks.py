@@ -87,7 +87,7 @@ def read_problems(path: Path, verifier: str) -> list[Problem]:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: cannot be read: {error}") from error
     problems: dict[str, Problem] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028, which JSON may hold
         if not line.strip():
             continue
         where = f"{path}, line {number}"
