@@ -2,12 +2,14 @@
 
     shuffled-rewards   each completion gets the advantage of another one of its problem
     random-positions   learned at positions drawn at random, as many as the gate opens, and served at open ones
+    shuffled-teacher   where a tuned model was given: what it changes at a position is learned at another one
 
 Any push at the head shortens and sharpens what a model writes, which alone may gain some points. So a control pushes
 exactly as hard as the correction: its strength is set to the same held-out KL. Both are served by the same gate.
 Invariant: controls differ from the correction in what they learn from and in nothing else.
 """
 
+import dataclasses
 import hashlib
 
 import torch
@@ -16,24 +18,35 @@ from torch import Tensor
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import BaseIdentity, Correction
 from trimtab.steering.features import Features
-from trimtab.steering.fit import fit, match_strength
+from trimtab.steering.fit import fit, match_strength, measure
+from trimtab.steering.head import Head
 from trimtab.steering.progress import say
 
-SHUFFLED, RANDOM = "shuffled-rewards", "random-positions"
-CONTROLS = (SHUFFLED, RANDOM)
+SHUFFLED, SHUFFLED_TEACHER, RANDOM = "shuffled-rewards", "shuffled-teacher", "random-positions"
+CONTROLS = (SHUFFLED, SHUFFLED_TEACHER, RANDOM)
 
 
 def fit_control(
     kind: str, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
 ) -> Correction:
-    """kind: one of CONTROLS; kl: the correction's own, which the control is brought to."""
+    """Of a correction fitted directly. kind: SHUFFLED or RANDOM; kl: the correction's own, which it is brought to."""
     if kind == SHUFFLED:
         snapshot = fit(shuffle(features, config.seed), rows, [kl], config, stage=kind)[-1]
     else:
         snapshot = fit(features, rows, [kl], config, learned=features.random, stage=kind)[-1]
-    strength = match_strength(snapshot.head, features, rows, kl, config)
-    say(kind, f"KL {snapshot.kl:.3f}, brought to {kl:.3f} by the strength {strength:.2f}")
-    return snapshot.head.correction(kind, config.top_k, config.tau, base, strength)
+    return match(kind, snapshot.head, features, rows, kl, config, base)
+
+
+def match(
+    kind: str, head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
+) -> Correction:
+    """The control that this head makes at the strength which brings it to `kl`."""
+    strength = match_strength(head, features, rows, kl, config)
+    measured = features.at(features.gated & features.held_out)
+    plain, reached = (measure(head, measured, rows, config, s)[0] for s in (1.0, strength))
+    say(kind, f"held-out KL {plain:.3f}, brought to {reached:.3f} (the correction's: {kl:.3f}) by {strength:.2f}")
+    correction = head.correction(kind, config.top_k, config.tau, base, strength)
+    return dataclasses.replace(correction, provenance={"kl": reached})
 
 
 def shuffle(features: Features, seed: int) -> Features:

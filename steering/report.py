@@ -1,7 +1,7 @@
 """The report: did the correction do better than the base, and better than its controls? As JSON values and as Markdown.
 
 Invariant: the verdict follows from the intervals alone. `better` needs the whole interval above 0; a correction ships
-(`ship`) only when it is better than the base and better than the shuffled control. What it does not beat is said in
+(`ship`) only when it is better than the base and better than a shuffled control. What it does not beat is said in
 words, in the verdict.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.server.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.controls import RANDOM, SHUFFLED
+from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
 from trimtab.steering.problem import Problem
@@ -19,15 +19,20 @@ from trimtab.steering.rollouts import Rollout, Sampling, open_core
 from trimtab.steering.tasks import Task
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"
+TEACHER = "teacher"  # the tuned model that a correction was distilled from, always on
 
 _PAIRS = (
     (CORRECTION, BASE),
+    (CORRECTION, TEACHER),
     (CORRECTION, SHUFFLED),
+    (CORRECTION, SHUFFLED_TEACHER),
     (CORRECTION, RANDOM),
     (CORRECTION, BASE_GREEDY),
     (CORRECTION_GREEDY, BASE_GREEDY),
     (BASE_GREEDY, BASE),
+    (TEACHER, BASE),
     (SHUFFLED, BASE),
+    (SHUFFLED_TEACHER, BASE),
     (RANDOM, BASE),
 )
 
@@ -35,7 +40,7 @@ _PAIRS = (
 def policies(
     correction: str, controls: Sequence[str], strength: float | None = None, tau: float | None = None
 ) -> list[Policy]:
-    """What is compared. Names are of corrections in the bank; controls go by SHUFFLED and RANDOM."""
+    """What the base answers. Names are of corrections in the bank; controls go by the names of controls.py."""
     return [
         Policy(BASE),
         Policy(BASE_GREEDY, greedy=True),
@@ -55,16 +60,24 @@ def make(
     folder: Path,
     slots: int,
     threads: int,
+    teacher: Base | None = None,
     strength: float | None = None,
     tau: float | None = None,
 ) -> dict[str, Any]:
-    """Let every policy answer the problems, and report. Finished files in the folder are kept."""
+    """Let every policy answer the problems, and report. Finished files in the folder are kept.
+
+    teacher: a tuned model to compare with; it answers the base's prompts."""
     bank = Bank(base.hidden, base.device)
     for one in (correction, *controls):
         bank.add(one)
     core = open_core(base, bank, problems, sampling.max_tokens, slots, threads)
     compared = policies(correction.name, [control.name for control in controls], strength, tau)
-    return build(task.name, problems, sampling, answer(core, task, problems, sampling, compared, folder))
+    found = answer(core, task, problems, sampling, compared, folder)
+    if teacher is not None:
+        bank = Bank(teacher.hidden, teacher.device)
+        core = open_core(teacher, bank, problems, sampling.max_tokens, slots, threads)
+        found |= answer(core, task, problems, sampling, [Policy(TEACHER)], folder)
+    return build(task.name, problems, sampling, found)
 
 
 def build(
@@ -87,12 +100,13 @@ def build(
 def judge(differences: Sequence[Difference], rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """ship, what was beaten, and a sentence for people."""
     of = {d.against: d for d in differences if d.policy == CORRECTION}
-    beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, RANDOM) if name in of}
-    ship = beats.get(BASE, False) and beats.get(SHUFFLED, False)
+    beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, SHUFFLED_TEACHER, RANDOM) if name in of}
+    shuffled = [beats[name] for name in (SHUFFLED, SHUFFLED_TEACHER) if name in beats]
+    ship = beats.get(BASE, False) and bool(shuffled) and all(shuffled)
     gain = of[BASE]
     words = [f"{gain.mean:+.3f} over the base [{gain.low:+.3f}, {gain.high:+.3f}]"]
     missed = [name for name, better in beats.items() if not better]
-    if SHUFFLED not in beats:
+    if not shuffled:
         words.append("no shuffled control was compared")
     if missed:
         steps = max(1, sum(len(r.tokens) for r in rollouts))
