@@ -107,6 +107,8 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
 def put_on(base: Base, config: FitConfig) -> Any:
     """A PeftModel on a copy of the base, its adapter in float32 and without effect yet."""
     model = copy_unpacked(base.model)
+    if base.dtype == torch.float16:
+        model = model.float()  # gradients underflow in float16
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     shape = LoraConfig(
         r=config.lora_rank,
