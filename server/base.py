@@ -47,7 +47,6 @@ class Base:
         self.max_len = _position_limit(self.config)
         self.eos = _end_tokens(model, tokenizer)
         self.identity = identify(model, tokenizer, name)
-        self._soft_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._decoder = decoder
 
     def new_cache(self, slots: int, length: int) -> KVCache:
@@ -65,10 +64,7 @@ class Base:
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """h [n, hidden] -> base logits [n, vocab] in the model's dtype, with the family's own soft-cap."""
-        logits: Tensor = self.model.get_output_embeddings()(states)
-        if self._soft_cap is not None:
-            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
-        return logits
+        return read_logits(self.model, states)
 
     def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced h of whole sequences, [length, hidden] each: position t's h predicts token t + 1."""
@@ -78,6 +74,13 @@ class Base:
         packed = self.forward([t for i in order for t in sequences[i]], KVBatch(cache, spans))
         parts = torch.split(packed, [span.end for span in spans])
         return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+
+
+def read_logits(model: Any, states: Tensor) -> Tensor:
+    """h [n, hidden] -> the logits of a transformers model [n, vocab]. Gradients pass through."""
+    logits: Tensor = model.get_output_embeddings()(states)
+    soft_cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
 
 def load_base(model: str, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:

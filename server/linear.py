@@ -5,6 +5,9 @@ precision on a probe; otherwise the model stays as it is. fp32 models are never 
 for bit.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +27,21 @@ class PackedLinear(nn.Module):
         """x [..., in_features] bf16 -> [..., out_features] bf16."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
+
+    def unpack(self) -> nn.Linear:
+        """The plain layer again: the layout moves the weight's values and changes none."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(self.packed.to_dense().clone(), requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
+
+def copy_unpacked(model: Any) -> Any:
+    """A copy of a transformers model with plain linear layers: adapters can be put on it and gradients pass through."""
+    plain: dict[int, Any] = {id(m): m.unpack() for m in model.modules() if isinstance(m, PackedLinear)}
+    duplicate = copy.deepcopy(model, plain)  # deepcopy takes what it finds in its memo for the copy
+    duplicate.tie_weights()
+    return duplicate
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""`trimtab fit`, `trimtab eval` and `trimtab inspect`: their options, and what they print.
+"""`trimtab fit`, `trimtab distill`, `trimtab eval` and `trimtab inspect`: their options, and what they print.
 
 Invariant: building the parsers imports neither torch nor a model. Each `add_*` sets `func` on the parser: it takes
 the parsed arguments. Errors are TrimtabErrors, for the caller to print.
@@ -10,6 +10,7 @@ import json
 import tempfile
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,31 @@ def add_fit(subparsers: Subparsers) -> None:
         description="Fit a correction. A killed run continues when started again with the same options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _add_fields(parser)
+    parser.set_defaults(func=run_fit)
+
+
+def add_distill(subparsers: Subparsers) -> None:
+    """trimtab distill BASE TEACHER --task T --out DIR: `fit --via teacher`, without the options of other routes."""
+    parser = subparsers.add_parser(
+        "distill",
+        help="fit a correction that makes a base act like a tuned model, and report what it does",
+        description="Distil a tuned model into a correction of its base. A killed run continues when started again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
+    parser.add_argument("teacher", metavar="TEACHER", help="a tuned model, or a PEFT folder made for the base")
+    _add_fields(parser, leave_out=_NOT_OF_DISTILL)
+    parser.set_defaults(func=run_fit, via="teacher")
+
+
+def _add_fields(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+    """--out, and an option for every field of FitConfig."""
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the correction's folder")
     hints = typing.get_type_hints(FitConfig)
     for field in dataclasses.fields(FitConfig):
+        if field.name in leave_out:
+            continue
         flag = f"--{field.name.replace('_', '-')}"
         kind: Any = hints[field.name]
         many = typing.get_origin(kind) is tuple
@@ -42,24 +65,30 @@ def add_fit(subparsers: Subparsers) -> None:
             metavar=kind.__name__.upper(),
             help=field.metadata["help"].replace("%", "%%"),
         )
-    parser.set_defaults(func=run_fit)
 
 
 def run_fit(args: argparse.Namespace) -> None:
     """Prints the report on stdout. No error when the correction is not worth serving: the report says so."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FitConfig)}
-    config = FitConfig(**values | {"kl_budgets": tuple(values["kl_budgets"])})
+    config = _config_of(args)
     from trimtab.server.base import load_base
     from trimtab.steering import pipeline
     from trimtab.steering.report import to_markdown
     from trimtab.steering.tasks import load_task
+    from trimtab.steering.teacher import load_teacher
 
     task = load_task(config.task, config.verifier, config.held_out, config.seed)
-    correction = pipeline.run(
-        config, args.out, load_base(config.model, config.dtype, config.device, config.threads), task
-    )
+    machine = (config.dtype, config.device, config.threads)
+    base = load_base(config.model, *machine)
+    teacher = load_teacher(config.teacher, base, *machine) if config.teacher else None
+    correction = pipeline.run(config, args.out, base, task, teacher)
     assert correction.report is not None
     print(to_markdown(correction.report))
+
+
+def _config_of(args: argparse.Namespace) -> FitConfig:
+    values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(FitConfig) if f.name in args}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return FitConfig(**values)
 
 
 def add_eval(subparsers: Subparsers) -> None:
@@ -102,6 +131,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from trimtab.steering.report import Exam, Judged, make, to_markdown
     from trimtab.steering.rollouts import Sampling
     from trimtab.steering.tasks import load_task
+    from trimtab.steering.teacher import adapt
 
     correction = load(args.correction)
     fitted: dict[str, Any] = dict(correction.provenance.get("config", {}))
@@ -117,7 +147,9 @@ def run_eval(args: argparse.Namespace) -> None:
     problems = task.problems("held-out", args.skip + args.problems)[args.skip :]
     sampling = Sampling(args.samples, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
     exam = Exam(task, problems, sampling, args.slots, args.threads)
-    judged = Judged(correction, controls, args.strength, args.tau)
+    lora = args.correction / "lora"
+    teacher = adapt(base, lora) if lora.is_dir() else None
+    judged = Judged(correction, controls, teacher, args.strength, args.tau)
     with tempfile.TemporaryDirectory() as scratch:
         report = make(base, exam, judged, Path(scratch) / "eval")
     own = correction.report or {}
@@ -166,6 +198,9 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
+_OF_REWARDS = ("keep_problems", "drop_longest", "advantage_clip", "ratio_clip", "kl_weight", "kl_budgets")
+_OF_LORA = tuple(field.name for field in dataclasses.fields(FitConfig) if field.name.startswith("lora_"))
+_NOT_OF_DISTILL = ("via", "model", "teacher", *_OF_REWARDS, *_OF_LORA)
 
 
 def _first(*values: Any) -> Any:

@@ -17,6 +17,12 @@ from trimtab.errors import InvalidRequest
 FREE = ("threads",)  # a resumed run may change these
 CANDIDATES = 32  # kept a position: the most that a correction may have
 
+ROUTES: dict[str, dict[str, Any]] = {  # how a correction is learned, and the defaults that go with it
+    "direct": {"problems": 128, "rank": 8, "top_k": 20, "learning_rate": 1e-3, "epochs": 25},
+    "lora": {"problems": 256, "rank": 16, "top_k": 32, "learning_rate": 2e-3, "epochs": 8},
+    "teacher": {"problems": 256, "rank": 16, "top_k": 32, "learning_rate": 2e-3, "epochs": 8},
+}
+
 MAX_SAMPLES = 128  # that one request to the engine may ask for
 
 
@@ -27,7 +33,12 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a correction is fitted. Defaults: a direct head-tier fit of a small model on one core, in minutes."""
+    """How a correction is fitted. Defaults: a direct head-tier fit of a small model on one core, in minutes.
+
+    Fields that are None at first take their route's value from ROUTES."""
+
+    via: str = option("direct", "direct; lora: distilled from a LoRA made by the paper's method; or teacher")
+    teacher: str | None = option(None, "via teacher: the tuned model, or a PEFT folder made for the base")
 
     model: str = option("demo", "the base: demo, a folder, a GGUF file or a model's id")
     task: str = option("instructions", "instructions, or a JSONL file's path")
@@ -38,7 +49,7 @@ class FitConfig:
     dtype: str = option("auto", "of the base: auto, float32, bfloat16, float16")
     device: str = option("auto", "auto, cpu or cuda")
 
-    problems: int = option(128, "training problems to sample")
+    problems: int = option(None, "training problems to sample; by default 128, or 256 where there is a teacher")
     samples: int = option(8, "completions sampled a training problem")
     temperature: float = option(0.6, "of sampling, in fitting and in judging; the fit's likelihood ratio uses it too")
     top_p: float = option(0.95, "nucleus of sampling")
@@ -49,15 +60,28 @@ class FitConfig:
     drop_longest: float = option(0.2, "share of each problem's completions to leave out, the longest")
     advantage_clip: float = option(2.5, "largest absolute advantage")
 
-    rank: int = option(8, "of the correction: it has 2 * rank + 1 vectors of the hidden size")
-    top_k: int = option(20, f"candidates: the base's best tokens that the correction may move, 1 to {CANDIDATES}")
+    rank: int = option(None, "of the correction: 2 * rank + 1 vectors of the hidden size; by default 8, distilled 16")
+    top_k: int = option(
+        None, f"the base's best tokens that it may move, 1 to {CANDIDATES}; by default 20, distilled {CANDIDATES}"
+    )
     cap: float = option(3.0, "largest change of a logit")
-    learning_rate: float = option(1e-3, "of AdamW")
+    learning_rate: float = option(None, "of AdamW; by default 1e-3, distilled 2e-3 falling to 0")
     batch: int = option(256, "positions a step of AdamW")
-    epochs: int = option(25, "most passes over the positions")
+    epochs: int = option(None, "most passes over the positions; by default 25, distilled 8")
     ratio_clip: float = option(0.5, "the likelihood ratio counts within 1 minus and 1 plus this")
     kl_weight: float = option(0.02, "of KL(base || corrected) in the loss")
     kl_budgets: tuple[float, ...] = option((0.06, 0.12, 0.18), "stop where held-out KL reaches each; the best ships")
+
+    lora_targets: tuple[str, ...] = option(("o_proj",), "linear layers that the LoRA adapts; the paper's: q,k,v,o_proj")
+    lora_rank: int = option(8, "of the LoRA; the paper's: 32")
+    lora_alpha: int = option(16, "the LoRA's update is scaled by this over its rank; the paper's: 64")
+    lora_rate: float = option(1e-4, "learning rate of the LoRA's AdamW")
+    lora_warmup: int = option(10, "steps over which that rate rises; the paper's: 50")
+    lora_batch: int = option(8, "completions a step of the LoRA")
+    lora_epochs: float = option(1.0, "passes of the LoRA over the completions; the paper's: 1.35")
+    lora_kl: float = option(0.2, "of KL(base || LoRA) at the other positions, in the LoRA's loss")
+    teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
+    strengths: tuple[float, ...] = option((1.0, 1.4, 1.8), "a distilled correction is tried at each; the best ships")
 
     validation_problems: int = option(64, "further training-split problems to choose a budget on")
     validation_samples: int = option(4, "completions sampled a validation problem, for each budget")
@@ -68,12 +92,23 @@ class FitConfig:
     threads: int = option(1, "torch threads: speed, and how sums are rounded")
 
     def __post_init__(self) -> None:
+        self._require("via", self.via in ROUTES, f"must be one of {', '.join(ROUTES)}")
+        self._require(
+            "teacher",
+            (self.teacher is not None) == (self.via == "teacher"),
+            "must be given with --via teacher, and only then",
+        )
+        for name, value in ROUTES[self.via].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("problems", "max_tokens", "rank", "batch", "epochs", "slots", "threads"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lora_rank", "lora_warmup", "lora_batch", "teacher_samples"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("validation_problems", "validation_samples", "test_samples"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("samples", self.samples >= 2, "must be at least 2, as rewards must differ")
-        for name in ("samples", "validation_samples", "test_samples"):
+        for name in ("samples", "teacher_samples", "validation_samples", "test_samples"):
             self._require(name, getattr(self, name) <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
         self._require("test_problems", self.test_problems >= 2, "must be at least 2")
         self._require("keep_problems", self.keep_problems >= 0, "must be at least 0")
@@ -81,11 +116,18 @@ class FitConfig:
         self._require("drop_longest", 0 <= self.drop_longest < 1, "must be at least 0 and below 1")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         self._require("ratio_clip", 0 < self.ratio_clip < 1, "must be above 0 and below 1")
-        for name in ("temperature", "advantage_clip", "cap", "learning_rate"):
+        positive = ("temperature", "advantage_clip", "cap", "learning_rate", "lora_alpha", "lora_rate", "lora_epochs")
+        for name in positive:
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "must be above 0")
         self._require("tau", math.isfinite(self.tau), "must be a finite number of nats")
-        self._require("kl_weight", math.isfinite(self.kl_weight) and self.kl_weight >= 0, "must be at least 0")
+        for name in ("kl_weight", "lora_kl"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= 0, "must be at least 0")
+        self._require("lora_targets", len(self.lora_targets) > 0, "must name at least one layer")
+        self._require("strengths", len(self.strengths) > 0, "must name at least one strength")
+        self._require("strengths", all(0 < s <= 32 for s in self.strengths), "must be above 0 and at most 32")
+        self._require("strengths", sorted(set(self.strengths)) == list(self.strengths), "must rise")
         self._require("kl_budgets", len(self.kl_budgets) > 0, "must name at least one budget")
         self._require("kl_budgets", all(0 < b < math.inf for b in self.kl_budgets), "must be above 0")
         self._require("kl_budgets", sorted(set(self.kl_budgets)) == list(self.kl_budgets), "must rise")

@@ -2,6 +2,7 @@
 
     shuffled-rewards   each completion gets the advantage of another one of its problem
     random-positions   learned at positions drawn at random, as many as the gate opens, and served at open ones
+    shuffled-teacher   where a tuned model was given: what it changes at a position is learned at another one
 
 Any push at the head shortens and sharpens what a model writes, which alone may gain some points. So a control pushes
 exactly as hard as the correction: its strength is set to the same held-out KL. Both are served by the same gate.
@@ -21,14 +22,14 @@ from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
 from trimtab.steering.head import Head
 from trimtab.steering.progress import say
 
-SHUFFLED, RANDOM = "shuffled-rewards", "random-positions"
-CONTROLS = (SHUFFLED, RANDOM)
+SHUFFLED, SHUFFLED_TEACHER, RANDOM = "shuffled-rewards", "shuffled-teacher", "random-positions"
+CONTROLS = (SHUFFLED, SHUFFLED_TEACHER, RANDOM)
 
 
 def fit_control(
     kind: str, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
 ) -> Correction:
-    """kind: one of CONTROLS; kl: the correction's own, which the control is brought to."""
+    """Of a correction fitted directly. kind: SHUFFLED or RANDOM; kl: the correction's own, which it is brought to."""
     if kind == SHUFFLED:
         snapshot = fit(shuffle(features, config.seed), rows, [kl], config, stage=kind, overshoot=True)[-1]
     else:

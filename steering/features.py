@@ -6,7 +6,7 @@ the token at it; candidates stand in the step kernel's order (logit descending, 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Features(NamedTuple):
     lse: Tensor  # float32 [n]: logsumexp(z / T) over the vocabulary, T the sampling temperature
     chosen: Tensor  # int32 [n]: the sampled token
     advantage: Tensor  # float32 [n]: its completion's
+    position: Tensor  # int32 [n]: how many tokens of its completion came before
     item: Tensor  # int32 [n]: index of its completion
     problem: Tensor  # int32 [n]: index of its problem
     held_out: Tensor  # bool [n]: not fitted
@@ -52,24 +53,49 @@ class Features(NamedTuple):
 
 
 def cache_features(
-    base: Base, problems: Mapping[str, Problem], items: Sequence[Item], config: FitConfig, folder: Path
+    base: Base,
+    problems: Mapping[str, Problem],
+    items: Sequence[Item],
+    config: FitConfig,
+    folder: Path,
+    stage: str = "features",
 ) -> Features:
     """Compute what is missing in the folder, then read it all. problems: by id."""
+    numbers = {problem: i for i, problem in enumerate(dict.fromkeys(item.problem for item in items))}
+
+    def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
+        return join(_read(base, problems, group, first, numbers, config))._asdict()
+
+    return Features(**read_in_shards(items, folder, stage, read))
+
+
+def read_in_shards(
+    items: Sequence[Item], folder: Path, stage: str, read: Callable[[Sequence[Item], int], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Columns of rows, in the items' order, kept in a file for every SHARD completions; finished files are read.
+
+    read: a few completions and the index of the first -> their rows."""
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
-    numbers = {problem: i for i, problem in enumerate(dict.fromkeys(item.problem for item in items))}
     done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.exists())
-    with Progress("features", len(items), "completions", done) as progress:
+    with Progress(stage, len(items), "completions", done) as progress:
         for index, (shard, path) in enumerate(zip(shards, paths, strict=True)):
             if path.exists():
                 continue
             parts = []
             for at in range(0, len(shard), READ_AT_ONCE):
                 group = shard[at : at + READ_AT_ONCE]
-                parts += _read(base, problems, group, index * SHARD + at, numbers, config)
-                progress.add(len(group), f"{sum(len(part.h) for part in parts)} positions in this file")
-            write_tensors(path, _join(parts)._asdict())
-    return _join([Features(**load_file(path)) for path in paths])
+                parts.append(read(group, index * SHARD + at))
+                progress.add(len(group))
+            write_tensors(path, _stack(parts))
+    return _stack([load_file(path) for path in paths])
+
+
+def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:
+    """Each completion's final hidden states [tokens, hidden]: row t is what token t was drawn from."""
+    prompts = [encode(base, problems[item.problem]) for item in items]
+    states = base.states([[*prompt, *item.tokens] for prompt, item in zip(prompts, items, strict=True)])
+    return [sequence[len(prompt) - 1 : -1] for prompt, sequence in zip(prompts, states, strict=True)]
 
 
 @torch.inference_mode()
@@ -82,11 +108,8 @@ def _read(
     config: FitConfig,
 ) -> list[Features]:
     """The kept positions of a few completions; `first` is the index of the first one."""
-    prompts = [encode(base, problems[item.problem]) for item in group]
-    states = base.states([[*prompt, *item.tokens] for prompt, item in zip(prompts, group, strict=True)])
     parts = []
-    for number, (item, prompt, sequence) in enumerate(zip(group, prompts, states, strict=True), start=first):
-        h = sequence[len(prompt) - 1 : -1]  # the state at position t draws token t + 1
+    for number, (item, h) in enumerate(zip(group, states_of(base, problems, group), strict=True), start=first):
         ids, logits, lse, entropy = _read_logits(base, h, config.temperature)
         n = len(h)
         gated = entropy > config.tau
@@ -99,6 +122,7 @@ def _read(
             lse=lse,
             chosen=torch.tensor(item.tokens, dtype=torch.int32),
             advantage=torch.full((n,), item.advantage),
+            position=torch.arange(n, dtype=torch.int32),
             item=torch.full((n,), number, dtype=torch.int32),
             problem=torch.full((n,), numbers[item.problem], dtype=torch.int32),
             held_out=torch.full((n,), item.held_out),
@@ -132,8 +156,13 @@ def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids.gather(-1, order)[:, :k], values[:, :k]
 
 
-def _join(parts: Sequence[Features]) -> Features:
+def join(parts: Sequence[Features]) -> Features:
+    """One after another."""
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _generator(seed: int, item: Item) -> torch.Generator:

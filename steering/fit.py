@@ -54,7 +54,7 @@ def fit(
             f"no position to learn from ({len(training.h)} fitted, {len(measured.h)} held out): the model's entropy is "
             f"seldom above tau {config.tau}; lower --tau"
         )
-    head = _start(training, rows, config)
+    head = start(training, rows, config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(config.seed)
     waiting = sorted(budgets)
@@ -113,7 +113,7 @@ def match_strength(head: Head, features: Features, rows: Tensor, kl: float, conf
     return round(low, 4)
 
 
-def _start(training: Features, rows: Tensor, config: FitConfig) -> Head:
+def start(training: Features, rows: Tensor, config: FitConfig) -> Head:
     """A head that does nothing yet, with the scales of this data."""
     hidden_scale = float(training.h.float().pow(2).mean().sqrt())
     used, counts = torch.unique(training.ids[:, : config.top_k], return_counts=True)

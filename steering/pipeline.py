@@ -1,6 +1,6 @@
-"""`trimtab fit`: from a task to a correction's folder, stage by stage.
+"""`trimtab fit` and `trimtab distill`: from a task to a correction's folder, stage by stage.
 
-    rollouts -> select -> features -> fit (a candidate at each KL budget) -> validate (choose one)
+    rollouts -> select -> features -> a route (routes.py): candidates -> validate (choose one)
              -> controls -> report on held-out problems -> correction.json, correction.safetensors, report.md
 
 Invariant: each stage reads what the one before it wrote, writes files whole or not at all, and does nothing that is
@@ -8,12 +8,13 @@ done. So a killed run, started again, continues; and `correction.json` exists on
 
     DIR/correction.json, correction.safetensors, report.md      what ships
     DIR/controls/<kind>/                                        what it was compared with: `trimtab eval` finds them
+    DIR/lora/                                                   via lora: the teacher, as a PEFT folder
     DIR/run/                                                    the work; may be deleted afterwards
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +23,20 @@ import torch
 from trimtab.errors import InvalidRequest
 from trimtab.server.base import Base
 from trimtab.steering import report as reports
-from trimtab.steering.atomic import write_json, write_text
+from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FREE, FitConfig
-from trimtab.steering.controls import CONTROLS, fit_control
 from trimtab.steering.correction import Correction, load, save
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
-from trimtab.steering.fit import fit
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
-from trimtab.steering.selection import select
+from trimtab.steering.routes import SELECT, Route, Study, choose_route
+from trimtab.steering.selection import Item
 from trimtab.steering.tasks import Task, fingerprint
+from trimtab.steering.teacher import CONFIG_FILE, WEIGHTS_FILE
 
 
 class Problems(NamedTuple):
@@ -46,27 +47,36 @@ class Problems(NamedTuple):
     test: list[Problem]
 
 
-def run(config: FitConfig, out: Path, base: Base, task: Task) -> Correction:
-    """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config."""
+def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None = None) -> Correction:
+    """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config.
+
+    teacher: the config's, loaded, where it names one."""
     config = dataclasses.replace(config, name=config.name or out.resolve().name)
     torch.set_num_threads(config.threads)
     work = out / "run"
     problems = _split(task, config)
-    _begin(work, config, base, task)
+    _begin(work, config, base, task, teacher)
     rollouts = _roll_out(work, config, base, task, problems.training)
-    features = _learn_from(work, config, base, problems.training, rollouts)
-    candidates = _fit_candidates(work, config, base, features)
+    items = SELECT[config.via](rollouts, config)
+    features = _learn_from(work, config, base, problems.training, items)
+    used = {item.problem for item in items}
+    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work)
+    route = choose_route(study, teacher)
+    candidates = _keep(work / "candidates", route.candidates)
     chosen = _choose(work, config, base, task, problems.validation, candidates)
-    controls = _fit_controls(work, config, base, features, chosen)
+    controls = _fit_controls(work, route, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
     exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
-    report = reports.make(base, exam, reports.Judged(correction, controls), work / "report")
+    report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
     shipped = dataclasses.replace(
-        correction, report=report, provenance=_provenance(config, base, task, rollouts, features, chosen)
+        correction, report=report, provenance=_provenance(route, config, base, task, rollouts, features, chosen)
     )
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
         save(control, out / "controls" / control.name)
+    if config.via == "lora":
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            write_bytes(out / "lora" / name, (work / "lora" / name).read_bytes())
     save(shipped, out)
     say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
     return shipped
@@ -78,12 +88,14 @@ def _split(task: Task, config: FitConfig) -> Problems:
     return Problems(train[: config.problems], train[config.problems :], held_out)
 
 
-def _begin(work: Path, config: FitConfig, base: Base, task: Task) -> None:
+def _begin(work: Path, config: FitConfig, base: Base, task: Task, teacher: Base | None) -> None:
     """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
     path = work / "run.json"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     problems = fingerprint(task, config.problems + config.validation_problems, config.test_problems)
     identity = dataclasses.asdict(base.identity) | {**_place(base), "problems": problems}
+    if teacher is not None:
+        identity["teacher"] = teacher.identity.fingerprint
     now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
     if not path.exists():
         if (work.parent / "correction.json").exists():
@@ -109,30 +121,25 @@ def _roll_out(work: Path, config: FitConfig, base: Base, task: Task, problems: S
 
 
 def _learn_from(
-    work: Path, config: FitConfig, base: Base, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+    work: Path, config: FitConfig, base: Base, problems: Sequence[Problem], items: Sequence[Item]
 ) -> Features:
-    items = select(rollouts, config)
     kept = {item.problem for item in items}
-    say("select", f"{len(kept)} of {len(problems)} problems have mixed success; {len(items)} completions are kept")
+    say("select", f"{len(kept)} of {len(problems)} problems and {len(items)} of their completions are learned from")
     features = cache_features(base, {problem.id: problem for problem in problems}, items, config, work / "features")
     share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
     say("features", f"{int(features.gated.sum())} positions above {config.tau} nats, {share:.0%} of those read")
     return features.to(base.device)
 
 
-def _fit_candidates(work: Path, config: FitConfig, base: Base, features: Features) -> list[Correction]:
-    """A correction for each KL budget; budgets that the fit never reached share one."""
-    path = work / "candidates.json"
+def _keep(folder: Path, make: Callable[[], list[Correction]]) -> list[Correction]:
+    """What `make` made, now or in an earlier run."""
+    path = folder.with_suffix(".json")
     if not path.exists():
-        names = []
-        for snapshot in fit(features, base.head_weight, config.kl_budgets, config):
-            name = f"kl-{snapshot.budget:g}"
-            correction = snapshot.head.correction(name, config.top_k, config.tau, base.identity)
-            facts = {"kl": snapshot.kl, "kl_budget": snapshot.budget, "steps": snapshot.steps}
-            save(dataclasses.replace(correction, provenance=facts), work / "candidates" / name)
-            names.append(name)
-        write_json(path, names)
-    return [load(work / "candidates" / name) for name in json.loads(path.read_text(encoding="utf-8"))]
+        made = make()
+        for correction in made:
+            save(correction, folder / correction.name)
+        write_json(path, [correction.name for correction in made])
+    return [load(folder / name) for name in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def _choose(
@@ -153,15 +160,12 @@ def _choose(
     return dataclasses.replace(chosen, provenance={**chosen.provenance, "validation": rates})
 
 
-def _fit_controls(
-    work: Path, config: FitConfig, base: Base, features: Features, chosen: Correction
-) -> list[Correction]:
+def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correction]:
     found = []
-    for kind in CONTROLS:
+    for kind in route.controls:
         folder = work / "controls" / kind
         if not (folder / "correction.json").exists():
-            kl = chosen.provenance["kl"]
-            save(fit_control(kind, features, base.head_weight, kl, config, base.identity), folder)
+            save(route.control(kind, chosen.provenance["kl"]), folder)
         found.append(load(folder))
     return found
 
@@ -176,6 +180,7 @@ def _place(base: Base) -> dict[str, Any]:
 
 
 def _provenance(
+    route: Route,
     config: FitConfig,
     base: Base,
     task: Task,
@@ -186,7 +191,7 @@ def _provenance(
     """How the correction was made. No times of day: equal runs make equal files."""
     training = features.at(features.gated & ~features.held_out)
     return {
-        "method": "head tier, fitted directly: clipped ratio under a trust region",
+        "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
         "problems_sha256": fingerprint(task, config.problems + config.validation_problems, config.test_problems),

@@ -1,7 +1,7 @@
 """The report: did the correction do better than the base, and better than its controls? As JSON values and as Markdown.
 
 Invariant: the verdict follows from the intervals alone. `better` needs the whole interval above 0; a correction ships
-(`ship`) only when it is better than the base and better than the shuffled control. What it does not beat is said in
+(`ship`) only when it is better than the base and better than a shuffled control. What it does not beat is said in
 words, in the verdict. Strengths and the gate are those that were used, and are in the report.
 
     exam = Exam(task, problems, sampling, slots, threads)
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from trimtab.errors import InvalidRequest
 from trimtab.server.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.controls import RANDOM, SHUFFLED
+from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
 from trimtab.steering.machine import describe, hardware
@@ -24,20 +24,25 @@ from trimtab.steering.rollouts import Rollout, Sampling, open_core
 from trimtab.steering.tasks import Task
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"
+TEACHER = "teacher"  # the tuned model that a correction was distilled from, always on
 
 SHIP_MEANS = (
-    f"It is true when the correction beats the base and {SHUFFLED}, that is, when both intervals lie wholly above 0; "
-    "no other comparison decides it."
+    "It is true when the correction beats the base and its shuffled control, that is, when both intervals lie wholly "
+    "above 0; no other comparison decides it."
 )
 
 _PAIRS = (
     (CORRECTION, BASE),
+    (CORRECTION, TEACHER),
     (CORRECTION, SHUFFLED),
+    (CORRECTION, SHUFFLED_TEACHER),
     (CORRECTION, RANDOM),
     (CORRECTION, BASE_GREEDY),
     (CORRECTION_GREEDY, BASE_GREEDY),
     (BASE_GREEDY, BASE),
+    (TEACHER, BASE),
     (SHUFFLED, BASE),
+    (SHUFFLED_TEACHER, BASE),
     (RANDOM, BASE),
 )
 
@@ -56,7 +61,8 @@ class Judged(NamedTuple):
     """A correction, its controls, and how they are served."""
 
     correction: Correction
-    controls: Sequence[Correction] = ()  # their names are SHUFFLED and RANDOM
+    controls: Sequence[Correction] = ()  # their names are of controls.py
+    teacher: Base | None = None  # what the correction was distilled from; it answers the base's prompts
     strength: float | None = None  # of the correction; None: its own
     tau: float | None = None  # of every gate; None: their own
 
@@ -94,6 +100,10 @@ def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]
         bank.add(one)
     core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
     found = answer(core, exam.task, exam.problems, exam.sampling, policies(judged), folder)
+    if judged.teacher is not None:
+        bank = Bank(judged.teacher.hidden, judged.teacher.device)
+        core = open_core(judged.teacher, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+        found |= answer(core, exam.task, exam.problems, exam.sampling, [Policy(TEACHER)], folder)
     ran = f"{base.device.type}, {base.dtype}, {exam.threads} threads".replace("torch.", "")
     return build(exam, judged, found, f"{hardware(describe())} ({ran})")
 
@@ -120,15 +130,16 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ra
 def judge(differences: Sequence[Difference], rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """ship, what was beaten, and a sentence for people."""
     of = {d.against: d for d in differences if d.policy == CORRECTION}
-    beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, RANDOM) if name in of}
-    ship = beats.get(BASE, False) and beats.get(SHUFFLED, False)
+    beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, SHUFFLED_TEACHER, RANDOM) if name in of}
+    shuffled = [beats[name] for name in (SHUFFLED, SHUFFLED_TEACHER) if name in beats]
+    ship = beats.get(BASE, False) and bool(shuffled) and all(shuffled)
     gain = of[BASE]
     words = [f"{gain.mean:+.3f} over the base [{gain.low:+.3f}, {gain.high:+.3f}]"]
     missed = [name for name, better in beats.items() if not better]
     beaten = [name for name, better in beats.items() if better and name != BASE]
     if beaten:
         words.append(f"beats {', '.join(beaten)}")
-    if SHUFFLED not in beats:
+    if not shuffled:
         words.append("no shuffled control was compared")
     if missed:
         steps = max(1, sum(len(r.tokens) for r in rollouts))

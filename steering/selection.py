@@ -48,6 +48,15 @@ def select(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
     ]
 
 
+def take_all(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
+    """Every completion, whatever its reward: what a teacher is watched on. Raises TaskError for too few problems."""
+    problems = list(dict.fromkeys(rollout.problem for rollout in rollouts))
+    if len(problems) < FEWEST:
+        raise TaskError(f"{len(problems)} problems are too few to distil from: give {FEWEST} or more")
+    held_out = _held_out(problems, config.seed)
+    return [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
+
+
 def _keep(group: list[Rollout], config: FitConfig) -> list[tuple[Rollout, float]]:
     """The shorter completions of a problem with their advantages; nothing unless both signs are among them."""
     mean = _mean(group)

@@ -22,7 +22,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert all(command in ran.stdout for command in ("serve", "fit", "eval", "inspect"))
+    assert all(command in ran.stdout for command in ("serve", "fit", "distill", "eval", "inspect"))
 
 
 def test_a_mistake_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

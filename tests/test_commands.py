@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_base
 from trimtab.cli import build_parser, main
 from trimtab.server import base as base_module
+from trimtab.steering import teacher as teacher_module
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import load
 from trimtab.steering.machine import describe, hardware
@@ -18,8 +19,9 @@ from trimtab.steering.machine import describe, hardware
 GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 SMALL = (
     "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 2 "
-    "--learning-rate 0.01 --kl-budgets 0.01 0.03 --validation-problems 2 --validation-samples 1 --test-problems 8"
+    "--learning-rate 0.01 --validation-problems 2 --validation-samples 1 --test-problems 8"
 )
+TASK = "--task task.jsonl --verifier odd_grading:odd"
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "odd_grading.py").write_text(GRADING)
     with pytest.MonkeyPatch.context() as patch:
         prepare(patch, folder)
-        arguments = f"fit --model tiny --task task.jsonl --verifier odd_grading:odd --out odd {SMALL}"
-        assert run(arguments) == 0
+        assert run(f"fit --model tiny {TASK} --out odd {SMALL} --kl-budgets 0.01 0.03") == 0
+        lora = "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-batch 4 --teacher-samples 2"
+        assert run(f"fit --model tiny {TASK} --out taught {SMALL} {lora}") == 0
     return folder
 
 
@@ -43,9 +46,8 @@ def run(arguments: str) -> int:
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.chdir(folder)
-    patch.setattr(
-        base_module, "load_base", lambda model, dtype, device, threads: tiny_base(seed=0 if model == "tiny" else 1)
-    )
+    for module in (base_module, teacher_module):
+        patch.setattr(module, "load_base", lambda model, *_: tiny_base(seed=0 if model == "tiny" else 1))
 
 
 @pytest.fixture
@@ -85,6 +87,28 @@ def test_eval_in_json_says_what_ran_where(capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.usefixtures("_inside")
+def test_eval_repeats_the_report_of_a_distilled_correction_with_its_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("eval --correction taught --problems 8 --json") == 0
+    again = json.loads(capsys.readouterr().out)
+    report = load("taught").report
+    assert report is not None
+    assert {name: again[name] for name in report} == report
+    assert again["policies"][-1]["policy"] == "teacher"
+
+
+@pytest.mark.usefixtures("_inside")
+def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for teacher in ("taught/lora", "another"):
+        out = f"from-{Path(teacher).name}"
+        assert run(f"distill tiny {teacher} {TASK} --out {out} {SMALL} --strengths 1 --teacher-samples 2") == 0
+        assert "| correction - shuffled-teacher |" in capsys.readouterr().out
+        correction = load(out)
+        assert correction.provenance["config"]["teacher"] == teacher
+        assert correction.provenance["config"]["via"] == "teacher"
+        assert correction.strength == 1.0
+
+
+@pytest.mark.usefixtures("_inside")
 def test_inspect_shows_base_gate_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect odd") == 0
     card = capsys.readouterr().out
@@ -104,6 +128,8 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "inspect nowhere": "correction.json: cannot be read",
         "fit --out x --task gone.jsonl": "gone.jsonl",
         "fit --out x --rank 0": "rank must be at least 1",
+        "fit --out x --via magic": "via must be one of direct, lora, teacher",
+        "fit --out x --via teacher": "teacher must be given with --via teacher",
         "eval --correction odd --problems 900": "held-out problems",
     }.items():
         assert run(arguments) == 1
@@ -120,5 +146,4 @@ def test_fit_has_an_option_with_help_for_every_field(capsys: pytest.CaptureFixtu
     for field in dataclasses.fields(FitConfig):
         assert f"--{field.name.replace('_', '-')} " in shown
     args = build_parser().parse_args(["fit", "--out", "x"])
-    defaults = FitConfig()
-    assert all(getattr(args, f.name) == getattr(defaults, f.name) for f in dataclasses.fields(FitConfig))
+    assert FitConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FitConfig)}) == FitConfig()

@@ -34,9 +34,29 @@ def test_slots_are_part_of_a_run_as_they_change_rounding() -> None:
         ("kl_budgets", (0.2, 0.1)),
         ("kl_budgets", (0.0,)),
         ("name", "a/b"),
+        ("via", "magic"),
+        ("teacher", "m"),
+        ("lora_rank", 0),
+        ("lora_epochs", 0.0),
+        ("lora_rate", float("nan")),
+        ("lora_kl", -0.1),
+        ("lora_targets", ()),
+        ("teacher_samples", 129),
+        ("strengths", ()),
+        ("strengths", (2.0, 1.0)),
+        ("strengths", (0.0,)),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field} must") as caught:
         FitConfig(**{field: value})  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def test_a_route_brings_its_defaults_and_what_is_given_stays() -> None:
+    assert (FitConfig().rank, FitConfig().top_k, FitConfig().epochs) == (8, 20, 25)
+    distilled = FitConfig(via="lora", epochs=3)
+    assert (distilled.rank, distilled.top_k, distilled.epochs, distilled.problems) == (16, 32, 3, 256)
+    assert FitConfig(via="teacher", teacher="m").rank == 16
+    with pytest.raises(InvalidRequest, match=r"^teacher must be given"):
+        FitConfig(via="teacher")

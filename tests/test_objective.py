@@ -36,6 +36,7 @@ def make_features(z: Tensor, h: Tensor, chosen: Tensor, temperature: float) -> F
         lse=(z / temperature).logsumexp(-1),
         chosen=chosen.int(),
         advantage=torch.ones(n),
+        position=torch.zeros(n, dtype=torch.int32),
         item=torch.zeros(n, dtype=torch.int32),
         problem=torch.zeros(n, dtype=torch.int32),
         held_out=torch.zeros(n, dtype=torch.bool),

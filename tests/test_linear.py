@@ -1,0 +1,27 @@
+"""A model whose layers were packed gives a plain copy back, weight for weight, and stays as it is."""
+
+import torch
+
+from tiny import tiny_base, tiny_model
+from trimtab.server.linear import PackedLinear, copy_unpacked
+
+
+def test_the_copy_is_the_model_as_it_was_loaded() -> None:
+    base, loaded = tiny_base(dtype=torch.bfloat16), tiny_model(dtype=torch.bfloat16)
+    assert any(isinstance(module, PackedLinear) for module in base.model.modules()), "the test wants a packed model"
+    copy = copy_unpacked(base.model)
+    assert not any(isinstance(module, PackedLinear) for module in copy.modules())
+    expected = loaded.state_dict()
+    found = copy.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    before = base.states([[1, 2, 3]])[0]
+    for parameter in copy.parameters():
+        parameter.data.zero_()
+    assert torch.equal(base.states([[1, 2, 3]])[0], before)
+
+
+def test_tied_heads_stay_tied() -> None:
+    base = tiny_base(dtype=torch.bfloat16, tie_word_embeddings=True)
+    copy = copy_unpacked(base.model)
+    assert copy.get_output_embeddings().weight is copy.get_input_embeddings().weight

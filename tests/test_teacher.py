@@ -1,0 +1,90 @@
+"""Teachers: what they say of the base's candidates, and who may not be one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import tiny_base
+from trimtab.errors import CorrectionError, UnsupportedModel
+from trimtab.server.base import Base
+from trimtab.server.linear import PackedLinear
+from trimtab.steering import lora, teacher
+from trimtab.steering.config import FitConfig
+from trimtab.steering.features import CANDIDATES, cache_features, states_of
+from trimtab.steering.problem import Problem
+from trimtab.steering.selection import Item
+from trimtab.steering.teacher import adapt, cache_targets, load_teacher
+
+PROBLEMS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hello", "b": "Once upon a time"}.items()}
+ITEMS = [Item(name, i, [70 + i, 80, 90 + i, 100][: 3 + i], 1.0, False) for name in PROBLEMS for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny_base()
+
+
+def adapter(base: Base, folder: Path) -> Path:
+    """An adapter that changes the model."""
+    tuned = lora.put_on(base, FitConfig(via="lora"))
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    lora.write(tuned, base, folder)
+    return folder
+
+
+def test_targets_are_the_teachers_logits_of_the_bases_candidates(base: Base, tmp_path: Path) -> None:
+    tuned = load_teacher(str(adapter(base, tmp_path / "lora")), base)
+    features = cache_features(base, PROBLEMS, ITEMS, FitConfig(tau=3.0), tmp_path / "features")
+    assert 0 < len(features.h) < sum(len(item.tokens) for item in ITEMS), "the test wants some positions to be left out"
+    found = cache_targets(tuned, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher")
+    assert found.shape == (len(features.h), CANDIDATES)
+    states = states_of(tuned, PROBLEMS, ITEMS)
+    for row, (item, position, ids) in enumerate(zip(features.item, features.position, features.ids, strict=True)):
+        expected = tuned.logits(states[int(item)][int(position)][None])[0, ids.long()]
+        assert torch.allclose(found[row], expected, atol=1e-5)
+    assert not torch.allclose(found, features.logits, atol=0.1)
+
+
+def test_finished_targets_are_read(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = cache_features(base, PROBLEMS, ITEMS, FitConfig(), tmp_path / "features")
+    before = cache_targets(base, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher")
+    assert torch.allclose(before, features.logits, atol=1e-4), "the base is its own teacher"
+    monkeypatch.setattr(teacher, "states_of", None)
+    assert torch.equal(cache_targets(base, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher"), before)
+
+
+def test_an_adapted_bf16_base_is_packed_and_its_adapter_stays_precise(tmp_path: Path) -> None:
+    base = tiny_base(dtype=torch.bfloat16)
+    tuned = adapt(base, adapter(base, tmp_path))
+    packed = [name for name, module in tuned.model.named_modules() if isinstance(module, PackedLinear)]
+    assert any(name.endswith("o_proj.base_layer") for name in packed)
+    adapters = {p.dtype for name, p in tuned.model.named_parameters() if "lora_" in name}
+    assert adapters == {torch.float32}
+
+
+def test_a_tuned_model_reads_the_bases_prompts(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_base(seed=1)
+    made.tokenizer.chat_template = "another"
+    monkeypatch.setattr(teacher, "load_base", lambda *_: made)
+    assert load_teacher("tuned", base).tokenizer is base.tokenizer
+
+
+def test_who_cannot_teach_is_refused_in_words(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> Base:
+        made = tiny_base(seed=1)
+        made.identity = made.identity.__class__("tuned", "f", "another tokenizer", "c")
+        return made
+
+    monkeypatch.setattr(teacher, "load_base", load)
+    with pytest.raises(UnsupportedModel, match="another tokenizer than tiny-llama"):
+        load_teacher("tuned", base)
+    folder = adapter(tiny_base(hidden_size=64, num_attention_heads=8), tmp_path)
+    with pytest.raises(CorrectionError, match="cannot be put on tiny-llama"):
+        load_teacher(str(folder), base)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CorrectionError, match="pickled adapters are not read"):
+        load_teacher(str(folder), base)
