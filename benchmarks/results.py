@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.steering.config import FitConfig
+from trimtab.steering.config import ROUTES, FitConfig
 from trimtab.steering.machine import hardware, versions
 from trimtab.steering.report import to_markdown
 
@@ -50,7 +50,7 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     """A correction: how it was made, and its own report."""
     made = fit["provenance"]
     config = made.get("config", {})
-    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)} | ROUTES[config["via"]]
     command = ["trimtab", "fit", "--out", str(folder)]
     for name, value in config.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):

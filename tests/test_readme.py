@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIT = ["--problems", "12", "--samples", "6", "--validation-problems", "2", "--validation-samples", "1"]
 FIT += ["--test-problems", "4", "--test-samples", "1", "--epochs", "2", "--max-tokens", "24", "--slots", "8"]
-SHORT = {"fit": FIT, "eval": ["--problems", "4", "--samples", "1"], "inspect": []}
+SHORT = {"fit": FIT, "distill": [*FIT, "--teacher-samples", "1"], "eval": ["--problems", "4", "--samples", "1"]}
+SHORT["inspect"] = []
 
 pytestmark = pytest.mark.model
 
@@ -67,11 +68,11 @@ def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
         for i in range(40)
     ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
-    for name in ("fit", "eval", "inspect"):
+    for name in SHORT:
         found = commands(name)
         assert found, f"the README shows no `trimtab {name}`"
         for command in found:
-            words = ["demo" if word == "MODEL" else word for word in command]
+            words = [{"MODEL": "demo", "TUNED": "corrections/better/lora"}.get(word, word) for word in command]
             assert run(words + SHORT[name], tmp_path).strip()
     (serve, *rest) = commands("serve")
     assert rest == []
