@@ -50,7 +50,9 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     """A correction: how it was made, and its own report."""
     made = fit["provenance"]
     config = made.get("config", {})
-    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)} | ROUTES[config["via"]]
+    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)} | ROUTES.get(
+        config.get("via"), {}
+    )
     command = ["trimtab", "fit", "--out", str(folder)]
     for name, value in config.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):
