@@ -1,4 +1,4 @@
-"""Linear layers whose bf16 weight is laid out once for oneDNN instead of at every call: 18-25 % of a step on CPU.
+"""Linear layers whose bf16 weight is laid out once for oneDNN instead of at every call.
 
 The operators are private to torch, so a layer is replaced only if the packed result equals the plain one to bf16's
 precision on a probe; otherwise the model stays as it is. fp32 models are never touched: they are the ones compared bit

@@ -138,8 +138,8 @@ class Body(BaseModel):
         return self.max_tokens
 
     def alternatives(self) -> int:
-        """How many of the most likely tokens each step reports."""
-        raise NotImplementedError
+        """How many of the most likely tokens each step reports: none, unless the endpoint has a word for it."""
+        return 0
 
 
 class CompletionBody(Body):

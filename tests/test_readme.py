@@ -8,14 +8,13 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from served import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,24 +45,6 @@ def run(command: list[str], folder: Path) -> str:
     return ran.stdout
 
 
-@contextmanager
-def serving(command: list[str], folder: Path) -> Iterator[str]:
-    words = [sys.executable, "-m", "trimtab.cli", *command[1:], "--port", "0"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        try:
-            assert server.stdout is not None
-            told = ""
-            while not (found := re.search(r"running on (http://\S+)", told)):
-                line = server.stdout.readline()
-                assert line, f"the server ended: {told}"
-                told += line
-            yield found[1]
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(60) == 0
-        finally:
-            server.kill()
-
-
 def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
     sums = [
         {"id": i, "prompt": f"Q: What is {i} + 1?\nA: {i + 1}\nQ: What is {i} + 2?\nA:", "answer": str(i + 2)}
@@ -80,10 +61,10 @@ def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
     assert rest == []
     plain = serve[: serve.index("--correction") + 2]
     made = [{"MODEL": "demo", "DIR": "corrections/mine"}.get(word, word) for word in plain]
-    with serving(made, tmp_path) as url:
+    with serving(made[2:], tmp_path) as served:
         (program,) = blocks("python")
         assert "http://127.0.0.1:8000" in program
-        program = program.replace("http://127.0.0.1:8000", url)
+        program = program.replace("http://127.0.0.1:8000", served.url)
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
         ran = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False

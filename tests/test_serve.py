@@ -1,10 +1,6 @@
 """`trimtab serve`: what is chosen from flags, and one real start and stop."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import httpx
 import pytest
 import uvicorn
 
+from served import serving
 from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
 from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
@@ -85,27 +82,7 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
 def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    command = [sys.executable, "-m", "trimtab.cli", "serve", str(tmp_path / "tiny"), "--port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, "--max-model-len", "64", "--max-num-seqs", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    ) as server:
-        try:
-            assert server.stdout is not None
-            told = ""
-            while not (found := re.search(r"running on (http://\S+)", told)):
-                line = server.stdout.readline()
-                assert line, f"the server ended: {told}"
-                told += line
-            assert "slots        2 of 64 tokens" in told
-            assert httpx.get(f"{found[1]}/health").json() == {"status": "ok"}
-            assert httpx.get(f"{found[1]}/v1/models").json()["data"][0]["id"] == "tiny"
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
-            assert "Traceback" not in server.stdout.read()
-        finally:
-            server.kill()
+    with serving(["tiny", "--max-model-len", "64", "--max-num-seqs", "2"], tmp_path) as served:
+        assert "slots        2 of 64 tokens" in served.told
+        assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "tiny"
