@@ -73,13 +73,16 @@ class Compiled(NamedTuple):
 def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
     """The launches of a model with up to groups * 128 tokens: usual banks, and the largest with most alternatives."""
     chunk = {"CHUNK": stats.CHUNK}
-    result = [Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH) for d in ("bf16", "fp32")]
-    for slots in (finish.slots_for(32, 20), finish.slots_for(finish.MAX_CANDIDATES, MAX_ALTERNATIVES)):
-        shape = {"HAS_EDITS": True, "SLOTS": slots}
-        sizes = shape | {"GROUPS": groups, "RANK": rank, "BLOCK": finish.MOST_PRODUCTS // max(slots, rank)}
-        result.append(Build(f"finish bf16, {slots} slots", finish.finish_kernel, "bf16", sizes, finish.LAUNCH))
-    sizes = shape | {"BLOCK": resolve.BLOCK}
-    return [*result, Build("resolve bf16", resolve.resolve_kernel, "bf16", sizes, resolve.LAUNCH)]
+    result = []
+    for d, itemsize in (("bf16", 2), ("fp32", 4)):
+        result.append(Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH))
+        for slots in (finish.slots_for(32, 20), finish.slots_for(finish.MAX_CANDIDATES, MAX_ALTERNATIVES)):
+            shape = {"HAS_EDITS": True, "SLOTS": slots}
+            sizes = shape | {"GROUPS": groups, "RANK": rank, "BLOCK": finish.block_for(slots, rank, itemsize)}
+            result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
+        sizes = shape | {"BLOCK": resolve.BLOCK}
+        result.append(Build(f"resolve {d}", resolve.resolve_kernel, d, sizes, resolve.LAUNCH))
+    return result
 
 
 def compile_for(build: Build, target: int) -> Compiled:

@@ -38,7 +38,7 @@ PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}  # bits must not hang on what is contracted
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-MOST_PRODUCTS = 8192  # elements of a program's tile of products
+TILE_BYTES = 16384  # of the head's rows in a program's tile of products: a larger one spills
 
 
 class Tasks(NamedTuple):
@@ -251,6 +251,11 @@ def slots_for(most: int, alternatives: int) -> int:
     return int(triton.next_power_of_2(max(most + max(alternatives, 1), RANK_ORDER.value)))
 
 
+def block_for(slots: int, rank: int, itemsize: int) -> int:
+    """How many hidden dimensions a program multiplies at once; itemsize: bytes of an element of the head."""
+    return max(16, TILE_BYTES // (itemsize * max(slots, rank)))
+
+
 def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks:
     """Fill the record of every row whose token can be told from `groups`; -> what is left to do."""
     rows, vocab = inputs.logits.shape
@@ -278,6 +283,6 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks
         inputs.hidden, inputs.hidden.stride(0), inputs.hidden.shape[1], inputs.head, inputs.head.stride(0),
         *tables, rank, inputs.alternatives, amended, ranked, *tasks, *record,
         HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride), RANK=padded_rank,
-        BLOCK=max(16, MOST_PRODUCTS // max(slots, padded_rank)), **LAUNCH,
+        BLOCK=block_for(slots, padded_rank, inputs.head.itemsize), **LAUNCH,
     )  # fmt: skip
     return tasks

@@ -3,8 +3,8 @@
 Invariant: a row is computed from that row alone, with operations whose order does not depend on the batch, so its
 record is bit-identical whoever shares the step. The semantics are numbered in record.py.
 
-Rows are walked one by one because a row of logits fits a core's cache and a batch does not: 13 ms became 4 for 32
-rows of 49152 (float32, one thread). Order and the draw are in draw.py.
+Rows are walked one by one because a row of logits fits a core's cache and a batch does not. Order and the draw are in
+draw.py.
 """
 
 from typing import NamedTuple
