@@ -158,7 +158,8 @@ class Core:
         columns = zip(*(column.tolist() for column in record), strict=True)
         events = []
         for sequence, row in zip(sequences, columns, strict=True):
-            token, status, base_token, steered_token, entropy, base_lp, steered_lp, *best_lps, top_ids, top_lps = row
+            token, status, base_token, steered_token, entropy, base_lp, steered_lp, *best_lps = row[:9]
+            top_ids, top_lps = row[-2:]
             if status & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))

@@ -1,12 +1,14 @@
 """From the sequences that sample in this step to the tensors that the step kernel reads."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from trimtab.kernels import philox
-from trimtab.kernels.record import Corrections, Edits, RowParams, StepInputs
+from trimtab.kernels.record import GATE_ENTROPY, Corrections, Edits, RowParams, StepInputs
 from trimtab.server.sequence import Sequence
 
 
@@ -40,9 +42,15 @@ def _row_params(sequences: list[Sequence], device: torch.device) -> RowParams:
         repetition=column(lambda s: s.request.sampling.repetition_penalty),
         presence=column(lambda s: s.request.sampling.presence_penalty),
         frequency=column(lambda s: s.request.sampling.frequency_penalty),
-        correction=column(lambda s: s.correction, torch.int32),
-        strength=column(lambda s: s.strength),
+        steered=column(lambda s: s.correction >= 0, torch.bool),
+        gate=column(lambda s: GATE_ENTROPY, torch.int32),
         tau=column(lambda s: s.tau),
+        ceiling=column(lambda s: math.inf),
+        chance=column(lambda s: 0.5),
+        correction=column(lambda s: s.correction, torch.int32)[:, None],
+        weight=column(lambda s: 1.0)[:, None],
+        strength=column(lambda s: s.strength),
+        kl_cap=column(lambda s: math.inf),
         shadow=column(lambda s: s.request.steering.mode == "shadow", torch.bool),
     )
 
@@ -51,13 +59,11 @@ def _edits(sequences: list[Sequence], device: torch.device) -> Edits | None:
     rows = [s.edits for s in sequences]
     if not any(rows):
         return None
-    offsets = [0]
-    for row in rows:
-        offsets.append(offsets[-1] + len(row))
+    ends = list(itertools.accumulate(len(row) for row in rows))
     entries = [(token, count, bias) for row in rows for token, (count, bias) in row.items()]
     token, counts, bias = zip(*entries, strict=True)
     return Edits(
-        offsets=torch.tensor(offsets, dtype=torch.int32).to(device),
+        spans=torch.tensor(list(zip([0, *ends], ends, strict=False)), dtype=torch.int32).to(device),
         token=torch.tensor(token, dtype=torch.int32).to(device),
         counts=torch.tensor(counts, dtype=torch.int32).to(device),
         bias=torch.tensor(bias, dtype=torch.float32).to(device),
