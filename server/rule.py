@@ -106,7 +106,7 @@ def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float
     ceiling = steering.ceiling if steering.ceiling is not None else gate.ceiling if own else math.inf
     if ceiling <= tau < math.inf:
         message = f"the gate opens above tau ({tau:g}) and up to its ceiling ({ceiling:g}), which must be larger"
-        raise InvalidRequest(message, f"steering.{'tau' if steering.ceiling is None else 'ceiling'}")
+        raise InvalidRequest(message, "steering.ceiling" if steering.ceiling is not None else f"steering.{field}")
     return kind, tau, ceiling
 
 
