@@ -52,10 +52,10 @@ class Catalogue:
                 raise InvalidRequest(message, field)
             weights = weights or {name: 1.0}
         if not weights:
-            field = asked.in_vain()
-            if field is not None:
-                message = f"steering.{field} needs a correction: name one in model or steering.correction"
-                raise InvalidRequest(message, f"steering.{field}")
+            vain = asked.in_vain()
+            if vain is not None:
+                message = f"steering.{vain} needs a correction: name one in model or steering.correction"
+                raise InvalidRequest(message, f"steering.{vain}")
             return Chosen(name, Steering(mode="off"), Rule())
         steering = asked.steering(weights)
         rule = rule_for(steering, self._bank)

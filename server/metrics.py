@@ -46,8 +46,9 @@ class Metrics:
         """The series of one choice that starts now."""
         base = (self.model, steering.correction or NO_CORRECTION)
         labels = (*base, steering.mode)
-        counters = (counter.labels(*labels) for counter in (self._open, self._fired, self._flips, self._kl))
-        return Watch(self, Steered(*counters, self._entropy.labels(*base)))
+        series = (self._open, self._fired, self._flips, self._kl)
+        opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
+        return Watch(self, Steered(opened, fired, flips, kl, self._entropy.labels(*base)))
 
     def render(self, stats: EngineStats) -> bytes:
         """The text that Prometheus reads."""

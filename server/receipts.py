@@ -37,11 +37,11 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         steering, rule = self._chosen.steering, self._chosen.rule
-        weights = {steering.correction: steering.weight, **steering.also}
         chosen = steering.correction is not None
+        together = {str(steering.correction): steering.weight, **steering.also} if steering.also else None
         return {
             "correction": steering.correction,
-            **({"corrections": weights} if len(weights) > 1 else {}),
+            **({"corrections": together} if together else {}),
             "mode": steering.mode,
             "strength": rule.strength if chosen else None,
             "gate": rule.gate if chosen else None,

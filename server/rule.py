@@ -89,7 +89,7 @@ def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float
     field = next((name for name, value in asked.items() if value is not None), None)
     if kind == "always":
         if field is not None:
-            message = f"steering.{field}: the gate always is open at every step: leave {field} out, or name another gate"
+            message = f"steering.{field}: the gate is always open: leave {field} out, or name another gate"
             raise InvalidRequest(message, f"steering.{field}")
         return kind, math.inf, math.inf
     own = kind == gate.kind

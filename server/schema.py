@@ -1,6 +1,7 @@
 """What a request's body may say: OpenAI's and vLLM's words, and `steering`.
 
-Invariant: pydantic checks the shape here, and SamplingParams checks the values; either way the caller is told the field. null is the same as not sent. Of keys without a field here, foreign.py decides.
+Invariant: pydantic checks the shape here, and SamplingParams checks the values; either way the caller is told the
+field. null is the same as not sent. Of keys without a field here, foreign.py decides.
 
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """

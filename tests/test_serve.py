@@ -20,7 +20,6 @@ from trimtab.steering.adapter import adapter_files
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.folder import save
 
-
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
@@ -85,7 +84,8 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
     assert "never evaluated" in told
     Core(base, bank)
     lines = serve.describe(base, bank, ["tiny"], 4, 128).splitlines()
-    assert lines[-1] == 'correction   contrast: contrast (prompt ""), strength 0.5 where entropy > 0.5 nats; two slots a choice'
+    said = 'contrast: contrast (prompt ""), strength 0.5 where entropy > 0.5 nats; two slots a choice'
+    assert lines[-1] == f"correction   {said}"
     with pytest.raises(InvalidRequest, match="the model itself is called tiny"):
         serve.load_bank(base, [("tiny", tmp_path / "made")], ["tiny"])
     with pytest.raises(CorrectionError, match="fitted to"):
@@ -100,9 +100,9 @@ def test_a_peft_folder_is_served_as_it_is_and_a_lora_tells_its_slots(tmp_path: P
         write_bytes(tmp_path / "peft" / name, content)
     bank = serve.load_bank(base, [("mine", tmp_path / "mine"), ("theirs", tmp_path / "peft")], ["tiny"])
     told = serve.describe(base, bank, ["tiny"], 4, 128)
-    layers = "down_proj+gate_proj+k_proj+o_proj+q_proj+up_proj+v_proj"
-    assert f"mine: lora (rank 4, layers {layers}, parameters 4096), strength 1 where entropy > 1 nats; two slots" in told
-    assert "parameters 4096), strength 1 where always\n" in told
+    facts = "rank 4, layers down_proj+gate_proj+k_proj+o_proj+q_proj+up_proj+v_proj, parameters 4096"
+    assert f"mine: lora ({facts}), strength 1 where entropy > 1 nats; two slots a choice" in told
+    assert f"theirs: lora ({facts}), strength 1 where always\n" in told
     theirs, mine = (
         [event.token for event in Core(base, bank).run([Request("r", (1, 2), GREEDY, steering)])]
         for steering in (Steering("theirs"), Steering("mine", gate="always"))
