@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
-from trimtab.kernels.record import StepRecord, pack, unpack
+from trimtab.kernels.record import DEAD, StepRecord, pack, unpack
 from trimtab.server.adapters import Placed
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
@@ -53,7 +53,10 @@ class Runner:
         logits = self.base.logits(hidden)
         own = len(sampling)
         inputs = build_inputs(sampling, logits[:own], hidden[:own], self.base.head_weight, self.bank.tensors())
-        record = step_with(self._step, inputs, self._companions(sampling, logits[own:]))
+        companions = self._companions(sampling, logits[own:])
+        record = step_with(self._step, inputs, companions)
+        if companions is not None:
+            _bury(companions, record)
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
@@ -63,4 +66,12 @@ class Runner:
             return None
         rows, shares = zip(*beside, strict=True)
         device = logits.device
-        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device))
+        capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
+        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)
+
+
+@torch.inference_mode()
+def _bury(companions: Companions, record: StepRecord) -> None:
+    """A row whose companion is sick is dead, whatever its gate: what the companion wrote must not stay in its slot."""
+    sick = ~torch.isfinite(companions.logits.amax(1))  # NaN and +inf surface there, as in the step itself
+    record.status[companions.rows] |= sick.int() * DEAD
