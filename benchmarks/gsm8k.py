@@ -4,9 +4,9 @@
     python benchmarks/gsm8k.py TEST.jsonl --shots-from TRAIN.jsonl --out gsm8k-test.jsonl
     trimtab fit --task gsm8k-train.jsonl --held-out gsm8k-test.jsonl --verifier final ...
 
-The set itself (openai/grade-school-math, MIT) is read from a path: nothing is downloaded. Invariant: the examples depend
-on the training file, --shots and --seed alone, so both splits show the same ones, and they are no problems themselves.
-The last line is JSON: what was read and written, with digests.
+The set itself (openai/grade-school-math, MIT) is read from a path: nothing is downloaded. Invariant: the examples
+depend on the training file, --shots and --seed alone, so both splits show the same ones, and they are no problems
+themselves. The last line is JSON: what was read and written, with digests.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def read(path: Path) -> list[dict[str, str]]:
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise SystemExit(f"{path}, line {number}: is not JSON ({error})") from error
         if not isinstance(line, dict) or _MARK not in line.get("answer", "") or not line.get("question"):
             raise SystemExit(f"{path}, line {number}: question and answer (ending in #### and a number) are needed")
         found.append(line)

@@ -101,7 +101,7 @@ def add_eval(subparsers: Subparsers) -> None:
     parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
     parser.add_argument("--model", help="the base (default: as fitted)")
     parser.add_argument("--task", help="instructions, or a JSONL file (default: as fitted)")
-    parser.add_argument("--verifier", help="for a file: math, exact, regex or module:function")
+    parser.add_argument("--verifier", help="for a file: math, final, exact, regex or module:function")
     parser.add_argument("--held-out", help="for a file: a second JSONL file to judge on")
     parser.add_argument("--problems", type=_positive, default=200, help="held-out problems (default: 200)")
     parser.add_argument(
