@@ -40,7 +40,7 @@ class Sampling(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One completion. open, fired and flips count steps; kernels/record.py says what they mean."""
+    """One completion. open, fired and flips count steps, kl sums over them; kernels/record.py says what they mean."""
 
     problem: str
     sample: int
@@ -51,6 +51,7 @@ class Rollout(NamedTuple):
     open: int
     fired: int
     flips: int
+    kl: float = 0.0  # nats: KL(base || steered)
 
 
 def collect(

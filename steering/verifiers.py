@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
 
+SOLVED = 1.0  # a reward of less is no success where successes are counted
+
 
 class Extract(NamedTuple):
     """The answer a completion gives."""

@@ -30,6 +30,8 @@ class Vowels:
     def score(self, problem: Problem, completion: str) -> float:
         return float(sum(map(ord, completion)) % 2)
 
+    def extract(self, completion: str) -> None: ...
+
 
 CONFIG = FitConfig(
     name="tiny",
@@ -155,6 +157,8 @@ def test_a_task_without_mixed_success_is_refused_with_its_pass_rate(base: Base, 
     class Impossible(Vowels):
         def score(self, problem: Problem, completion: str) -> float:
             return 0.0
+
+        def extract(self, completion: str) -> None: ...
 
     with pytest.raises(TaskError, match=r"pass rate 0\.00"):
         pipeline.run(CONFIG, tmp_path, base, Impossible())
