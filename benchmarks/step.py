@@ -27,7 +27,9 @@ from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.request import Request, SamplingParams, Steering
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import Correction, Gate, check, load
+from trimtab.steering.correction import HeadCorrection, check
+from trimtab.steering.folder import load
+from trimtab.steering.gate import Gate
 
 WARM_UP = 5  # rounds that are not counted
 STRENGTH = 1e-6  # not 0, so that the correction fires; too small to change what is drawn
@@ -66,14 +68,14 @@ def main() -> None:
     print(json.dumps({"benchmark": "step", **facts, "machine": here, "results": results}))
 
 
-def choose_correction(base: Base, folder: str | None, seed: int) -> Correction:
+def choose_correction(base: Base, folder: str | None, seed: int) -> HeadCorrection:
     """The correction to time, with a gate that is always open."""
     if folder is not None:
         loaded = load(folder)
         check(loaded, base.identity)
         return dataclasses.replace(loaded, gate=Gate(tau=-1.0))
     draw, rank = torch.Generator().manual_seed(seed), 16
-    return Correction(
+    return HeadCorrection(
         name="random",
         rank=rank,
         top_k=32,
@@ -87,7 +89,7 @@ def choose_correction(base: Base, folder: str | None, seed: int) -> Correction:
     )
 
 
-def measure(base: Base, correction: Correction, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(base: Base, correction: HeadCorrection, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a decode step: the base's median, and what off and on add within a round."""
     bank = Bank(base.hidden, base.device)
     bank.add(correction)

@@ -130,7 +130,7 @@ class Core:
         correction, strength, tau = -1, 0.0, math.inf
         if steering.correction is not None and steering.mode != "off":
             chosen = self.bank.get(steering.correction)
-            correction = self.bank.index(steering.correction)
+            correction = self.bank.head_index(steering.correction)
             strength = chosen.strength if steering.strength is None else steering.strength
             tau = chosen.gate.tau if steering.tau is None else steering.tau
         return Sequence(

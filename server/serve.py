@@ -114,7 +114,8 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     import dataclasses
 
     from trimtab.steering.bank import Bank
-    from trimtab.steering.correction import check, load
+    from trimtab.steering.correction import check
+    from trimtab.steering.folder import load
 
     bank = Bank(base.hidden, base.device)
     for name, folder in folders:
@@ -139,10 +140,10 @@ def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_l
 
 def _describe_correction(correction: Any) -> str:
     verdict = (correction.report or {}).get("verdict")
+    facts = ", ".join(f"{name} {value}" for name, value in correction.facts.items())
     found = verdict.get("summary") if isinstance(verdict, dict) else None
     return (
-        f"{correction.name}: {correction.tier}, rank {correction.rank}, top {correction.top_k}, "
-        f"strength {correction.strength:g} where entropy > {correction.gate.tau:g} nats\n"
+        f"{correction.name}: {correction.tier} ({facts}), strength {correction.strength:g} where {correction.gate}\n"
         f"             held out: {found or 'never evaluated: its report has no verdict'}"
     )
 

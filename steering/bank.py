@@ -1,62 +1,85 @@
-"""The corrections a server holds, and the stacked tensors the step kernel reads.
+"""The corrections a server holds, and what the device reads of them: stacked heads, and adapters.
 
-Invariant: a correction's index never changes while the bank lives, so requests in flight stay right when one is added.
-Scales are folded in here, once: A / s_h, B / s_w, b / s_w; ranks are padded with zeros, which add nothing.
+Invariant: a correction's indices never change while the bank lives, so requests in flight stay right when one is added.
+A head's scales are folded in here, once: A / s_h, B / s_w, b / s_w; ranks are padded with zeros, which add nothing.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import CorrectionError, NotFound
+from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.kernels.record import Corrections
-from trimtab.steering.correction import Correction
+from trimtab.steering.adapter import Adapter
+from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
 
 
 class Bank:
-    """Corrections by name and by index, for one base of this hidden size."""
+    """Corrections by name, for one base of this hidden size."""
 
     def __init__(self, hidden: int, device: torch.device | str) -> None:
         self._hidden = hidden
         self._device = device
-        self._corrections: list[Correction] = []
+        self._corrections: dict[str, Correction] = {}
+        self._heads: list[HeadCorrection] = []
+        self._loras: list[LoraCorrection] = []
         self._tensors: Corrections | None = None
 
     @property
     def names(self) -> list[str]:
-        """In the order of their indices."""
-        return [correction.name for correction in self._corrections]
+        """In the order in which they came."""
+        return list(self._corrections)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Of the lora tier, by `adapter_index`."""
+        return [lora.adapter for lora in self._loras]
 
     def add(self, correction: Correction) -> None:
         """Raises CorrectionError for another hidden size, or a name that is taken."""
-        if correction.hidden != self._hidden:
-            raise CorrectionError(
-                f"the correction {correction.name!r} has the hidden size {correction.hidden}; "
-                f"the served model's is {self._hidden}"
-            )
-        if correction.name in self.names:
+        if correction.name in self._corrections:
             raise CorrectionError(f"two corrections are called {correction.name!r}: rename one in its correction.json")
-        corrections = [*self._corrections, correction]
-        tensors = self._stack(corrections)
-        self._corrections, self._tensors = corrections, tensors
+        if isinstance(correction, HeadCorrection):
+            if correction.hidden != self._hidden:
+                raise CorrectionError(
+                    f"the correction {correction.name!r} has the hidden size {correction.hidden}; "
+                    f"the served model's is {self._hidden}"
+                )
+            heads = [*self._heads, correction]
+            self._tensors = self._stack(heads)
+            self._heads = heads
+        elif isinstance(correction, LoraCorrection):
+            self._loras.append(correction)
+        self._corrections[correction.name] = correction
 
     def get(self, name: str) -> Correction:
         """The correction of that name; raises NotFound."""
-        return self._corrections[self.index(name)]
-
-    def index(self, name: str) -> int:
-        """What RowParams.correction holds for it; raises NotFound."""
-        names = self.names
-        if name not in names:
-            loaded = ", ".join(names) if names else "none"
+        if name not in self._corrections:
+            loaded = ", ".join(self._corrections) or "none"
             raise NotFound(f"no correction is called {name!r}; loaded: {loaded}")
-        return names.index(name)
+        return self._corrections[name]
+
+    def head_index(self, name: str) -> int:
+        """What RowParams.correction holds for it. Raises NotFound; InvalidRequest where it is of another tier."""
+        return self._index(self._heads, name, "head")
+
+    def adapter_index(self, name: str) -> int:
+        """Its place in `adapters`. Raises NotFound; InvalidRequest where it is of another tier."""
+        return self._index(self._loras, name, "lora")
 
     def tensors(self) -> Corrections | None:
-        """All of them, stacked on the device; None when there are none."""
+        """All heads, stacked on the device; None when there are none."""
         return self._tensors
 
-    def _stack(self, corrections: list[Correction]) -> Corrections:
-        rank = max(c.rank for c in corrections)
+    def _index(self, members: Sequence[Correction], name: str, tier: str) -> int:
+        found = self.get(name)
+        if found.tier != tier:
+            raise InvalidRequest(f"the correction {name!r} is of the tier {found.tier}, not {tier}", "correction")
+        return [member.name for member in members].index(name)
+
+    def _stack(self, corrections: list[HeadCorrection]) -> Corrections:
+        rank = max(1, *(c.rank for c in corrections))
         A = torch.zeros(len(corrections), rank, self._hidden)
         B = torch.zeros(len(corrections), self._hidden, rank)
         b = torch.zeros(len(corrections), self._hidden)

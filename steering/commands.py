@@ -126,7 +126,8 @@ def run_eval(args: argparse.Namespace) -> None:
     """Prints the report on stdout."""
     from trimtab.server.base import load_base
     from trimtab.steering.controls import CONTROLS
-    from trimtab.steering.correction import check, load
+    from trimtab.steering.correction import check
+    from trimtab.steering.folder import load
     from trimtab.steering.machine import describe_run
     from trimtab.steering.report import Exam, Judged, make, to_markdown
     from trimtab.steering.rollouts import Sampling
@@ -172,20 +173,20 @@ def add_inspect(subparsers: Subparsers) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints a card on stdout."""
-    from trimtab.steering.correction import load
+    from trimtab.steering.folder import load
     from trimtab.steering.report import to_markdown
 
     c = load(args.folder)
-    size = sum(path.stat().st_size for path in args.folder.glob("correction.*"))
-    parameters = c.A.numel() + c.B.numel() + c.b.numel()
+    size = sum(path.stat().st_size for path in args.folder.iterdir() if path.suffix in (".json", ".safetensors"))
     lines = {
         "name": c.name,
         "base": f"{c.base.model} (weights {c.base.fingerprint})",
         "tokenizer": c.base.tokenizer,
         "chat template": c.base.chat_template,
-        "tier": f"{c.tier}: rank {c.rank}, top {c.top_k} tokens, |delta| < {c.cap:g}",
-        "size": f"{parameters} parameters, {size / 1024:.0f} KiB on disk",
-        "gate": f"{c.gate.kind} > {c.gate.tau:g} nats",
+        "tier": c.tier,
+        **{name: str(value) for name, value in c.facts.items()},
+        "size": f"{size / 1024:.0f} KiB on disk",
+        "gate": str(c.gate),
         "strength": f"{c.strength:g}",
     }
     fit = c.provenance.get("fit", {})

@@ -8,7 +8,8 @@ Invariant: it starts as zero (B and b are zero), so an unfitted head is the base
 import torch
 from torch import Tensor, nn
 
-from trimtab.steering.correction import BaseIdentity, Correction, Gate
+from trimtab.steering.correction import BaseIdentity, HeadCorrection
+from trimtab.steering.gate import Gate
 
 
 class Head(nn.Module):
@@ -29,10 +30,12 @@ class Head(nn.Module):
         delta: Tensor = self.cap * torch.tanh(raw / self.cap)
         return delta
 
-    def correction(self, name: str, top_k: int, tau: float, base: BaseIdentity, strength: float = 1.0) -> Correction:
+    def correction(
+        self, name: str, top_k: int, tau: float, base: BaseIdentity, strength: float = 1.0
+    ) -> HeadCorrection:
         """The artefact; its tensors are copies."""
         A, B, b = (tensor.detach().float().cpu().clone() for tensor in (self.A, self.B, self.b))
-        return Correction(
+        return HeadCorrection(
             name=name,
             rank=len(A),
             top_k=top_k,

@@ -28,6 +28,7 @@ from torch import Tensor
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base, read_logits
 from trimtab.server.linear import copy_unpacked
+from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_json, write_tensors
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import Features, bounds
@@ -35,7 +36,7 @@ from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
-from trimtab.steering.teacher import CONFIG_FILE, WEIGHTS_FILE, without_peft_warnings
+from trimtab.steering.teacher import without_peft_warnings
 
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient

@@ -23,12 +23,14 @@ import torch
 from trimtab.errors import InvalidRequest
 from trimtab.server.base import Base
 from trimtab.steering import report as reports
+from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FREE, FitConfig
-from trimtab.steering.correction import Correction, load, save
+from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
+from trimtab.steering.folder import load, save
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
@@ -36,7 +38,6 @@ from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
 from trimtab.steering.routes import SELECT, Route, Study, choose_route
 from trimtab.steering.selection import Item
 from trimtab.steering.tasks import Task, fingerprint
-from trimtab.steering.teacher import CONFIG_FILE, WEIGHTS_FILE
 
 
 class Problems(NamedTuple):

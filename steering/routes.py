@@ -92,7 +92,7 @@ class Direct:
     def candidates(self) -> list[Correction]:
         """Budgets that the fit never reached share one."""
         config, base = self._study.config, self._study.base
-        found = []
+        found: list[Correction] = []
         for snapshot in fit(self._study.features, base.head_weight, config.kl_budgets, config):
             correction = snapshot.head.correction(f"kl-{snapshot.budget:g}", config.top_k, config.tau, base.identity)
             facts = {"kl": snapshot.kl, "kl_budget": snapshot.budget, "steps": snapshot.steps}
@@ -124,7 +124,7 @@ class ViaTeacher:
                 f"no epoch brought the head nearer to the teacher: held-out KL {found.kl:.4f}, the base's own is "
                 f"{found.base_kl:.4f}; lower --learning-rate, or give a teacher that differs more from the base"
             )
-        made = []
+        made: list[Correction] = []
         for strength in config.strengths:
             kl = measure(found.head, measured, base.head_weight, config, strength)
             name = f"x{strength:g}"

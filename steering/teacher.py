@@ -19,11 +19,10 @@ from torch import Tensor
 from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.base import Base, load_base, prepare
 from trimtab.server.linear import copy_unpacked
+from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 
 def load_teacher(model: str, base: Base, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:

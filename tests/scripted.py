@@ -24,7 +24,8 @@ from trimtab.server.app import create_app
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine import EngineStats
 from trimtab.server.request import Event, Receipt, Request
-from trimtab.steering.correction import BaseIdentity, Gate
+from trimtab.steering.correction import BaseIdentity
+from trimtab.steering.gate import Gate
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -110,9 +111,7 @@ class ScriptedBank:
         return SimpleNamespace(
             name=name,
             tier="head",
-            rank=4,
-            top_k=10,
-            cap=3.0,
+            facts={"rank": 4, "top_k": 10, "cap": 3.0},
             strength=1.25,
             gate=Gate(tau=0.75),
             provenance={},

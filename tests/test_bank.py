@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from trimtab.errors import CorrectionError, NotFound
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import BaseIdentity, Correction
+from trimtab.steering.correction import BaseIdentity, HeadCorrection
 
 HIDDEN = 6
 
 
-def make(name: str, rank: int, top_k: int = 5, seed: int = 0, hidden: int = HIDDEN) -> Correction:
+def make(name: str, rank: int, top_k: int = 5, seed: int = 0, hidden: int = HIDDEN) -> HeadCorrection:
     g = torch.Generator().manual_seed(seed)
-    return Correction(
+    return HeadCorrection(
         name=name,
         rank=rank,
         top_k=top_k,
@@ -33,7 +33,7 @@ def test_an_empty_bank_has_no_tensors() -> None:
     assert bank.tensors() is None
     assert bank.names == []
     with pytest.raises(NotFound, match="'x'; loaded: none"):
-        bank.index("x")
+        bank.get("x")
 
 
 @settings(max_examples=30, deadline=None)
@@ -49,7 +49,7 @@ def test_folded_and_padded_tensors_give_each_corrections_delta(sizes: list[tuple
     assert stacked.max_top_k == max(top_k for _, top_k in sizes)
     h, w = torch.randn(HIDDEN), torch.randn(HIDDEN)
     for i, c in enumerate(corrections):
-        assert bank.index(c.name) == i
+        assert bank.head_index(c.name) == i
         assert bank.get(c.name) is c
         assert (stacked.top_k[i], stacked.cap[i]) == (c.top_k, c.cap)
         expected = c.cap * torch.tanh(w @ (c.B @ (c.A @ h / c.hidden_scale) + c.b) / c.row_scale / c.cap)

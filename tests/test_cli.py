@@ -9,7 +9,7 @@ import pytest
 
 from tiny import tiny_base, tiny_correction
 from trimtab.cli import build_parser, main
-from trimtab.steering.correction import save
+from trimtab.steering.folder import save
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:

@@ -13,7 +13,7 @@ from trimtab.cli import build_parser, main
 from trimtab.server import base as base_module
 from trimtab.steering import teacher as teacher_module
 from trimtab.steering.config import FitConfig
-from trimtab.steering.correction import load
+from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
 
 GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
@@ -112,7 +112,14 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
 def test_inspect_shows_base_gate_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect odd") == 0
     card = capsys.readouterr().out
-    for words in ("tiny-llama", "rank 2, top 5", "entropy > 0.5 nats", "160 parameters", "Verdict:", "task.jsonl"):
+    for words in (
+        "tiny-llama",
+        "rank             2",
+        "entropy > 0.5 nats",
+        "parameters       160",
+        "Verdict:",
+        "task.jsonl",
+    ):
         assert words in card
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from trimtab.errors import CorrectionError
-from trimtab.steering.correction import BaseIdentity, Correction, Gate, check, load, save
+from trimtab.steering.adapter import Adapter, LoraLayer, adapter_files
+from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection, check
+from trimtab.steering.folder import load, save
+from trimtab.steering.gate import Gate
 
 BASE = BaseIdentity("tiny/llama", "f" * 64, "t" * 64, "c" * 64)
 
 
-def make(**changes: object) -> Correction:
+def make(**changes: object) -> HeadCorrection:
     generator = torch.Generator().manual_seed(0)
     fields: dict[str, object] = {
         "name": "polite",
@@ -30,14 +33,14 @@ def make(**changes: object) -> Correction:
         "provenance": {"task": "instructions", "seed": 3, "sätze": [1, 2]},
         "report": {"gain": 0.1},
     }
-    return Correction(**(fields | changes))  # type: ignore[arg-type]
+    return HeadCorrection(**(fields | changes))  # type: ignore[arg-type]
 
 
 def test_a_saved_correction_comes_back_equal(tmp_path: Path) -> None:
     original = make()
     save(original, tmp_path / "deep" / "folder")
     back = load(tmp_path / "deep" / "folder")
-    for f in dataclasses.fields(Correction):
+    for f in dataclasses.fields(HeadCorrection):
         before, after = getattr(original, f.name), getattr(back, f.name)
         assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after, f.name
     assert sorted(p.name for p in (tmp_path / "deep" / "folder").iterdir()) == [
@@ -71,10 +74,13 @@ def test_another_base_is_refused_with_both_names() -> None:
         ({"rank": True}, "rank has the wrong type"),
         ({"top_k": 0}, "top_k"),
         ({"cap": -1.0}, "cap"),
-        ({"tier": "lora"}, "tier"),
+        ({"tier": "tail"}, "tier must be one of"),
+        ({"tier": "lora"}, "adapter_model.safetensors: cannot be read"),
         ({"name": "../etc"}, "name"),
-        ({"gate": {"kind": "random", "tau": 1.0}}, "gate.kind"),
-        ({"gate": {"tau": 1.0}}, "gate lacks kind"),
+        ({"gate": {"kind": "mood", "tau": 1.0}}, "gate.kind"),
+        ({"gate": {"tau": "high"}}, "tau has the wrong type"),
+        ({"gate": {"calibration": [[0.1]]}}, "calibration"),
+        ({"activation": "relu"}, "activation"),
         ({"base": None}, "base must be"),
         ({"colour": "red"}, "unknown field: colour"),
         ({"tensors_sha256": "0"}, "digest"),
@@ -114,3 +120,53 @@ def test_tensors_must_be_finite(value: float) -> None:
         make(A=torch.full((3, 8), value))
     with pytest.raises(CorrectionError, match="tau"):
         Gate(tau=value)
+
+
+def test_a_lora_comes_back_equal_and_peft_can_read_it(tmp_path: Path) -> None:
+    original = LoraCorrection(name="l", base=BASE, gate=Gate("entropy", 1.4), adapter=make_adapter())
+    save(original, tmp_path)
+    back = load(tmp_path)
+    assert isinstance(back, LoraCorrection)
+    assert (back.gate, back.name, back.adapter.config) == (original.gate, "l", original.adapter.config)
+    for path, layer in original.adapter.layers.items():
+        found = back.adapter.layers[path]
+        assert torch.equal(found.A, layer.A)
+        assert torch.equal(found.B, layer.B)
+        assert found.scale == 16 / 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "correction.json",
+    ]
+
+
+def test_a_peft_folder_is_a_lora_that_is_always_on(tmp_path: Path) -> None:
+    for name, content in adapter_files(make_adapter()).items():
+        (tmp_path / name).write_bytes(content)
+    found = load(tmp_path)
+    assert isinstance(found, LoraCorrection)
+    assert found.gate.kind == "always"
+    check(found, BASE)  # nothing in the folder says which base it is for
+
+
+def test_a_contrast_needs_no_tensors_and_fits_any_base(tmp_path: Path) -> None:
+    save(ContrastCorrection(name="c", prompt="Be wrong.", gate=Gate(ceiling=2.0)), tmp_path)
+    back = load(tmp_path)
+    assert isinstance(back, ContrastCorrection)
+    assert (back.prompt, back.gate.ceiling, back.strength) == ("Be wrong.", 2.0, 0.5)
+    check(back, BASE)
+
+
+def test_rank_0_is_a_constant(tmp_path: Path) -> None:
+    save(make(rank=0, A=torch.zeros(0, 8), B=torch.zeros(8, 0)), tmp_path)
+    back = load(tmp_path)
+    assert isinstance(back, HeadCorrection)
+    assert back.A.shape == (0, 8)
+    assert back.facts["parameters"] == 8
+
+
+def make_adapter() -> Adapter:
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(8, 12, generator=generator), torch.randn(6, 8, generator=generator)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["o_proj"], "bias": "none"}
+    return Adapter({"model.layers.0.self_attn.o_proj": LoraLayer(A, B, 2.0)}, config)

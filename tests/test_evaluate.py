@@ -5,7 +5,7 @@ import random
 import pytest
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.correction import BaseIdentity, Correction
+from trimtab.steering.correction import BaseIdentity, HeadCorrection
 from trimtab.steering.evaluate import compare, summarise
 from trimtab.steering.head import Head
 from trimtab.steering.problem import Problem, Split
@@ -79,7 +79,7 @@ class Demo:
         raise NotImplementedError
 
 
-def tiny(name: str, strength: float) -> Correction:
+def tiny(name: str, strength: float) -> HeadCorrection:
     return Head(4, 1, 3.0, 1.0, 1.0, seed=0).correction(name, 5, 0.5, BaseIdentity("m", "f", "t", "c"), strength)
 
 

@@ -13,7 +13,8 @@ from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base
 from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
-from trimtab.steering.correction import check, load
+from trimtab.steering.correction import check
+from trimtab.steering.folder import load
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem, Split
 

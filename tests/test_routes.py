@@ -14,8 +14,9 @@ from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base
 from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
-from trimtab.steering.correction import Correction, check, load
+from trimtab.steering.correction import Correction, check
 from trimtab.steering.evaluate import Difference
+from trimtab.steering.folder import load
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import judge
 from trimtab.steering.teacher import adapt

@@ -14,7 +14,7 @@ from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
 from trimtab.server.drain import DrainingServer
-from trimtab.steering.correction import save
+from trimtab.steering.folder import save
 
 
 def test_corrections_are_named_by_flag_or_folder(tmp_path: Path) -> None:
@@ -71,7 +71,10 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
     assert bank.names == ["one", "two"]
     told = serve.describe(base, bank, ["tiny", "alias"], 4, 128)
     assert "tiny, alias (float32 on cpu)" in told
-    assert "one: head, rank 4, top 10, strength 1 where entropy > 1 nats" in told
+    assert (
+        "one: head (rank 4, top_k 10, cap 3.0, activation none, parameters 288), strength 1 where entropy > 1 nats"
+        in told
+    )
     assert "never evaluated" in told
     with pytest.raises(InvalidRequest, match="the model itself is called tiny"):
         serve.load_bank(base, [("tiny", tmp_path / "made")], ["tiny"])

@@ -12,7 +12,7 @@ from trimtab.server.base import load_base
 from trimtab.server.config import EngineConfig
 from trimtab.server.engine import Engine
 from trimtab.server.serve import DEMO_CORRECTION, load_bank
-from trimtab.steering.correction import load
+from trimtab.steering.folder import load
 
 pytestmark = pytest.mark.model
 

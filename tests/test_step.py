@@ -44,7 +44,9 @@ def native_step(inputs: StepInputs) -> StepRecord:
 
 
 def move(value: Any, device: str) -> Any:
-    """A (nested) NamedTuple's tensors on `device`, with their strides."""
+    """A (nested) NamedTuple's tensors on `device`, with their strides (expanded ones are written out)."""
+    if isinstance(value, torch.Tensor) and 0 in value.stride():
+        return value.contiguous().to(device)
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
     return type(value)(*(move(v, device) for v in value)) if isinstance(value, tuple) else value

@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from trimtab.server.attention import IMPLEMENTATION
 from trimtab.server.base import Base, prepare
-from trimtab.steering.correction import Correction, Gate
+from trimtab.steering.correction import HeadCorrection
+from trimtab.steering.gate import Gate
 
 SPECIAL = ["<|im_end|>", "<|im_start|>"]  # ids 256 (end-of-text) and 257
 VOCAB = 256 + len(SPECIAL)
@@ -77,10 +78,10 @@ def tiny_base(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.f
 
 def tiny_correction(
     base: Base, name: str = "c0", seed: int = 0, rank: int = 4, top_k: int = 10, tau: float = 1.0
-) -> Correction:
+) -> HeadCorrection:
     """A random correction strong enough to flip tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return Correction(
+    return HeadCorrection(
         name=name,
         rank=rank,
         top_k=top_k,
