@@ -91,6 +91,11 @@ class Core:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._scheduler.abort(request_id, index)
 
+    def forget(self) -> None:
+        """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
+        assert not self.busy, "a core that is busy cannot forget"
+        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._cache.copy)
+
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""
         work = self._scheduler.plan()

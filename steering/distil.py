@@ -25,7 +25,7 @@ class Watched(NamedTuple):
     """What a teacher was seen to do: positions of completions by the base and by the teacher."""
 
     features: Features
-    targets: Tensor  # float32 [n, CANDIDATES]: the teacher's logits of the base's candidates
+    targets: Tensor  # float32 [n, CANDIDATES]: the teacher's log-probabilities of the base's candidates
 
     def at(self, rows: Tensor) -> "Watched":
         """The rows of a mask or of indices."""

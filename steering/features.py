@@ -8,7 +8,7 @@ the token at it; candidates stand in the step kernel's order (logit descending, 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -23,8 +23,8 @@ from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 
 SHARD = 64  # completions a file
-READ_AT_ONCE = 8  # completions a forward pass
-LOGIT_ROWS = 256  # rows of [rows, vocab] float32 held at a time
+READ_AT_ONCE = {"cpu": 8, "cuda": 64}  # completions a forward pass, by the device's type
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at a time
 
 
 class Features(NamedTuple):
@@ -64,17 +64,21 @@ def cache_features(
     numbers = {problem: i for i, problem in enumerate(dict.fromkeys(item.problem for item in items))}
 
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
-        return join(_read(base, problems, group, first, numbers, config))._asdict()
+        return _read(base, problems, group, first, numbers, config)._asdict()
 
-    return Features(**read_in_shards(items, folder, stage, read))
+    return Features(**read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
 
 
 def read_in_shards(
-    items: Sequence[Item], folder: Path, stage: str, read: Callable[[Sequence[Item], int], dict[str, Tensor]]
+    items: Sequence[Item],
+    folder: Path,
+    stage: str,
+    at_once: int,
+    read: Callable[[Sequence[Item], int], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Columns of rows, in the items' order, kept in a file for every SHARD completions; finished files are read.
 
-    read: a few completions and the index of the first -> their rows."""
+    read: `at_once` completions and the index of the first -> their rows, on the CPU."""
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.exists())
@@ -83,8 +87,8 @@ def read_in_shards(
             if path.exists():
                 continue
             parts = []
-            for at in range(0, len(shard), READ_AT_ONCE):
-                group = shard[at : at + READ_AT_ONCE]
+            for at in range(0, len(shard), at_once):
+                group = shard[at : at + at_once]
                 parts.append(read(group, index * SHARD + at))
                 progress.add(len(group))
             write_tensors(path, _stack(parts))
@@ -106,42 +110,53 @@ def _read(
     first: int,
     numbers: Mapping[str, int],
     config: FitConfig,
-) -> list[Features]:
-    """The kept positions of a few completions; `first` is the index of the first one."""
-    parts = []
-    for number, (item, h) in enumerate(zip(group, states_of(base, problems, group), strict=True), start=first):
-        ids, logits, lse, entropy = _read_logits(base, h, config.temperature)
-        n = len(h)
-        gated = entropy > config.tau
-        random = torch.zeros(n, dtype=torch.bool)
-        random[torch.randperm(n, generator=_generator(config.seed, item))[: int(gated.sum())]] = True
-        rows = Features(
-            h=h.cpu(),
-            ids=ids,
-            logits=logits,
-            lse=lse,
-            chosen=torch.tensor(item.tokens, dtype=torch.int32),
-            advantage=torch.full((n,), item.advantage),
-            position=torch.arange(n, dtype=torch.int32),
-            item=torch.full((n,), number, dtype=torch.int32),
-            problem=torch.full((n,), numbers[item.problem], dtype=torch.int32),
-            held_out=torch.full((n,), item.held_out),
-            gated=gated,
-            random=random,
-        )
-        parts.append(rows.at(gated | random))
-    return parts
+) -> Features:
+    """The kept positions of a few completions; `first` is the index of the first one. One copy from the device."""
+    h = torch.cat(states_of(base, problems, group))
+    columns = [column.cpu() for column in (h, *_read_logits(base, h, config.temperature))]
+    entropy = columns.pop()
+    gated = entropy > config.tau
+    lengths = torch.tensor([len(item.tokens) for item in group])
+
+    def spread(values: list[Any], dtype: torch.dtype) -> Tensor:
+        """A completion's value, at each of its positions."""
+        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+
+    rows = Features(
+        *columns,
+        chosen=torch.tensor([token for item in group for token in item.tokens], dtype=torch.int32),
+        advantage=spread([item.advantage for item in group], torch.float32),
+        position=torch.cat([torch.arange(int(n), dtype=torch.int32) for n in lengths]),
+        item=spread(list(range(first, first + len(group))), torch.int32),
+        problem=spread([numbers[item.problem] for item in group], torch.int32),
+        held_out=spread([item.held_out for item in group], torch.bool),
+        gated=gated,
+        random=torch.cat(
+            [
+                _draw(len(opened), int(opened.sum()), _generator(config.seed, item))
+                for item, opened in zip(group, gated.split(lengths.tolist()), strict=True)
+            ]
+        ),
+    )
+    return rows.at(rows.gated | rows.random)
+
+
+def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """bool [n]: `count` positions at random."""
+    drawn = torch.zeros(n, dtype=torch.bool)
+    drawn[torch.randperm(n, generator=generator)[:count]] = True
+    return drawn
 
 
 def _read_logits(base: Base, h: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], entropy in nats [n]."""
     parts = []
-    for rows in torch.split(h, LOGIT_ROWS):
+    for rows in torch.split(h, LOGIT_ROWS[h.device.type]):
         z = base.logits(rows).float()
         log_p = z.log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         ids, values = rank(z, CANDIDATES)
-        parts.append((ids.int().cpu(), values.cpu(), (z / temperature).logsumexp(-1).cpu(), entropy.cpu()))
+        parts.append((ids.int(), values, (z / temperature).logsumexp(-1), entropy))
     ids, values, lse, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return ids, values, lse, entropy
 
@@ -159,6 +174,12 @@ def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def join(parts: Sequence[Features]) -> Features:
     """One after another."""
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def bounds(features: Features, items: int) -> list[int]:
+    """Where each completion's rows begin, and where the last one's end: rows stand in the completions' order."""
+    counts = torch.bincount(features.item, minlength=items)
+    return [0, *counts.cumsum(0).tolist()]
 
 
 def _stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Invariant: a teacher reads the base's prompts, made by the base's tokenizer and 
 a LoRA is added to the outputs of a copy's layers (merged into bfloat16 weights, the update would be rounded away).
 
     teacher = load_teacher("runs/lora", base)
-    targets = cache_targets(teacher, problems, items, features, folder, "teacher")      # logits [n, CANDIDATES]
+    targets = cache_targets(teacher, problems, items, features, folder, "teacher")      # log p [n, CANDIDATES]
 """
 
 import warnings
@@ -20,7 +20,7 @@ from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.base import Base, load_base, prepare
 from trimtab.server.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
-from trimtab.steering.features import Features, read_in_shards, states_of
+from trimtab.steering.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
 
@@ -58,20 +58,27 @@ def cache_targets(
     folder: Path,
     stage: str,
 ) -> Tensor:
-    """The teacher's logits of the base's candidates, float32 [n, CANDIDATES]: a row for each row of `features`, which
-    are of these items. Computes what is missing in the folder."""
+    """The teacher's log-probabilities, over its whole vocabulary, of the base's candidates: float32 [n, CANDIDATES], a
+    row for each row of `features`, which are of these items. Computes what is missing in the folder."""
+    begins = bounds(features, len(items))
 
     @torch.inference_mode()
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
+        states = states_of(teacher, problems, group)
+        begin, end = begins[first], begins[first + len(group)]
+        before = torch.tensor([0, *(len(item.tokens) for item in group)]).cumsum(0)  # tokens of the completions before
+        which = features.item[begin:end].cpu() - first
+        at = (before[which] + features.position[begin:end].cpu()).to(teacher.device)
+        ids = features.ids[begin:end].long().to(teacher.device)
+        h = torch.cat(states)[at]
         parts = []
-        for number, h in enumerate(states_of(teacher, problems, group), start=first):
-            here = features.item == number
-            ids = features.ids[here].long().to(h.device)
-            logits = teacher.logits(h[features.position[here].long().to(h.device)]).float()
-            parts.append(logits.gather(1, ids).cpu())
-        return {"logits": torch.cat(parts)}
+        for some, candidates in zip(*(torch.split(t, LOGIT_ROWS[h.device.type]) for t in (h, ids)), strict=True):
+            z = teacher.logits(some).float()
+            parts.append(z.gather(1, candidates) - z.logsumexp(1, keepdim=True))
+        return {"log_p": torch.cat(parts).cpu()}
 
-    return read_in_shards(items, folder, stage, read)["logits"].to(features.logits.device)
+    found = read_in_shards(items, folder, stage, READ_AT_ONCE[teacher.device.type], read)
+    return found["log_p"].to(features.logits.device)
 
 
 @contextmanager
