@@ -124,7 +124,7 @@ class Core:
     def forget(self) -> None:
         """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
         assert not self.busy, "a core that is busy cannot forget"
-        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._cache.copy)
+        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
 
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""
