@@ -58,8 +58,8 @@ def distil(
     count = len(training.targets)
     if not count or not len(measured.targets):
         raise TaskError(
-            f"no position to learn from ({count} fitted, {len(measured.targets)} held out): the model's entropy is "
-            f"seldom above tau {config.tau}; lower --tau"
+            f"no position to learn from ({count} fitted, {len(measured.targets)} held out): the model is seldom "
+            f"above tau {config.tau:g}; lower --tau"
         )
     head = start(training.features, rows, config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -80,10 +80,10 @@ def distil(
                 step += 1
                 progress.add(1, f"epoch {epoch}, held-out KL to the teacher {best.kl:.4f}")
             kl = measure(head, measured, rows, config)
+            if not math.isfinite(kl):
+                raise TaskError(f"the divergence from the teacher is no number in epoch {epoch}: lower --learning-rate")
             if kl < best.kl:
                 best = best._replace(head=copy.deepcopy(head), kl=kl, epoch=epoch)
-    if not best.epoch:
-        raise TaskError("the head's divergence from the teacher is no number: lower --learning-rate")
     say(stage, f"held-out KL to the teacher {best.kl:.4f}, the base's {base_kl:.4f}; epoch {best.epoch}")
     return best
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from trimtab.server.base import Base
 from trimtab.steering.atomic import write_tensors
 from trimtab.steering.config import CANDIDATES, FitConfig
+from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
@@ -40,7 +41,7 @@ class Features(NamedTuple):
     item: Tensor  # int32 [n]: index of its completion
     problem: Tensor  # int32 [n]: index of its problem
     held_out: Tensor  # bool [n]: not fitted
-    gated: Tensor  # bool [n]: base entropy above tau
+    gated: Tensor  # bool [n]: the gate opens (always open: base entropy above tau)
     random: Tensor  # bool [n]: in the random draw, of the same size as the gated ones of its completion
 
     def at(self, rows: Tensor) -> "Features":
@@ -112,53 +113,69 @@ def _read(
     config: FitConfig,
 ) -> Features:
     """The kept positions of a few completions; `first` is the index of the first one. One copy from the device."""
-    h = torch.cat(states_of(base, problems, group))
-    columns = [column.cpu() for column in (h, *_read_logits(base, h, config.temperature))]
-    entropy = columns.pop()
-    gated = entropy > config.tau
-    lengths = torch.tensor([len(item.tokens) for item in group])
+    states = torch.cat(states_of(base, problems, group))
+    h, ids, logits, lse, found = (column.cpu() for column in (states, *_read_logits(base, states, config)))
+    lengths = [len(item.tokens) for item in group]
 
     def spread(values: list[Any], dtype: torch.dtype) -> Tensor:
         """A completion's value, at each of its positions."""
-        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))
 
+    gated = found > config.tau
+    opened = torch.split(gated, lengths)
     rows = Features(
-        *columns,
+        h=h,
+        ids=ids,
+        logits=logits,
+        lse=lse,
         chosen=torch.tensor([token for item in group for token in item.tokens], dtype=torch.int32),
         advantage=spread([item.advantage for item in group], torch.float32),
-        position=torch.cat([torch.arange(int(n), dtype=torch.int32) for n in lengths]),
+        position=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
         item=spread(list(range(first, first + len(group))), torch.int32),
         problem=spread([numbers[item.problem] for item in group], torch.int32),
         held_out=spread([item.held_out for item in group], torch.bool),
         gated=gated,
-        random=torch.cat(
-            [
-                _draw(len(opened), int(opened.sum()), _generator(config.seed, item))
-                for item, opened in zip(group, gated.split(lengths.tolist()), strict=True)
-            ]
-        ),
+        random=torch.cat([_draw(one, _generator(config.seed, item)) for one, item in zip(opened, group, strict=True)]),
     )
     return rows.at(rows.gated | rows.random)
 
 
-def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """bool [n]: `count` positions at random."""
-    drawn = torch.zeros(n, dtype=torch.bool)
-    drawn[torch.randperm(n, generator=generator)[:count]] = True
+def _draw(opened: Tensor, generator: torch.Generator) -> Tensor:
+    """As many positions as are open, at random: bool [n], as `opened`."""
+    drawn = torch.zeros_like(opened)
+    drawn[torch.randperm(len(opened), generator=generator)[: int(opened.sum())]] = True
     return drawn
 
 
-def _read_logits(base: Base, h: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], entropy in nats [n]."""
+def _read_logits(base: Base, h: Tensor, config: FitConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], the gate's statistic [n]."""
     parts = []
     for rows in torch.split(h, LOGIT_ROWS[h.device.type]):
         z = base.logits(rows).float()
-        log_p = z.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
         ids, values = rank(z, CANDIDATES)
-        parts.append((ids.int(), values, (z / temperature).logsumexp(-1), entropy))
-    ids, values, lse, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ids, values, lse, entropy
+        parts.append((ids.int(), values, (z / config.temperature).logsumexp(-1), statistic(z, config.gate)))
+    ids, values, lse, found = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, values, lse, found
+
+
+def statistic(z: Tensor, gate: str) -> Tensor:
+    """What a gate of that kind compares with tau (gate.py), of base logits [n, vocab] in float32 -> [n].
+
+    A gate that is always open has none: the entropy then tells the positions to learn from."""
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    if gate == "margin":
+        best = p.topk(2).values
+        return best[:, 1] - best[:, 0]
+    entropy = -(p * log_p).sum(-1)
+    if gate == "varentropy":
+        return (p * (log_p + entropy[:, None]) ** 2).sum(-1)
+    return entropy
+
+
+def gate_of(config: FitConfig) -> Gate:
+    """The gate of the corrections that a fit makes."""
+    return Gate(config.gate, config.tau)
 
 
 def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

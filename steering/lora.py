@@ -75,17 +75,20 @@ def lessons(base: Base, problems: Mapping[str, Problem], items: Sequence[Item], 
 
 
 def imitations(
-    base: Base, problems: Mapping[str, Problem], items: Sequence[Item], features: Features, targets: Tensor, seed: int
+    base: Base, problems: Mapping[str, Problem], parts: Sequence[tuple[Sequence[Item], Features, Tensor]], seed: int
 ) -> list[Lesson]:
-    """The same of a teacher's log-probabilities [n, CANDIDATES] at the features' rows, in an order drawn at random."""
-    begins, ids, log_p, gated = bounds(features, len(items)), features.ids.cpu(), targets.cpu(), features.gated.cpu()
+    """The same to imitate a teacher, in an order drawn at random.
+
+    parts: completions, their features, and the teacher's log-probabilities [n, CANDIDATES] at the features' rows."""
     found = []
-    for number, (lesson, item) in enumerate(_lessons(base, problems, items, features)):
-        if item.held_out:
-            continue
-        rows = slice(begins[number], begins[number + 1])
-        opened = gated[rows]
-        found.append(lesson._replace(target=Target(ids[rows][opened], log_p[rows][opened])))
+    for items, features, targets in parts:
+        begins = bounds(features, len(items))
+        ids, log_p, gated = features.ids.cpu(), targets.cpu(), features.gated.cpu()
+        for number, (lesson, item) in enumerate(_lessons(base, problems, items, features)):
+            rows = slice(begins[number], begins[number + 1])
+            opened = gated[rows]
+            if not item.held_out:
+                found.append(lesson._replace(target=Target(ids[rows][opened], log_p[rows][opened])))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return [found[i] for i in order.tolist()]
 

@@ -1,15 +1,16 @@
 """`trimtab fit` and `trimtab distill`: from a task to a correction's folder, stage by stage.
 
     rollouts -> select -> features -> a route (routes.py): candidates -> validate (choose one)
-             -> controls -> report on held-out problems -> correction.json, correction.safetensors, report.md
+             -> controls -> report on held-out problems -> correction.json, report.md
 
 Invariant: each stage reads what the one before it wrote, writes files whole or not at all, and does nothing that is
 done. So a killed run, started again, continues; and `correction.json` exists only when everything before it does.
 
-    DIR/correction.json, correction.safetensors, report.md      what ships
+    DIR/correction.json, its tier's other files, report.md      what ships
     DIR/controls/<kind>/                                        what it was compared with: `trimtab eval` finds them
     DIR/lora/                                                   via lora: the teacher, as a PEFT folder
     DIR/run/                                                    the work; may be deleted afterwards
+    DIR/run/timings.json                                        seconds by stage
 """
 
 import dataclasses
@@ -26,17 +27,19 @@ from trimtab.steering import report as reports
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
+from trimtab.steering.clock import Clock
 from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.folder import load, save
-from trimtab.steering.machine import describe
+from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
-from trimtab.steering.routes import SELECT, Route, Study, choose_route
+from trimtab.steering.routes import SELECT, Route, choose_route
 from trimtab.steering.selection import Item
+from trimtab.steering.study import Study
 from trimtab.steering.tasks import Task, fingerprint
 
 
@@ -57,28 +60,34 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     work = out / "run"
     problems = _split(task, config)
     _begin(work, config, base, task, teacher)
-    rollouts = _roll_out(work, config, base, task, problems.training)
+    clock = Clock(work / "timings.json", where(base, config.threads))
+    with clock.time("rollouts"):
+        rollouts = _roll_out(work, config, base, task, problems.training)
     items = SELECT[config.via](rollouts, config)
-    features = _learn_from(work, config, base, problems.training, items)
+    with clock.time("features"):
+        features = _learn_from(work, config, base, problems.training, items)
     used = {item.problem for item in items}
-    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work)
+    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work, clock)
     route = choose_route(study, teacher)
     candidates = _keep(work / "candidates", route.candidates)
-    chosen = _choose(work, config, base, task, problems.validation, candidates)
+    with clock.time("validation"):
+        chosen = _choose(work, config, base, task, problems.validation, candidates)
     controls = _fit_controls(work, route, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
     exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
-    report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
+    with clock.time("report"):
+        report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
     shipped = dataclasses.replace(
         correction, report=report, provenance=_provenance(route, config, base, task, rollouts, features, chosen)
     )
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
         save(control, out / "controls" / control.name)
-    if config.via == "lora":
+    if config.via == "lora":  # a PEFT folder of its own; of the tier lora, `out` itself is one
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             write_bytes(out / "lora" / name, (work / "lora" / name).read_bytes())
     save(shipped, out)
+    say("timings", f"{clock}; on {where(base, config.threads)}")
     say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
     return shipped
 
@@ -147,6 +156,8 @@ def _choose(
     work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem], candidates: list[Correction]
 ) -> Correction:
     """The candidate that does best on the validation problems; of equals, the one that changes least."""
+    if len(candidates) == 1:
+        return candidates[0]
     bank = Bank(base.hidden, base.device)
     for candidate in candidates:
         bank.add(candidate)
@@ -173,6 +184,11 @@ def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correcti
 
 def _sampling(config: FitConfig, samples: int) -> Sampling:
     return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
+
+
+def where(base: Base, threads: int) -> str:
+    """What a run's seconds were spent on."""
+    return f"{hardware(describe())} ({base.device.type}, {base.dtype}, {threads} threads)".replace("torch.", "")
 
 
 def _place(base: Base) -> dict[str, Any]:

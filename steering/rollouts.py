@@ -10,6 +10,7 @@ finished stay what they were, and merely keep the others company.
     rollouts = collect(core, task, problems, Sampling(samples=8, seed=1), Path("run/rollouts"), "rollouts")
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from trimtab.server.request import Event, Request, SamplingParams, Steering
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
+from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.tasks import Task
@@ -140,6 +142,15 @@ def encode(base: Base, problem: Problem) -> tuple[int, ...]:
     return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def encode_beside(base: Base, problem: Problem, prompt: str) -> tuple[int, ...]:
+    """What a contrast's companion reads beside this problem: `prompt` in place of its last message, or of its text."""
+    if problem.messages is None:
+        ids = encode(base, problem._replace(prompt=prompt))
+        return ids or (min(base.eos),)  # an empty text has no token, and a model reads one at least
+    last = {**problem.messages[-1], "content": prompt}
+    return encode(base, problem._replace(messages=(*problem.messages[:-1], last)))
+
+
 def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: int, slots: int, threads: int) -> Core:
     """An engine with room for these problems and no more. Raises TaskError for a prompt that fills the context."""
     longest, problem = max((len(encode(base, p)), p.id) for p in problems)
@@ -169,7 +180,7 @@ def _sample(
     skipped = known if core.base.dtype == torch.float32 else frozenset()
     live: dict[tuple[str, int], list[Event]] = {}
     core.forget()
-    for events in _run(core, [_request(core.base, problem, sampling, steering) for problem in problems], skipped):
+    for events in _run(core, [request_for(core, problem, sampling, steering) for problem in problems], skipped):
         ended = []
         for event in events:
             key = (event.request_id, event.index)
@@ -198,14 +209,20 @@ def _run(core: Core, requests: Sequence[Request], skipped: Set[tuple[str, int]])
         yield core.step()
 
 
-def _request(base: Base, problem: Problem, sampling: Sampling, steering: Steering) -> Request:
+def request_for(core: Core, problem: Problem, sampling: Sampling, steering: Steering) -> Request:
+    """All of a problem's samples."""
     drawn = SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=problem_seed(sampling.seed, problem.id),
         max_tokens=sampling.max_tokens,
     )
-    return Request(problem.id, encode(base, problem), drawn, steering, n=sampling.samples)
+    if steering.correction is not None and steering.companion_prompt is None:
+        chosen = core.bank.get(steering.correction)
+        if isinstance(chosen, ContrastCorrection):
+            beside = encode_beside(core.base, problem, chosen.prompt)
+            steering = dataclasses.replace(steering, companion_prompt=beside)
+    return Request(problem.id, encode(core.base, problem), drawn, steering, n=sampling.samples)
 
 
 def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> Rollout:

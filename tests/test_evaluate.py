@@ -9,6 +9,7 @@ import pytest
 from trimtab.errors import InvalidRequest
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
 from trimtab.steering.evaluate import claim, compare, kept, pass_at, summarise, vote
+from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam, Judged, build, judge, policies, strengths, to_markdown
@@ -160,7 +161,7 @@ class Demo:
 
 
 def tiny(name: str, strength: float) -> HeadCorrection:
-    return Head(4, 1, 3.0, 1.0, 1.0, seed=0).correction(name, 5, 0.5, BaseIdentity("m", "f", "t", "c"), strength)
+    return Head(4, 1, 3.0, 1.0, 1.0, seed=0).correction(name, 5, Gate(), BaseIdentity("m", "f", "t", "c"), strength)
 
 
 def report(correction: float, shuffled: float) -> dict[str, object]:
