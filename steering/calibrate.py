@@ -8,8 +8,9 @@ opened at exactly the rate beside it.
     gate = dataclasses.replace(gate, calibration=tabulate(seen, RATES, gate.ceiling))
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trimtab.errors import EngineFailure, TaskError
 from trimtab.server.base import Base
 from trimtab.server.request import Steering
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import HeadCorrection
+from trimtab.steering.correction import BaseIdentity, Correction, HeadCorrection
 from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
@@ -32,14 +33,12 @@ RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6
 Values = npt.NDArray[np.float64]
 
 
-def watch(
-    base: Base, gate: Gate, problems: Sequence[Problem], sampling: Sampling, slots: int, threads: int
-) -> Values:
+def watch(base: Base, gate: Gate, problems: Sequence[Problem], sampling: Sampling, slots: int, threads: int) -> Values:
     """The gate's statistic at every step of the base's completions of these problems, in no particular order."""
     bank = Bank(base.hidden, base.device)
-    bank.add(_idle(base, gate))
+    bank.add(idle(base, gate))
     core = open_core(base, bank, problems, sampling.max_tokens, slots, threads)
-    steering = Steering(_IDLE, mode="shadow")
+    steering = Steering(IDLE, mode="shadow")
     requests = (request_for(core, problem, sampling, steering) for problem in problems)
     found: list[float] = []
     with Progress("calibrate", len(problems) * sampling.samples, "completions") as progress:
@@ -68,6 +67,45 @@ def tabulate(seen: Values, rates: Sequence[float], ceiling: float) -> tuple[tupl
 def measure(seen: Values, tau: float, ceiling: float) -> float:
     """The share of steps at which the gate is open."""
     return float(((seen > tau) & (seen <= ceiling)).mean())
+
+
+def calibrate(
+    correction: Correction,
+    gate: Gate,
+    seen: Values,
+    rates: Sequence[float],
+    rate: float | None,
+    identity: BaseIdentity,
+    facts: Mapping[str, Any],
+) -> Correction:
+    """The correction under `gate` with the measured table; rate: also set tau to that rate's. facts: for provenance.
+
+    A PEFT folder does not say which base it belongs to: from now on it does. Raises TaskError for too few steps."""
+    table = tabulate(seen, rates, gate.ceiling)
+    if not table:
+        raise TaskError(f"{len(seen)} steps are too few to measure a firing rate: give more prompts")
+    gate = dataclasses.replace(gate, calibration=())
+    if rate is not None:
+        own = tabulate(seen, [rate], gate.ceiling)
+        if not own:
+            raise TaskError(f"no threshold below the ceiling opens the gate at a rate of {rate:g}: ask for less")
+        gate = dataclasses.replace(gate, tau=own[0][1])
+    known = dict(correction.provenance) | {"calibration": dict(facts) | {"steps": len(seen)}}
+    return dataclasses.replace(
+        correction,
+        gate=dataclasses.replace(gate, calibration=table),
+        base=correction.base if correction.base.fingerprint else identity,
+        provenance=known,
+    )
+
+
+def to_text(correction: Correction, seen: Values) -> str:
+    """The table for people."""
+    gate = correction.gate
+    own = measure(seen, gate.tau, gate.ceiling)
+    lines = [f"{correction.name}: {gate}, which is open at {own:.1%} of {len(seen)} steps", "", "  rate     tau"]
+    lines += [f"{rate:6.3f}  {tau:10.5g}" for rate, tau in gate.calibration]
+    return "\n".join(lines)
 
 
 def read_prompts(path: Path) -> list[Problem]:
@@ -102,13 +140,13 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
 
 
-_IDLE = "idle"
+IDLE = "idle"
 
 
-def _idle(base: Base, gate: Gate) -> HeadCorrection:
+def idle(base: Base, gate: Gate) -> HeadCorrection:
     """A correction without effect under this gate."""
     return HeadCorrection(
-        name=_IDLE,
+        name=IDLE,
         base=base.identity,
         gate=gate,
         strength=0.0,

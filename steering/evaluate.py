@@ -20,12 +20,14 @@ import numpy.typing as npt
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.core import Core
-from trimtab.server.request import Steering
+from trimtab.server.request import GateKind, Mode, Steering
+from trimtab.server.rule import rule_for
 from trimtab.steering.atomic import write_json
+from trimtab.steering.folder import digest
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
 from trimtab.steering.rollouts import Rollout, Sampling, collect
-from trimtab.steering.tasks import Task
+from trimtab.steering.tasks import Task, digest_problems
 from trimtab.steering.verifiers import SOLVED, Extract
 
 RESAMPLES = 10_000
@@ -40,10 +42,18 @@ class Policy(NamedTuple):
     name: str
     correction: str | None = None
     greedy: bool = False
-    strength: float | None = None  # None: the correction's own
+    strength: float | None = None  # None: the correction's own; so for the gate's fields
     tau: float | None = None
+    gate: GateKind | None = None
+    ceiling: float | None = None
     temperature: float | None = None  # None: the exam's
     preface: Preface = Preface()
+    mode: Mode = "apply"
+
+    @property
+    def steering(self) -> Steering:
+        """What the engine is asked."""
+        return Steering(self.correction, self.strength, self.tau, self.mode, ceiling=self.ceiling, gate=self.gate)
 
 
 class Difference(NamedTuple):
@@ -97,11 +107,35 @@ def answer(
     for policy in policies:
         drawn = sampling if policy.temperature is None else sampling._replace(temperature=policy.temperature)
         drawn = drawn._replace(temperature=0.0, samples=1) if policy.greedy else drawn
-        steering = Steering(policy.correction, policy.strength, policy.tau)
         asked = [preface(problem, policy.preface) for problem in problems]
         stage = f"{folder.name} {policy.name}"
-        found[policy.name] = collect(core, task, asked, drawn, folder / policy.name, stage, steering)
+        claim(folder / policy.name, describe(core, asked, drawn, policy))
+        found[policy.name] = collect(core, task, asked, drawn, folder / policy.name, stage, policy.steering)
     return found
+
+
+def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> dict[str, Any]:
+    """What decides the base's completions, as JSON values. asked: the problems as they are put to it."""
+    return {
+        "problems": digest_problems(asked),
+        "sampling": sampling._asdict(),
+        "slots": core.config.slots,
+        "base": core.base.identity.fingerprint,
+        "dtype": str(core.base.dtype),
+        "device": core.base.device.type,
+    }
+
+
+def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: Policy) -> dict[str, Any]:
+    """The same of a policy's completions."""
+    facts = describe_run(core, asked, sampling)
+    if policy.correction is None:
+        return facts
+    chosen = core.bank.get(policy.correction)
+    rule = rule_for(policy.steering, core.bank)
+    gate = {"gate": rule.gate, "tau": str(rule.tau), "ceiling": str(rule.ceiling)}
+    learned = {"correction": digest(chosen), "prompt": chosen.facts.get("prompt")}
+    return facts | learned | gate | {"strength": rule.strength, "mode": policy.mode}
 
 
 def claim(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -134,7 +168,7 @@ def summarise(
     rewards: dict[str, list[float]] = {}
     for rollout in rollouts:
         rewards.setdefault(kinds[rollout.problem], []).append(rollout.reward)
-    low, high = _interval(np.array([_rate(group) for group in groups.values()]))
+    low, high = bootstrap(np.array([_rate(group) for group in groups.values()]))
     samples = len(rollouts) // len(problems)
     k = max(2, samples // 2)
     answers = [[extract(r.text) for r in group] for group in groups.values()] if extract else []
@@ -183,7 +217,7 @@ def vote(group: Sequence[Rollout], answers: Sequence[Extract | None]) -> float:
 def compare(found: Mapping[str, Sequence[Rollout]], policy: str, against: str) -> Difference:
     """The paired difference of two policies, with a seeded percentile bootstrap over problems."""
     differences = _differences(found, policy, against)
-    return Difference(policy, against, float(differences.mean()), *_interval(differences))
+    return Difference(policy, against, float(differences.mean()), *bootstrap(differences))
 
 
 def kept(found: Mapping[str, Sequence[Rollout]], policy: str, of: str, base: str) -> Share | None:
@@ -206,8 +240,8 @@ def _differences(found: Mapping[str, Sequence[Rollout]], policy: str, against: s
     return np.array([_rate(one[problem]) - _rate(other[problem]) for problem in one])
 
 
-def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Of their mean."""
+def bootstrap(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % interval of their mean."""
     low, high = np.quantile(values[_picks(len(values))].mean(1), _TAILS)
     return float(low), float(high)
 

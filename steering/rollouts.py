@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class Rollout(NamedTuple):
     fired: int
     flips: int
     kl: float = 0.0  # nats, KL(base || steered) summed over steps; to two places, as its last bits vary with the batch
+    marks: Mapping[str, float] | None = None  # what an analysis counted on the way
 
 
 def collect(
@@ -71,17 +72,31 @@ def collect(
     steering: Steering | None = None,
 ) -> list[Rollout]:
     """All rollouts of `problems`, by problem and sample. What is in the folder is read, not sampled again."""
-    size = -(-FILE_ROUNDS * core.config.slots // sampling.samples)
+
+    def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+        return _sample(core, task, group, sampling, steering or Steering(), finished)
+
+    return gather(problems, sampling.samples, core.config.slots, folder, stage, draw)
+
+
+Draw = Callable[[Sequence[Problem], Sequence[Rollout]], Iterator[list[Rollout]]]
+
+
+def gather(
+    problems: Sequence[Problem], samples: int, slots: int, folder: Path, stage: str, draw: Draw
+) -> list[Rollout]:
+    """As `collect`, however they are drawn: draw(a file's problems, what is finished) yields the others as they end."""
+    size = -(-FILE_ROUNDS * slots // samples)
     groups = [problems[i : i + size] for i in range(0, len(problems), size)]
     journals = [Journal(folder / f"{i:05d}.jsonl") for i in range(len(groups))]
     known = [journal.read() for journal in journals]
     done = sum(map(len, known))
     passed = sum(rollout.reward for found in known for rollout in found)
-    with Progress(stage, len(problems) * sampling.samples, "completions", done) as progress:
+    with Progress(stage, len(problems) * samples, "completions", done) as progress:
         for group, journal, finished in zip(groups, journals, known, strict=True):
             if journal.path.exists():
                 continue
-            for some in _sample(core, task, group, sampling, steering or Steering(), finished):
+            for some in draw(group, list(finished)):
                 journal.append(some)
                 finished += some
                 done += len(some)
@@ -209,13 +224,14 @@ def _run(core: Core, requests: Sequence[Request], skipped: Set[tuple[str, int]])
         yield core.step()
 
 
-def request_for(core: Core, problem: Problem, sampling: Sampling, steering: Steering) -> Request:
-    """All of a problem's samples."""
+def request_for(core: Core, problem: Problem, sampling: Sampling, steering: Steering, alternatives: int = 0) -> Request:
+    """All of a problem's samples. alternatives: most likely tokens to report at each step."""
     drawn = SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=problem_seed(sampling.seed, problem.id),
         max_tokens=sampling.max_tokens,
+        alternatives=alternatives,
     )
     if steering.correction is not None and steering.companion_prompt is None:
         chosen = core.bank.get(steering.correction)

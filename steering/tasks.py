@@ -11,7 +11,7 @@ prompt, so that adding lines moves none across.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +111,11 @@ def read_problems(path: Path, verifier: str) -> list[Problem]:
 
 def fingerprint(task: Task, train: int, held_out: int) -> str:
     """A digest of the problems a run uses, so that a resumed run notices an edited file."""
-    problems = [*task.problems("train", train), *task.problems("held-out", held_out)]
+    return digest_problems([*task.problems("train", train), *task.problems("held-out", held_out)])
+
+
+def digest_problems(problems: Sequence[Problem]) -> str:
+    """Of what is asked and what the answers are."""
     content = json.dumps([[p.id, p.answer, _text(p)] for p in problems], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
