@@ -123,8 +123,8 @@ class FitConfig:
         "a distilled correction is tried at each; the best within the limit ships; default 0.5 0.7 1 1.4",
     )
 
-    validation_problems: int = option(64, "further training-split problems to choose a budget on")
-    validation_samples: int = option(4, "completions sampled a validation problem, for each budget")
+    validation_problems: int = option(64, "further problems, to choose a budget or strength on")
+    validation_samples: int = option(4, "completions sampled a validation problem, for each of those")
     test_problems: int = option(200, "held-out problems to judge on")
     test_samples: int = option(2, "completions sampled a held-out problem, for each policy")
 
