@@ -161,13 +161,16 @@ def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finis
         pipeline.run(CONFIG, finished, tiny_base(seed=1), Vowels())
 
 
-def test_a_task_without_mixed_success_is_refused_with_its_pass_rate(base: Base, tmp_path: Path) -> None:
-    class Impossible(Vowels):
-        def score(self, problem: Problem, completion: str) -> float:
-            return 0.0
+def test_validation_problems_that_are_trained_on_are_refused(base: Base, tmp_path: Path) -> None:
+    class Short(Vowels):
+        def problems(self, split: Split, count: int) -> list[Problem]:
+            lines = super().problems("train", 22)
+            return (lines[::-1] if split == "validation" else lines)[:count]
 
-    with pytest.raises(TaskError, match=r"pass rate 0\.00"):
-        pipeline.run(CONFIG, tmp_path, base, Impossible())
+    with pytest.raises(
+        TaskError, match=r"vowels has 22 train problems; 23 are needed \(20 to learn from, 3 to choose on"
+    ):
+        pipeline.run(CONFIG, tmp_path, base, Short())
 
 
 def test_a_finished_correction_without_its_run_is_not_overwritten(base: Base, finished: Path, tmp_path: Path) -> None:
