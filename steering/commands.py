@@ -33,7 +33,7 @@ def add_distill(subparsers: Subparsers) -> None:
     """trimtab distill BASE TEACHER --task T --out DIR: `fit --via teacher`, without the options of other routes."""
     parser = subparsers.add_parser(
         "distill",
-        help="fit a correction that makes a base act like a tuned model, and report what it does",
+        help="fit a head, or a LoRA, that makes a base act like a tuned model, and report what it does",
         description="Distil a tuned model into a correction of its base. A killed run continues when started again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -124,5 +124,4 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 _OF_REWARDS = ("keep_problems", "drop_longest", "advantage_clip", "ratio_clip", "kl_weight", "kl_budgets")
-_OF_LORA = tuple(field.name for field in dataclasses.fields(FitConfig) if field.name.startswith("lora_"))
-_NOT_OF_DISTILL = ("via", "model", "teacher", *_OF_REWARDS, *_OF_LORA)
+_NOT_OF_DISTILL = ("via", "model", "teacher", *_OF_REWARDS)

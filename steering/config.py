@@ -123,8 +123,8 @@ class FitConfig:
         "a distilled correction is tried at each; the best within the limit ships; default 0.5 0.7 1 1.4",
     )
 
-    validation_problems: int = option(64, "further training-split problems to choose a budget on")
-    validation_samples: int = option(4, "completions sampled a validation problem, for each budget")
+    validation_problems: int = option(64, "further problems, to choose a budget or strength on")
+    validation_samples: int = option(4, "completions sampled a validation problem, for each of those")
     test_problems: int = option(200, "held-out problems to judge on")
     test_samples: int = option(2, "completions sampled a held-out problem, for each policy")
 
@@ -179,6 +179,9 @@ class FitConfig:
         for name in positive:
             value = getattr(self, name)
             self._require(name, value is None or (math.isfinite(value) and value > 0), "must be above 0")
+        for name in ("learning_rate", "lora_rate"):
+            value = getattr(self, name)
+            self._require(name, value is None or value <= 1, "must be at most 1")
         self._require("tau", math.isfinite(self.tau), "must be a finite number")
         self._require("tau", self.gate != "margin" or -1 <= self.tau < 0, "must be -1 to 0 for the gate margin")
         for name in ("kl_weight", "kl_limit", "lora_kl"):

@@ -8,6 +8,7 @@ inputs, config and seed give equal tensors.
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,16 @@ def merge(parts: list[Watched]) -> Watched:
 
 
 def distil(
-    watched: Watched, rows: Tensor, config: FitConfig, learned: Tensor | None = None, stage: str = "distil"
+    watched: Watched,
+    rows: Tensor,
+    config: FitConfig,
+    learned: Tensor | None = None,
+    stage: str = "distil",
+    make: Callable[[Features, Tensor, FitConfig], Head] = start,
 ) -> Distilled:
     """rows: the LM head's weight [vocab, hidden]; learned: which positions to learn from (default: the gated ones;
-    held-out problems never are). Raises TaskError when there is nothing to learn from, or it diverges."""
+    held-out problems never are); make: a head that does nothing yet.
+    Raises TaskError when there is nothing to learn from, or it diverges."""
     features = watched.features
     training = watched.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = watched.at(features.gated & features.held_out)
@@ -61,7 +68,7 @@ def distil(
             f"no position to learn from ({count} fitted, {len(measured.targets)} held out): the model is seldom "
             f"above tau {config.tau:g}; lower --tau"
         )
-    head = start(training.features, rows, config)
+    head = make(training.features, rows, config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(config.seed)
     base_kl = measure(head, measured, rows, config)  # an unfitted head is the base

@@ -27,7 +27,7 @@ from trimtab.steering.folder import digest
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
 from trimtab.steering.rollouts import Rollout, Sampling, collect
-from trimtab.steering.tasks import Task, digest_problems
+from trimtab.steering.tasks import Task, fingerprint
 from trimtab.steering.verifiers import SOLVED, Extract
 
 RESAMPLES = 10_000
@@ -117,7 +117,7 @@ def answer(
 def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> dict[str, Any]:
     """What decides the base's completions, as JSON values. asked: the problems as they are put to it."""
     return {
-        "problems": digest_problems(asked),
+        "problems": fingerprint(asked),
         "sampling": sampling._asdict(),
         "slots": core.config.slots,
         "base": core.base.identity.fingerprint,

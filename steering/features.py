@@ -93,7 +93,12 @@ def read_in_shards(
                 parts.append(read(group, index * SHARD + at))
                 progress.add(len(group))
             write_tensors(path, _stack(parts))
-    return _stack([load_file(path) for path in paths])
+    return read_shards(folder)
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """All columns that a stage left in its folder."""
+    return _stack([load_file(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base
 from trimtab.steering import report as reports
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -44,7 +44,7 @@ from trimtab.steering.tasks import Task, fingerprint
 
 
 class Problems(NamedTuple):
-    """Disjoint sets: `training` and `validation` are of the train split, `test` is held out."""
+    """Disjoint sets: to learn from, to choose on, to judge on."""
 
     training: list[Problem]
     validation: list[Problem]
@@ -59,7 +59,8 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     torch.set_num_threads(config.threads)
     work = out / "run"
     problems = _split(task, config)
-    _begin(work, config, base, task, teacher)
+    digest = fingerprint([problem for some in problems for problem in some])
+    _begin(work, config, base, digest, teacher)
     clock = Clock(work / "timings.json", where(base, config.threads))
     with clock.time("rollouts"):
         rollouts = _roll_out(work, config, base, task, problems.training)
@@ -78,7 +79,7 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     with clock.time("report"):
         report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
     shipped = dataclasses.replace(
-        correction, report=report, provenance=_provenance(route, config, base, task, rollouts, features, chosen)
+        correction, report=report, provenance=_provenance(route, config, base, task, digest, rollouts, features, chosen)
     )
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
@@ -93,16 +94,25 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
 
 
 def _split(task: Task, config: FitConfig) -> Problems:
-    train = task.problems("train", config.problems + config.validation_problems)
-    held_out = task.problems("held-out", config.test_problems)
-    return Problems(train[: config.problems], train[config.problems :], held_out)
+    problems = Problems(
+        task.problems("train", config.problems),
+        task.problems("validation", config.validation_problems),
+        task.problems("held-out", config.test_problems),
+    )
+    shared = {p.id for p in problems.training} & {p.id for p in problems.validation}
+    if shared:
+        needed = config.problems + config.validation_problems
+        raise TaskError(
+            f"{task.name} has {needed - len(shared)} train problems; {needed} are needed ({config.problems} to learn "
+            f"from, {config.validation_problems} to choose on): ask for fewer or add lines"
+        )
+    return problems
 
 
-def _begin(work: Path, config: FitConfig, base: Base, task: Task, teacher: Base | None) -> None:
+def _begin(work: Path, config: FitConfig, base: Base, problems: str, teacher: Base | None) -> None:
     """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
     path = work / "run.json"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    problems = fingerprint(task, config.problems + config.validation_problems, config.test_problems)
     identity = dataclasses.asdict(base.identity) | {**_place(base), "problems": problems}
     if teacher is not None:
         identity["teacher"] = teacher.identity.fingerprint
@@ -201,6 +211,7 @@ def _provenance(
     config: FitConfig,
     base: Base,
     task: Task,
+    problems: str,
     rollouts: Sequence[Rollout],
     features: Features,
     chosen: Correction,
@@ -211,7 +222,7 @@ def _provenance(
         "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
-        "problems_sha256": fingerprint(task, config.problems + config.validation_problems, config.test_problems),
+        "problems_sha256": problems,
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
         "mixed_problems": len(set(features.problem.tolist())),

@@ -43,7 +43,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     """Prints the table on stdout; the folder then holds it."""
     from trimtab.steering.calibrate import RATES, calibrate, read_prompts, to_text, watch
     from trimtab.steering.folder import load, save
-    from trimtab.steering.tasks import digest_problems
+    from trimtab.steering.tasks import fingerprint
 
     correction = load(args.correction)
     gate = correction.gate
@@ -64,7 +64,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     problems = prompts[:count] if prompts else setting.task.problems("train", count)
     sampling = setting.sampling._replace(samples=args.samples)
     seen = watch(setting.base, gate, problems, sampling, args.slots, args.threads)
-    facts = {"problems_sha256": digest_problems(problems), "prompts": len(problems), "sampling": sampling._asdict()}
+    facts = {"problems_sha256": fingerprint(problems), "prompts": len(problems), "sampling": sampling._asdict()}
     made = calibrate(correction, gate, seen, args.rates or RATES, args.rate, setting.base.identity, facts)
     save(made, args.correction)
     print(to_text(made, seen))

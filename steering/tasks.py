@@ -1,10 +1,11 @@
-"""Tasks: problems in two splits, and a score for a completion.
+"""Tasks: problems in three splits, and a score for a completion.
 
 A task is the built-in `instructions`, or a JSONL file with a verifier. A file's line is an object with `id`, `answer`
 and either `messages` (chat messages) or `prompt` (text that goes to the model as it stands).
 
-Invariant: the splits of a task share no id and no prompt. Without a held-out file, a line is held out by a hash of its
-prompt, so that adding lines moves none across.
+Invariant: what is held out shares no id and no prompt with the rest. Without a held-out file, a line is held out by a
+hash of its prompt, so that adding lines moves none across. Of a file, `validation` is `train` from its other end: who
+takes some of both sees that they do not meet (pipeline.py).
 
     task = load_task("problems.jsonl", verifier="math");  task.problems("train", 128);  task.score(problem, text)
 """
@@ -70,9 +71,10 @@ class FileTask:
         else:
             self._splits = {"train": lines, "held-out": read_problems(held_out, verifier)}
             _refuse_overlap(self._splits["train"], self._splits["held-out"], held_out)
+        self._splits["validation"] = self._splits["train"][::-1]
 
     def problems(self, split: Split, count: int) -> list[Problem]:
-        """In the file's order."""
+        """In the file's order; for validation, from its end."""
         found = self._splits[split]
         if count > len(found):
             raise TaskError(
@@ -109,13 +111,8 @@ def read_problems(path: Path, verifier: str) -> list[Problem]:
     return list(problems.values())
 
 
-def fingerprint(task: Task, train: int, held_out: int) -> str:
+def fingerprint(problems: Sequence[Problem]) -> str:
     """A digest of the problems a run uses, so that a resumed run notices an edited file."""
-    return digest_problems([*task.problems("train", train), *task.problems("held-out", held_out)])
-
-
-def digest_problems(problems: Sequence[Problem]) -> str:
-    """Of what is asked and what the answers are."""
     content = json.dumps([[p.id, p.answer, _text(p)] for p in problems], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

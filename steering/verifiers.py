@@ -12,6 +12,7 @@ exact have one; so has module:function where the module has a function `extract`
 Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1, or raises TaskError.
 """
 
+import functools
 import importlib
 import math
 import re
@@ -36,6 +37,8 @@ class Extract(NamedTuple):
 
 Verifier = Callable[[str, Any], float]
 Extractor = Callable[[str], Extract | None]
+
+_NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")  # needs no parsing to be found readable: thousands of lines are read
 
 
 def load_verifier(name: str) -> Verifier:
@@ -86,7 +89,7 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             return f"is not a regular expression ({error})"
     if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
-    if verifier == "math" and not _parse_expected(answer):
+    if verifier == "math" and not _NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
         return "is not a number or formula that math-verify can read"
     if verifier == "final" and not _NUMBER.fullmatch(str(answer).strip()):
         return "must be a number"
@@ -130,15 +133,15 @@ def _verify_math(completion: str, answer: Any) -> float:
 
     limit = _seconds()
     found = parse(completion, parsing_timeout=limit)
-    return float(bool(verify(_parse_expected(answer), found, timeout_seconds=limit)))
+    return float(bool(verify(_parse_expected(str(answer)), found, timeout_seconds=limit)))
 
 
-def _parse_expected(answer: Any) -> list[Any]:
+@functools.lru_cache(maxsize=4096)  # each is asked for by many completions
+def _parse_expected(text: str) -> list[Any]:
     try:
         from math_verify import parse
     except ImportError as error:
         raise TaskError("the verifier math needs math-verify: pip install 'trimtab[train]'") from error
-    text = str(answer)
     marked = text if "$" in text or "\\boxed" in text else f"${text}$"  # what is not marked as LaTeX is read as words
     expected: list[Any] = parse(marked, parsing_timeout=_seconds())
     return expected
