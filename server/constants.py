@@ -7,19 +7,10 @@ from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_
 from trimtab.server.request import GateKind, Request
 from trimtab.server.rule import Rule
 
-FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition",
-    "presence",
-    "frequency",
-    "strength",
-    "tau",
-    "ceiling",
-    "kl_cap",
-)
-GATES: dict[GateKind, int] = {
+_DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_ACTS = ("strength", "tau", "ceiling", "kl_cap")
+FLOATS = (*_DRAWS, *_ACTS)
+_GATES: dict[GateKind, int] = {
     "entropy": GATE_ENTROPY,
     "varentropy": GATE_VARENTROPY,
     "margin": GATE_MARGIN,
@@ -42,4 +33,4 @@ def gather(request: Request, rule: Rule) -> Constants:
     s, cap = request.sampling, request.steering.budget.kl
     draws = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
     acts = (rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
-    return Constants((*draws, *acts), s.top_k, GATES[rule.gate], request.steering.mode == "shadow")
+    return Constants((*draws, *acts), s.top_k, _GATES[rule.gate], request.steering.mode == "shadow")
