@@ -10,7 +10,7 @@ from trimtab.server.rule import Rule
 _DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _ACTS = ("strength", "tau", "ceiling", "kl_cap")
 FLOATS = (*_DRAWS, *_ACTS)
-_GATES: dict[GateKind, int] = {
+GATES: dict[GateKind, int] = {
     "entropy": GATE_ENTROPY,
     "varentropy": GATE_VARENTROPY,
     "margin": GATE_MARGIN,
@@ -33,4 +33,4 @@ def gather(request: Request, rule: Rule) -> Constants:
     s, cap = request.sampling, request.steering.budget.kl
     draws = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
     acts = (rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
-    return Constants((*draws, *acts), s.top_k, _GATES[rule.gate], request.steering.mode == "shadow")
+    return Constants((*draws, *acts), s.top_k, GATES[rule.gate], request.steering.mode == "shadow")
