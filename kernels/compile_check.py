@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimtab.kernels import decode_attention, finish, layer, resolve, stats
+from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats
 from trimtab.kernels.record import MAX_ALTERNATIVES
 
 TARGETS = (80, 90)
@@ -39,6 +39,7 @@ _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
     "eps": "fp32",
     "scale": "fp32",
     "window": "i32",
+    "tiles": "*i32",
 }
 _ALIGNED = {
     "logits_stride",
@@ -57,9 +58,9 @@ _ALIGNED = {
     "position_stride",
     "width",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"rank", "alternatives"}
+_INTEGERS = _ALIGNED | {"rank", "alternatives", "heads", "kv_heads"}
 _OF_DTYPE = set("logits hidden head query key value keys values cos sin query_norm key_norm out".split())
-_OF_DTYPE |= set("x residual weight summed gate_up".split())
+_OF_DTYPE |= set("x residual weight summed gate_up query_out key_out".split())
 
 
 class Build(NamedTuple):
@@ -111,6 +112,15 @@ def _decoding(dtype: str, itemsize: int) -> list[Build]:
         shape |= {"SPLITS": splits, "ROTARY": True, "NORM": splits == 8}
         name = f"attend {dtype}, {size} wide, {splits} splits"
         result.append(Build(name, decode_attention.attend_kernel, dtype, shape, launch))
+        if splits == 1:
+            continue
+        tile = chunk_attention.tile_for(size, itemsize)
+        launch = {name: value for name, value in tile.items() if name != "BLOCK"}
+        shape = {"GROUP": 7, "SIZE": size, "M": chunk_attention.tile_rows(7, itemsize), "WIDTH": size}
+        name, shape = f"chunk {dtype}, {size} wide", shape | {"BLOCK": tile["BLOCK"]}
+        result.append(Build(name, chunk_attention.chunk_kernel, dtype, shape, launch))
+    shape = {"HEADS": 32, "KV_HEADS": 4, "SIZE": 128, "WIDTH": 128, "ROTARY": True, "NORM": True}
+    result.append(Build(f"store {dtype}", chunk_attention.store_kernel, dtype, shape, chunk_attention.STORE))
     sizes = {"SIZE": 128, "WIDTH": 128, "SPLITS": 32}
     result.append(Build(f"combine {dtype}", decode_attention.combine_kernel, dtype, sizes, decode_attention.COMBINE))
     block = {"BLOCK": layer.norm_block(3584), "ADD": True}

@@ -5,18 +5,20 @@ Invariant: rows know nothing of each other. A row writes its own new key and val
 row at position -1 is padding: it reads and writes nothing, and its result is 0. Slots and positions are read on the
 device, so a captured graph serves any rows.
 
-`decode_attention_reference.py` says the same in plain torch.
+`slot_attention_reference.py` says the same in plain torch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from trimtab.kernels.places import Rotary
 
 NEG_INF = tl.constexpr(float("-inf"))
 MAX_SPLITS = 32
@@ -24,18 +26,8 @@ PROGRAMS_AN_SM = 4  # that attention should have at least, if there are position
 COMBINE: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": True}
 
 
-class Rotary(NamedTuple):
-    """What turns a row's raw queries and keys into those that attend. HF's own convention: halves are rotated."""
-
-    cos: Tensor  # [rows, head_dim]
-    sin: Tensor
-    query_norm: Tensor | None = None  # [head_dim]: RMS norm of each head before the rotation, where the family has it
-    key_norm: Tensor | None = None
-    eps: float = 1e-6
-
-
 @triton.jit
-def rotate(
+def load_rotated(
     pointer, inside, mask, d, partner, cos, sin, norm, eps,
     AXIS: tl.constexpr, SIZE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +81,7 @@ def attend_kernel(
     partner = tl.where(d < SIZE // 2, d + SIZE // 2, d - SIZE // 2)
     cos += row * SIZE
     sin += row * SIZE
-    q = rotate(
+    q = load_rotated(
         query + row * query_row + (head * GROUP + g[:, None]) * query_head, inside[None, :], tile, d[None, :],
         partner[None, :], cos, sin, query_norm, eps, 1, SIZE, ROTARY, NORM,
     )  # fmt: skip
@@ -112,7 +104,7 @@ def attend_kernel(
         mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         peak = higher
     if end == at + 1:  # the new token is this program's
-        k = rotate(
+        k = load_rotated(
             key + row * key_row + head * key_head, inside, inside, d, partner, cos, sin, key_norm, eps,
             0, SIZE, ROTARY, NORM,
         )  # fmt: skip
