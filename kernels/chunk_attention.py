@@ -10,7 +10,6 @@ whole step are in the cache before (`store_rotated`); nothing is read past them.
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -155,10 +154,10 @@ def chunk_attention(
 
 def tile_rows(group: int, itemsize: int) -> int:
     """(token, query head) pairs of a tile; a tile holds tile_rows // group tokens."""
-    return int(max(64 if itemsize == 2 else 32, triton.next_power_of_2(group)))
+    return int(max(64 if itemsize == 2 else 16, triton.next_power_of_2(group)))
 
 
 def tile_for(width: int, itemsize: int) -> dict[str, Any]:
     """Positions read at once, and how deep the reads are pipelined."""
-    block = 64 if width * itemsize <= 256 else 32
+    block = 64 if width * itemsize <= 128 else 32
     return {"BLOCK": block, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}

@@ -59,8 +59,11 @@ _ALIGNED = {
     "width",
 }  # multiples of 16 in real models
 _INTEGERS = _ALIGNED | {"rank", "alternatives", "heads", "kv_heads"}
-_OF_DTYPE = set("logits hidden head query key value keys values cos sin query_norm key_norm out".split())
-_OF_DTYPE |= set("x residual weight summed gate_up query_out key_out".split())
+_FLOATS = (
+    "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
+    "x residual weight summed gate_up"
+)
+_OF_DTYPE = set(_FLOATS.split())
 
 
 class Build(NamedTuple):

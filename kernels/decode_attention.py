@@ -1,8 +1,8 @@
 """One token a row against its slot of the KV cache, on CUDA: split over the slot's positions, then combined.
 
-Invariant: rows know nothing of each other. A row writes its own new key and value to its slot, then attends to positions
-`position` and below, within the window; the new ones are taken from the arguments, so nobody waits for that write. A
-row at position -1 is padding: it reads and writes nothing, and its result is 0. Slots and positions are read on the
+Invariant: rows know nothing of each other. A row writes its own new key and value to its slot and attends to its
+position and those below, within the window; the new ones are taken from the arguments, so nobody waits for that write.
+A row at position -1 is padding: it reads and writes nothing, and its result is 0. Slots and positions are read on the
 device, so a captured graph serves any rows.
 
 `slot_attention_reference.py` says the same in plain torch.

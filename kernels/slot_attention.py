@@ -1,4 +1,4 @@
-"""Attention of a step's packed tokens over KV slots, on CUDA: decode rows split over positions, all chunks in one launch.
+"""Attention of a step's packed tokens over KV slots, on CUDA: decode rows split over positions, chunks in one launch.
 
     attended = attend(query, key, value, keys, values, places, scale, window, rotary)
 

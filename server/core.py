@@ -46,7 +46,7 @@ class Core:
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
-        self._runner = Runner(base, bank, self.config.slots, self.max_len)
+        self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
 
     @property

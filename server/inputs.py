@@ -3,7 +3,6 @@
 Invariant: all row parameters of a step travel to the device in one copy.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,7 @@ from trimtab.kernels import philox
 from trimtab.kernels.record import Corrections, Edits, RowParams, StepInputs
 from trimtab.server.constants import FLOATS
 from trimtab.server.sequence import Sequence
-
-_TYPES = {"f8": torch.float64, "f4": torch.float32, "i4": torch.int32, "b1": torch.bool}
+from trimtab.server.staging import stage
 
 
 def build_inputs(
@@ -30,7 +28,7 @@ def build_inputs(
         logits=logits,
         hidden=hidden,
         head=head,
-        params=RowParams(**_send(_columns(sequences, steered), logits.device)),
+        params=_row_params(_columns(sequences, steered), logits.device),
         edits=_edits(sequences, logits.device),
         corrections=corrections if acting else None,
         alternatives=max(s.request.sampling.alternatives for s in sequences),
@@ -64,30 +62,21 @@ def _columns(sequences: list[Sequence], steered: list[bool]) -> dict[str, npt.ND
     }
 
 
-def _send(columns: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """All columns in one copy; wider numbers go first, so that each column is aligned."""
-    order = sorted(columns, key=lambda name: -columns[name].itemsize)
-    packed = np.concatenate([np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8) for name in order])
-    moved = torch.from_numpy(packed).to(device)
-    sent: dict[str, Tensor] = {}
-    at = 0
-    for name in order:
-        column = columns[name]
-        sent[name] = moved[at : at + column.nbytes].view(_TYPES[column.dtype.str[1:]]).view(column.shape)
-        at += column.nbytes
-    return sent
+def _row_params(columns: Mapping[str, npt.NDArray[Any]], device: torch.device) -> RowParams:
+    return RowParams(**dict(zip(columns, stage(list(columns.values()), device), strict=True)))
 
 
 def _edits(sequences: list[Sequence], device: torch.device) -> Edits | None:
     rows = [s.edits for s in sequences]
     if not any(rows):
         return None
-    ends = list(itertools.accumulate(map(len, rows)))
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int32)
     entries = [(token, count, bias) for row in rows for token, (count, bias) in row.items()]
     token, counts, bias = zip(*entries, strict=True)
-    return Edits(
-        spans=torch.tensor(list(zip([0, *ends], ends, strict=False)), dtype=torch.int32).to(device),
-        token=torch.tensor(token, dtype=torch.int32).to(device),
-        counts=torch.tensor(counts, dtype=torch.int32).to(device),
-        bias=torch.tensor(bias, dtype=torch.float32).to(device),
-    )
+    columns = [
+        np.stack([np.append(0, ends[:-1]), ends], axis=1).astype(np.int32),
+        np.array(token, dtype=np.int32),
+        np.array(counts, dtype=np.int32),
+        np.array(bias, dtype=np.float32),
+    ]
+    return Edits(*stage(columns, device))
