@@ -62,9 +62,9 @@ class DecodeGraphs:
         return self._hidden[:rows], self._logits[:rows]
 
     def _make(self, size: int, capture: Callable[[Replay], Replay]) -> tuple[Tensor, Replay]:
-        """-> what tells the graph its rows: int64 [3, size] of ids, slots and positions; and the graph."""
-        where = torch.tensor(_PADDING).repeat(1, size).to(self._base.device)
-        ids, slot, position = where.unbind(0)
+        """-> what tells the graph its rows: int64 [3, size or one more] of ids, slots and positions; and the graph."""
+        where = torch.tensor(_PADDING).repeat(1, size + size % 2).to(self._base.device)  # each line aligned
+        ids, slot, position = where[:, :size]
         batch = FixedBatch(self._cache, Places(slot, position, size, None))
 
         @torch.inference_mode()
