@@ -17,7 +17,7 @@ class Capture:
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """run must not wait for the device, and must read what changes from tensors that stay where they are."""
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles its kernels, and sets up what a capture cannot
             run()

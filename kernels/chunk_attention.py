@@ -118,7 +118,7 @@ def store_rotated(
     assert query.stride(2) == key.stride(2) == value.stride(2) == keys.stride(3) == 1
     rotated = (query, key)
     if rotary is not None:
-        rotated = tuple(t.new_empty(t.shape) for t in rotated)
+        rotated = (query.new_empty(query.shape), key.new_empty(key.shape))
     cos, sin, query_norm, key_norm, eps = rotary or (query, query, None, None, 0.0)
     store_kernel[tokens,](
         query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1),

@@ -32,8 +32,9 @@ def attend(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     chunk_attention(query, keys, values, tiles, scale, window, out)
     if decode:
-        rows = (t[:decode] for t in (query, key, value))
-        out[:decode] = decode_attention(*rows, keys, values, slot[:decode], position[:decode], scale, window)
+        out[:decode] = decode_attention(
+            query[:decode], key[:decode], value[:decode], keys, values, slot[:decode], position[:decode], scale, window
+        )
     return out
 
 

@@ -59,8 +59,8 @@ class KVBatch:
         position = np.arange(lengths.sum()) + (starts - first).repeat(lengths)
         columns = [position, slots.repeat(lengths), first + lengths - 1]
         if cache.kernels is not None:
-            chunks = (column[self.decode :] for column in (slots, first, starts, lengths))
-            columns.append(_tiles(*chunks, tokens=cache.tokens_a_tile))
+            chunks = [column[self.decode :] for column in (slots, first, starts, lengths)]
+            columns.append(_tiles(cache.tokens_a_tile, *chunks))
         self.position, self.slot, self.last, *tiles = stage(columns, device)  # last: of each span, its last token
         self.places: Places | None = None
         if cache.kernels is not None:
@@ -95,11 +95,11 @@ class FixedBatch(NamedTuple):
 
 
 def _tiles(
+    tokens: int,
     slots: npt.NDArray[np.int64],
     first: npt.NDArray[np.int64],
     starts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
-    tokens: int,
 ) -> npt.NDArray[np.int32]:
     """Chunks cut into tiles of up to `tokens` tokens, as Places.tiles wants them."""
     counts = -(-lengths // tokens)
@@ -142,9 +142,9 @@ def attend(
     if kernels is not None or isinstance(kv_batch, FixedBatch):
         assert kernels is not None
         assert kv_batch.places is not None
-        rows = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, head_dim]
+        packed = [t[0].transpose(0, 1) for t in (query, key, value)]  # [tokens, heads, head_dim]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernels.attend(*rows, keys, values, kv_batch.places, scale, sliding_window)[None], None
+        return kernels.attend(*packed, keys, values, kv_batch.places, scale, sliding_window)[None], None
     keys[kv_batch.slot, kv_batch.position] = key[0].transpose(0, 1)
     values[kv_batch.slot, kv_batch.position] = value[0].transpose(0, 1)
     grouped = query.shape[1] != key.shape[1]

@@ -32,7 +32,8 @@ class _Projection(NamedTuple):
 class _Layer(NamedTuple):
     attention_norm: Tensor  # [hidden]
     qkv: _Projection
-    head_norms: tuple[Tensor, Tensor] | None
+    query_norm: Tensor | None  # [head_dim], of families that norm their heads
+    key_norm: Tensor | None
     out: _Projection
     mlp_norm: Tensor
     gate_up: _Projection
@@ -53,10 +54,10 @@ def can_fuse(decoder: Any) -> bool:
     return hasattr(decoder.norm, "variance_epsilon") and all(_is_known(layer) for layer in decoder.layers)
 
 
-def _is_known(layer: nn.Module) -> bool:
+def _is_known(layer: Any) -> bool:
     if {name for name, _ in layer.named_children()} != _LAYER:
         return False
-    attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())  # type: ignore[operator, union-attr]
+    attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention[name] for name in _HEAD_NORMS if name in attention]
     linear = [attention.get(name) for name in _ATTENTION] + [mlp.get(name) for name in _MLP]
@@ -92,9 +93,9 @@ class FusedDecoder:
         split = [self._heads, self._kv_heads, self._kv_heads]
         residual: Tensor | None = None
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            rotary = Rotary(cos, sin, *(layer.head_norms or (None, None)), self._eps)
+            rotary = Rotary(cos, sin, layer.query_norm, layer.key_norm, self._eps)
             residual, h = k.add_norm(x, residual, layer.attention_norm, self._eps)
-            q, key, value = F.linear(h, *layer.qkv).view(len(x), sum(split), -1).split(split, 1)
+            q, key, value = torch.split(F.linear(h, *layer.qkv).view(len(x), sum(split), -1), split, 1)
             attended = k.attend(q, key, value, keys, values, places, layer.scale, None, rotary)
             x = F.linear(attended.flatten(1), *layer.out)
             residual, h = k.add_norm(x, residual, layer.mlp_norm, self._eps)
@@ -104,13 +105,12 @@ class FusedDecoder:
 
 def _fuse(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    head_norms = None
-    if hasattr(attention, "q_norm"):
-        head_norms = (attention.q_norm.weight, attention.k_norm.weight)
+    normed = hasattr(attention, "q_norm")
     return _Layer(
         layer.input_layernorm.weight,
         _join(attention.q_proj, attention.k_proj, attention.v_proj),
-        head_norms,
+        attention.q_norm.weight if normed else None,
+        attention.k_norm.weight if normed else None,
         _join(attention.o_proj),
         layer.post_attention_layernorm.weight,
         _join(mlp.gate_proj, mlp.up_proj),
@@ -128,6 +128,6 @@ def _join(*linears: nn.Linear) -> _Projection:
     for linear in linears:
         linear.weight = nn.Parameter(weight[at : at + linear.out_features], requires_grad=linear.weight.requires_grad)
         at += linear.out_features
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
-    return _Projection(weight, torch.cat(biases).detach() if biases else None)
+    return _Projection(weight, torch.cat(biases) if biases else None)
