@@ -56,7 +56,7 @@ class Allowance:
             self._start, self._closing = found
 
     def _find_edge(self, before: int) -> tuple[int, bytes | None] | None:
-        """The next marker that opens a span or closes this one, of which a byte is new: (where it ends, what closes)."""
+        """The next marker that opens a span or closes this one: where it ends, and what closes from there on."""
         if self._closing is not None:
             at = self._text.find(self._closing, self._from(before, self._closing))
             return None if at < 0 else (at + len(self._closing), None)

@@ -7,18 +7,9 @@ from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_
 from trimtab.server.request import GateKind, Request
 from trimtab.server.rule import Rule
 
-FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition",
-    "presence",
-    "frequency",
-    "strength",
-    "tau",
-    "ceiling",
-    "kl_cap",
-)
+_DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_ACTS = ("strength", "tau", "ceiling", "kl_cap")
+FLOATS = (*_DRAWS, *_ACTS)
 _GATES: dict[GateKind, int] = {
     "entropy": GATE_ENTROPY,
     "varentropy": GATE_VARENTROPY,

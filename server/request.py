@@ -112,14 +112,13 @@ class Steering:
         if self.gate is not None and self.gate not in get_args(GateKind):
             kinds = ", ".join(get_args(GateKind))
             raise InvalidRequest(f"steering.gate must be one of {kinds}, not {self.gate!r}", "steering.gate")
-        _within("steering.weight", self.weight, -100.0, 100.0)
-        for name, weight in self.also.items():
-            _within(f"steering.also.{name}", weight, -100.0, 100.0)
+        for name, weight in {str(self.correction): self.weight, **self.also}.items():
+            _within(f"steering.corrections.{name}", weight, -100.0, 100.0)
         if len(self.also) >= MAX_MIX:
             message = f"at most {MAX_MIX} corrections act together, not {1 + len(self.also)}"
-            raise InvalidRequest(message, "steering.also")
+            raise InvalidRequest(message, "steering.corrections")
         if self.correction in self.also or (self.also and self.correction is None):
-            raise InvalidRequest("steering.also adds to steering.correction: name another there", "steering.also")
+            raise InvalidRequest("`also` adds others to a correction that is named", "steering.corrections")
         if self.companion_prompt == ():
             raise InvalidRequest("the companion's prompt is empty: give it one token", "steering.companion_prompt")
 

@@ -53,7 +53,7 @@ def rule_for(steering: Steering, bank: Bank) -> Rule:
     strength = chosen.strength if steering.strength is None else steering.strength
     kind, tau, ceiling = _choose_gate(chosen.gate, steering)
     if steering.also and not isinstance(chosen, HeadCorrection):
-        raise InvalidRequest(f"{chosen.name} is of the tier {chosen.tier}: only heads act together", "steering.also")
+        raise _not_a_head(chosen)
     if steering.mode == "off":
         return Rule(False, strength, kind, tau, ceiling)
     heads: tuple[tuple[int, float], ...] = ()
@@ -76,9 +76,9 @@ def _is_plain(steering: Steering) -> bool:
 
 def _heads(weights: dict[str, float], bank: Bank) -> tuple[tuple[int, float], ...]:
     for name in weights:
-        found = _find(name, bank, "steering.also")
+        found = _find(name, bank, "steering.corrections")
         if not isinstance(found, HeadCorrection):
-            raise InvalidRequest(f"{name} is of the tier {found.tier}: only heads act together", "steering.also")
+            raise _not_a_head(found)
     return tuple((bank.head_index(name), weight) for name, weight in weights.items())
 
 
@@ -89,7 +89,7 @@ def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float
     field = next((name for name, value in asked.items() if value is not None), None)
     if kind == "always":
         if field is not None:
-            message = f"the gate always is open at every step: leave {field} out, or name another gate"
+            message = f"steering.{field}: the gate is always open: leave {field} out, or name another gate"
             raise InvalidRequest(message, f"steering.{field}")
         return kind, math.inf, math.inf
     own = kind == gate.kind
@@ -101,12 +101,13 @@ def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float
         tau = gate.tau
     else:
         wants = "steering.rate" if kind == "random" else "steering.tau"
-        message = f"the correction's own gate is {gate.kind}: for {kind}, send {wants}"
+        message = f"steering.gate: the correction's own is {gate.kind}; for {kind}, send {wants}"
         raise InvalidRequest(message, "steering.gate")
     ceiling = steering.ceiling if steering.ceiling is not None else gate.ceiling if own else math.inf
     if ceiling <= tau < math.inf:
+        field = "ceiling" if steering.ceiling is not None else field
         message = f"the gate opens above tau ({tau:g}) and up to its ceiling ({ceiling:g}), which must be larger"
-        raise InvalidRequest(message, "steering.ceiling" if steering.ceiling is not None else f"steering.{field}")
+        raise InvalidRequest(f"steering.{field}: {message}", f"steering.{field}")
     return kind, tau, ceiling
 
 
@@ -114,7 +115,12 @@ def _tau_for(gate: Gate, rate: float) -> float:
     try:
         return gate.tau_for(rate)
     except CorrectionError as error:
-        raise InvalidRequest(str(error), "steering.rate") from error
+        raise InvalidRequest(f"steering.rate: {error}", "steering.rate") from error
+
+
+def _not_a_head(found: Correction) -> InvalidRequest:
+    message = f"steering.corrections: {found.name} is of the tier {found.tier}, and only heads act together"
+    return InvalidRequest(message, "steering.corrections")
 
 
 def _find(name: str, bank: Bank, field: str) -> Correction:

@@ -1,8 +1,8 @@
 """One choice of one request on its way through the engine: its rows of KV, and how far each has come.
 
-Invariant: a row has `computed < len(tokens)` tokens in its slot until its sequence ends; the step that computes the last
-of them samples the next. Prefill, chunks, resumed prefixes and decode are all this one rule. A companion reads every
-token that was sampled, as its sequence's own row does, and is computed to its end in the very same steps.
+Invariant: a row has `computed < len(tokens)` tokens in its slot until its sequence ends; the step that computes the
+last of them samples the next. Prefill, chunks, resumed prefixes and decode are all this one rule. A companion reads
+every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
 from dataclasses import dataclass, field

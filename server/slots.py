@@ -32,7 +32,7 @@ class Slots:
         return len(self._free)
 
     def find_prefix(self, tokens: Sequence[int], adapter: int = NO_ADAPTER) -> tuple[int, int]:
-        """The slot that holds the longest prefix of `tokens` under `adapter`, and its length; (-1, 0) when none does."""
+        """The slot that holds the longest prefix of `tokens` by `adapter`, and its length; (-1, 0) when none does."""
         tokens = list(tokens)
         best, length = -1, 0
         for slot, (made_by, held) in enumerate(self.held):

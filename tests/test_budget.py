@@ -1,5 +1,6 @@
 """Budgets: counts, shares and cool-downs, and markers wherever tokens divide them."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ ALPHABET = st.sampled_from("ab<>")
 def test_what_is_seen_does_not_depend_on_how_tokens_divide_the_text(text: str, cuts: list[int], until: str) -> None:
     budget = Budget(until=until, spans=(("<a>", "<b>"), ("<<", ">>"), ("aa", "aa")))
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    parts = [text[a:b].encode() for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [text[a:b].encode() for a, b in itertools.pairwise(edges)]
     letters = opens(budget, [letter.encode() for letter in text])
     assert opens(budget, parts) == [letters[edge] for edge in edges]
 

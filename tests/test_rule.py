@@ -85,8 +85,8 @@ def test_a_request_may_set_the_gate(bank: Bank, steering: Steering, gate: Any) -
         (Steering("always", rate=0.5), "rate", "leave rate out"),
         (Steering("gated", tau=3.0), "tau", r"up to its ceiling \(2\)"),
         (Steering("h0", ceiling=0.5), "ceiling", r"above tau \(1\)"),
-        (Steering("gated", also={"h0": 1.0}), "also", "gated is of the tier lora: only heads"),
-        (Steering("h0", also={"contrast": 1.0}), "also", "contrast is of the tier contrast"),
+        (Steering("gated", also={"h0": 1.0}), "corrections", "gated is of the tier lora, and only heads"),
+        (Steering("h0", also={"contrast": 1.0}), "corrections", "contrast is of the tier contrast"),
     ],
 )
 def test_what_does_not_go_together_is_told(bank: Bank, steering: Steering, field: str, message: str) -> None:
@@ -96,7 +96,7 @@ def test_what_does_not_go_together_is_told(bank: Bank, steering: Steering, field
 
 
 @pytest.mark.parametrize(
-    ("steering", "field"), [(Steering("no"), "correction"), (Steering("h0", also={"no": 1.0}), "also")]
+    ("steering", "field"), [(Steering("no"), "correction"), (Steering("h0", also={"no": 1.0}), "corrections")]
 )
 def test_an_unknown_correction_is_told_where_it_stands(bank: Bank, steering: Steering, field: str) -> None:
     with pytest.raises(NotFound) as caught:
@@ -113,10 +113,10 @@ def test_an_unknown_correction_is_told_where_it_stands(bank: Bank, steering: Ste
         ({"rate": 1.5}, "rate"),
         ({"rate": 0.1, "tau": 0.1}, "rate"),
         ({"gate": "loud"}, "gate"),
-        ({"weight": 101.0}, "weight"),
-        ({"also": {"b": math.inf}}, "also.b"),
-        ({"also": {"a": 1.0}}, "also"),
-        ({"also": {str(i): 1.0 for i in range(8)}}, "also"),
+        ({"weight": 101.0}, "corrections.a"),
+        ({"also": {"b": math.inf}}, "corrections.b"),
+        ({"also": {"a": 1.0}}, "corrections"),
+        ({"also": {str(i): 1.0 for i in range(8)}}, "corrections"),
         ({"companion_prompt": ()}, "companion_prompt"),
     ],
 )

@@ -112,6 +112,4 @@ def tiny_lora(
         for path, layer in base.model.named_modules()
         if path.rpartition(".")[2] in LORA_TARGETS
     }
-    return LoraCorrection(
-        name=name, base=base.identity, gate=gate or Gate(tau=1.0), adapter=Adapter(layers, config)
-    )
+    return LoraCorrection(name=name, base=base.identity, gate=gate or Gate(tau=1.0), adapter=Adapter(layers, config))
