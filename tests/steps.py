@@ -80,7 +80,7 @@ def make_inputs(
     top_k: tuple[int, ...] = (5, 20),
     alternatives: int = 0,
 ) -> StepInputs:
-    """Random logits (quantised with `ties`), and one random correction for each entry of top_k, every other with SiLU."""
+    """Random logits (quantised with `ties`), and a random correction for each of top_k, every other with SiLU."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows), vocab, generator=g) * spread
     if ties:
