@@ -6,9 +6,10 @@ writes no slot. What `run` returns is overwritten by the next run.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,15 +49,15 @@ class DecodeGraphs:
         took = time.perf_counter() - began
         print(f"{len(made)} sizes in {took:.1f} s", file=sys.stderr, flush=True)
 
-    def run(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def run(self, ids: npt.ArrayLike, slots: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[Tensor, Tensor]:
         """A token, its slot and its position for each row -> h [rows, hidden] and base logits [rows, vocab]."""
-        rows = len(ids)
+        told = np.array((ids, slots, positions))
+        rows = told.shape[1]
         size = next(size for size in self._sizes if size >= rows)
         where, replay = self._graphs[size]
         host = torch.empty(where.shape, dtype=torch.int64, pin_memory=where.is_cuda)
-        told = host.numpy()
-        told[:, :rows] = np.asarray((ids, slots, positions))
-        told[:, rows:] = _PADDING
+        host.numpy()[:, :rows] = told
+        host.numpy()[:, rows:] = _PADDING
         where.copy_(host, non_blocking=True)
         replay()
         return self._hidden[:rows], self._logits[:rows]

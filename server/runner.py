@@ -6,6 +6,8 @@ the order of their work; companions are computed beside them and have no row of 
 
 import itertools
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,9 +19,10 @@ from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.graphs import DecodeGraphs
-from trimtab.server.inputs import build_inputs
+from trimtab.server.inputs import Sampling, build_inputs
 from trimtab.server.scheduler import Work
 from trimtab.server.sequence import Sequence
+from trimtab.server.slate import Slate
 from trimtab.server.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank
 
@@ -32,6 +35,7 @@ class Runner:
         self.base, self.bank = base, bank
         self.cache = base.new_cache(config.slots, length)
         self._placed: list[Placed] = [base.adapted.place(adapter) for adapter in bank.adapters]
+        self._slate = Slate(config.slots)
         self._step = step_for(base.device)
         capture = capture_for(base.device) if config.graphs else None
         self._graphs = DecodeGraphs(base, self.cache, config.slots, capture) if capture else None
@@ -44,31 +48,39 @@ class Runner:
     def compute(self, work: list[Work]) -> StepRecord | None:
         """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
         rows = [i for i, w in enumerate(work) if w.samples]
-        sampling = [work[i].sequence for i in rows]
-        if any(sequence.companion is not None for sequence in sampling):
-            places = {w.row.slot: i for i, w in enumerate(work)}
-            rows += [places[s.companion.slot] for s in sampling if s.companion is not None]
-        hidden, logits = self._forward(work, rows)
-        if not rows:
+        sequences = [work[i].sequence for i in rows]
+        spans = np.array([(w.row.slot, w.start, w.end, w.row.adapter) for w in work])  # as Span has them
+        own = len(rows)
+        self._slate.note(sequences)
+        sampling = Sampling(sequences, spans[rows, 0], spans[rows, 2])
+        if own and self._slate.paired[sampling.slots].any():
+            places = {slot: i for i, slot in enumerate(spans[:, 0].tolist())}
+            rows += [places[s.companion.slot] for s in sequences if s.companion is not None]
+        hidden, logits = self._forward(work, spans, rows)
+        if not own:
             return None
-        own = len(sampling)
-        inputs = build_inputs(sampling, logits[:own], hidden[:own], self.base.head_weight, self.bank.tensors())
-        record = step_with(self._step, inputs, self._companions(sampling, logits[own:]))
+        inputs = build_inputs(
+            sampling, self._slate, logits[:own], hidden[:own], self.base.head_weight, self.bank.tensors()
+        )
+        record = step_with(self._step, inputs, self._companions(sequences, logits[own:]))
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
-    def _forward(self, work: list[Work], rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _forward(self, work: list[Work], spans: npt.NDArray[np.int64], rows: list[int]) -> tuple[Tensor, Tensor]:
         """Compute the work. -> h [rows, hidden] and base logits [rows, vocab] after the last tokens of some of it.
 
         A graph holds the base alone, and one token a row: adapters and chunks run without.
         """
-        if self._graphs is not None and all(w.end - w.start == 1 and w.row.adapter == NO_ADAPTER for w in work):
-            ids = [w.row.tokens[w.start] for w in work]
-            hidden, logits = self._graphs.run(ids, [w.row.slot for w in work], [w.start for w in work])
-            return (hidden, logits) if rows == list(range(len(work))) else (hidden[rows], logits[rows])
-        batch = KVBatch(self.cache, [Span(w.row.slot, w.start, w.end, w.row.adapter) for w in work], self._placed)
-        tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
-        hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
-        return hidden, self.base.logits(hidden)
+        slots, starts, ends, adapters = spans.T
+        if self._graphs is not None and (ends - starts).max() == 1 and adapters.max() == NO_ADAPTER:
+            hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
+            if rows == list(range(len(work))):
+                return hidden, logits
+        else:
+            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._placed)
+            tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
+            hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
+            return hidden, self.base.logits(hidden)
+        return hidden[rows], logits[rows]
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
         """logits: [companions, vocab], in the order of their sequences."""
