@@ -119,6 +119,18 @@ class Core:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._scheduler.abort(request_id, index)
 
+    def amend(self, request_id: str, index: int, token: int) -> None:
+        """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
+        sequence = self._scheduler.running[request_id, index]
+        assert not sequence.penalised, "penalties have counted the token that was sampled"
+        for row in sequence.rows:
+            row.tokens[-1] = token
+
+    def forget(self) -> None:
+        """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
+        assert not self.busy, "a core that is busy cannot forget"
+        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
+
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""
         work = self._scheduler.plan()
