@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.steering.config import ROUTES, FitConfig
+from trimtab.steering.config import FitConfig
 from trimtab.steering.machine import hardware, versions
 from trimtab.steering.report import to_markdown
 
@@ -50,9 +50,9 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     """A correction: how it was made, and its own report."""
     made = fit["provenance"]
     config = made.get("config", {})
-    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)} | ROUTES.get(
-        config.get("via"), {}
-    )
+    route = {name: config[name] for name in ("tier", "via", "teacher", "gate", "lora_preset") if name in config}
+    plain, defaults = (dataclasses.asdict(FitConfig(**chosen)) for chosen in ({}, route))
+    defaults |= {name: plain[name] for name in route}
     command = ["trimtab", "fit", "--out", str(folder)]
     for name, value in config.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):

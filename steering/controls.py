@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import BaseIdentity, Correction
-from trimtab.steering.features import Features
+from trimtab.steering.features import Features, gate_of
 from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
 from trimtab.steering.head import Head
 from trimtab.steering.progress import say
@@ -46,7 +46,7 @@ def match(
     plain, reached = (measure(head, measured, rows, config, s) for s in (1.0, strength))
     words = f"held-out KL {plain:.3f}, brought to {reached:.3f} (the correction's: {kl:.3f}) by strength {strength:.2f}"
     say(kind, words + (", the limit: it pushes less than the correction" if strength >= STRENGTH_LIMIT else ""))
-    correction = head.correction(kind, config.top_k, config.tau, base, strength)
+    correction = head.correction(kind, config.top_k, gate_of(config), base, strength)
     return dataclasses.replace(correction, provenance={"kl": reached, "kl_wanted": kl})
 
 

@@ -8,6 +8,7 @@ inputs, config and seed give equal tensors.
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Watched(NamedTuple):
     """What a teacher was seen to do: positions of completions by the base and by the teacher."""
 
     features: Features
-    targets: Tensor  # float32 [n, CANDIDATES]: the teacher's logits of the base's candidates
+    targets: Tensor  # float32 [n, CANDIDATES]: the teacher's log-probabilities of the base's candidates
 
     def at(self, rows: Tensor) -> "Watched":
         """The rows of a mask or of indices."""
@@ -48,20 +49,26 @@ def merge(parts: list[Watched]) -> Watched:
 
 
 def distil(
-    watched: Watched, rows: Tensor, config: FitConfig, learned: Tensor | None = None, stage: str = "distil"
+    watched: Watched,
+    rows: Tensor,
+    config: FitConfig,
+    learned: Tensor | None = None,
+    stage: str = "distil",
+    make: Callable[[Features, Tensor, FitConfig], Head] = start,
 ) -> Distilled:
     """rows: the LM head's weight [vocab, hidden]; learned: which positions to learn from (default: the gated ones;
-    held-out problems never are). Raises TaskError when there is nothing to learn from, or it diverges."""
+    held-out problems never are); make: a head that does nothing yet.
+    Raises TaskError when there is nothing to learn from, or it diverges."""
     features = watched.features
     training = watched.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = watched.at(features.gated & features.held_out)
     count = len(training.targets)
     if not count or not len(measured.targets):
         raise TaskError(
-            f"no position to learn from ({count} fitted, {len(measured.targets)} held out): the model's entropy is "
-            f"seldom above tau {config.tau}; lower --tau"
+            f"no position to learn from ({count} fitted, {len(measured.targets)} held out): the model is seldom "
+            f"above tau {config.tau:g}; lower --tau"
         )
-    head = start(training.features, rows, config)
+    head = make(training.features, rows, config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(config.seed)
     base_kl = measure(head, measured, rows, config)  # an unfitted head is the base
@@ -80,10 +87,10 @@ def distil(
                 step += 1
                 progress.add(1, f"epoch {epoch}, held-out KL to the teacher {best.kl:.4f}")
             kl = measure(head, measured, rows, config)
+            if not math.isfinite(kl):
+                raise TaskError(f"the divergence from the teacher is no number in epoch {epoch}: lower --learning-rate")
             if kl < best.kl:
                 best = best._replace(head=copy.deepcopy(head), kl=kl, epoch=epoch)
-    if not best.epoch:
-        raise TaskError("the head's divergence from the teacher is no number: lower --learning-rate")
     say(stage, f"held-out KL to the teacher {best.kl:.4f}, the base's {base_kl:.4f}; epoch {best.epoch}")
     return best
 

@@ -8,7 +8,7 @@ the token at it; candidates stand in the step kernel's order (logit descending, 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -17,14 +17,15 @@ from torch import Tensor
 from trimtab.server.base import Base
 from trimtab.steering.atomic import write_tensors
 from trimtab.steering.config import CANDIDATES, FitConfig
+from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 
 SHARD = 64  # completions a file
-READ_AT_ONCE = 8  # completions a forward pass
-LOGIT_ROWS = 256  # rows of [rows, vocab] float32 held at a time
+READ_AT_ONCE = {"cpu": 8, "cuda": 64}  # completions a forward pass, by the device's type
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at a time
 
 
 class Features(NamedTuple):
@@ -40,7 +41,7 @@ class Features(NamedTuple):
     item: Tensor  # int32 [n]: index of its completion
     problem: Tensor  # int32 [n]: index of its problem
     held_out: Tensor  # bool [n]: not fitted
-    gated: Tensor  # bool [n]: base entropy above tau
+    gated: Tensor  # bool [n]: the gate opens (always open: base entropy above tau)
     random: Tensor  # bool [n]: in the random draw, of the same size as the gated ones of its completion
 
     def at(self, rows: Tensor) -> "Features":
@@ -64,17 +65,21 @@ def cache_features(
     numbers = {problem: i for i, problem in enumerate(dict.fromkeys(item.problem for item in items))}
 
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
-        return join(_read(base, problems, group, first, numbers, config))._asdict()
+        return _read(base, problems, group, first, numbers, config)._asdict()
 
-    return Features(**read_in_shards(items, folder, stage, read))
+    return Features(**read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
 
 
 def read_in_shards(
-    items: Sequence[Item], folder: Path, stage: str, read: Callable[[Sequence[Item], int], dict[str, Tensor]]
+    items: Sequence[Item],
+    folder: Path,
+    stage: str,
+    at_once: int,
+    read: Callable[[Sequence[Item], int], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Columns of rows, in the items' order, kept in a file for every SHARD completions; finished files are read.
 
-    read: a few completions and the index of the first -> their rows."""
+    read: `at_once` completions and the index of the first -> their rows, on the CPU."""
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
     paths = [folder / f"{i:05d}.safetensors" for i in range(len(shards))]
     done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.exists())
@@ -83,12 +88,17 @@ def read_in_shards(
             if path.exists():
                 continue
             parts = []
-            for at in range(0, len(shard), READ_AT_ONCE):
-                group = shard[at : at + READ_AT_ONCE]
+            for at in range(0, len(shard), at_once):
+                group = shard[at : at + at_once]
                 parts.append(read(group, index * SHARD + at))
                 progress.add(len(group))
             write_tensors(path, _stack(parts))
-    return _stack([load_file(path) for path in paths])
+    return read_shards(folder)
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """All columns that a stage left in its folder."""
+    return _stack([load_file(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:
@@ -106,44 +116,71 @@ def _read(
     first: int,
     numbers: Mapping[str, int],
     config: FitConfig,
-) -> list[Features]:
-    """The kept positions of a few completions; `first` is the index of the first one."""
-    parts = []
-    for number, (item, h) in enumerate(zip(group, states_of(base, problems, group), strict=True), start=first):
-        ids, logits, lse, entropy = _read_logits(base, h, config.temperature)
-        n = len(h)
-        gated = entropy > config.tau
-        random = torch.zeros(n, dtype=torch.bool)
-        random[torch.randperm(n, generator=_generator(config.seed, item))[: int(gated.sum())]] = True
-        rows = Features(
-            h=h.cpu(),
-            ids=ids,
-            logits=logits,
-            lse=lse,
-            chosen=torch.tensor(item.tokens, dtype=torch.int32),
-            advantage=torch.full((n,), item.advantage),
-            position=torch.arange(n, dtype=torch.int32),
-            item=torch.full((n,), number, dtype=torch.int32),
-            problem=torch.full((n,), numbers[item.problem], dtype=torch.int32),
-            held_out=torch.full((n,), item.held_out),
-            gated=gated,
-            random=random,
-        )
-        parts.append(rows.at(gated | random))
-    return parts
+) -> Features:
+    """The kept positions of a few completions; `first` is the index of the first one. One copy from the device."""
+    states = torch.cat(states_of(base, problems, group))
+    h, ids, logits, lse, found = (column.cpu() for column in (states, *_read_logits(base, states, config)))
+    lengths = [len(item.tokens) for item in group]
+
+    def spread(values: list[Any], dtype: torch.dtype) -> Tensor:
+        """A completion's value, at each of its positions."""
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))
+
+    gated = found > config.tau
+    opened = torch.split(gated, lengths)
+    rows = Features(
+        h=h,
+        ids=ids,
+        logits=logits,
+        lse=lse,
+        chosen=torch.tensor([token for item in group for token in item.tokens], dtype=torch.int32),
+        advantage=spread([item.advantage for item in group], torch.float32),
+        position=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
+        item=spread(list(range(first, first + len(group))), torch.int32),
+        problem=spread([numbers[item.problem] for item in group], torch.int32),
+        held_out=spread([item.held_out for item in group], torch.bool),
+        gated=gated,
+        random=torch.cat([_draw(one, _generator(config.seed, item)) for one, item in zip(opened, group, strict=True)]),
+    )
+    return rows.at(rows.gated | rows.random)
 
 
-def _read_logits(base: Base, h: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], entropy in nats [n]."""
+def _draw(opened: Tensor, generator: torch.Generator) -> Tensor:
+    """As many positions as are open, at random: bool [n], as `opened`."""
+    drawn = torch.zeros_like(opened)
+    drawn[torch.randperm(len(opened), generator=generator)[: int(opened.sum())]] = True
+    return drawn
+
+
+def _read_logits(base: Base, h: Tensor, config: FitConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], the gate's statistic [n]."""
     parts = []
-    for rows in torch.split(h, LOGIT_ROWS):
+    for rows in torch.split(h, LOGIT_ROWS[h.device.type]):
         z = base.logits(rows).float()
-        log_p = z.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
         ids, values = rank(z, CANDIDATES)
-        parts.append((ids.int().cpu(), values.cpu(), (z / temperature).logsumexp(-1).cpu(), entropy.cpu()))
-    ids, values, lse, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ids, values, lse, entropy
+        parts.append((ids.int(), values, (z / config.temperature).logsumexp(-1), statistic(z, config.gate)))
+    ids, values, lse, found = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, values, lse, found
+
+
+def statistic(z: Tensor, gate: str) -> Tensor:
+    """What a gate of that kind compares with tau (gate.py), of base logits [n, vocab] in float32 -> [n].
+
+    A gate that is always open has none: the entropy then tells the positions to learn from."""
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    if gate == "margin":
+        best = p.topk(2).values
+        return best[:, 1] - best[:, 0]
+    entropy = -(p * log_p).sum(-1)
+    if gate == "varentropy":
+        return (p * (log_p + entropy[:, None]) ** 2).sum(-1)
+    return entropy
+
+
+def gate_of(config: FitConfig) -> Gate:
+    """The gate of the corrections that a fit makes."""
+    return Gate(config.gate, config.tau)
 
 
 def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -159,6 +196,12 @@ def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def join(parts: Sequence[Features]) -> Features:
     """One after another."""
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def bounds(features: Features, items: int) -> list[int]:
+    """Where each completion's rows begin, and where the last one's end: rows stand in the completions' order."""
+    counts = torch.bincount(features.item, minlength=items)
+    return [0, *counts.cumsum(0).tolist()]
 
 
 def _stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ below its budget (but see `overshoot`). Equal features, config and seed give equ
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,13 +46,13 @@ def fit(
     """features: at gated and random positions; rows: the LM head's weight [vocab, hidden], on the features' device;
     learned: which positions to learn from (default: the gated ones; held-out problems never are).
     overshoot: where the first step already leaves every budget, keep it, for one who will set its strength.
-    Raises TaskError when there is nothing to learn from, or no snapshot within the budgets."""
+    Raises TaskError when there is nothing to learn from, no snapshot within the budgets, or no number for a loss."""
     training = features.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = features.at(features.gated & features.held_out)
     if not len(training.h) or not len(measured.h):
         raise TaskError(
-            f"no position to learn from ({len(training.h)} fitted, {len(measured.h)} held out): the model's entropy is "
-            f"seldom above tau {config.tau}; lower --tau"
+            f"no position to learn from ({len(training.h)} fitted, {len(measured.h)} held out): the model is seldom "
+            f"above tau {config.tau:g}; lower --tau"
         )
     head = start(training, rows, config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -72,10 +72,12 @@ def fit(
             if step > CHECK_EVERY and step % CHECK_EVERY and step != steps_an_epoch * config.epochs:
                 continue
             kl = measure(head, measured, rows, config)
-            while waiting and not kl < waiting[0]:  # NaN counts as too far
+            if not math.isfinite(kl):
+                raise TaskError(f"the loss is no number by step {step}: lower --learning-rate")
+            while waiting and kl >= waiting[0]:
                 taken.append(last._replace(budget=waiting.pop(0)))
             if not waiting:
-                if overshoot and step == 1 and math.isfinite(kl):
+                if overshoot and step == 1:
                     taken.append(Snapshot(head, max(budgets), kl, step, True))
                 break
             last = Snapshot(copy.deepcopy(head), waiting[0], kl, step, True)
@@ -103,14 +105,21 @@ def match_strength(head: Head, features: Features, rows: Tensor, kl: float, conf
 
     STRENGTH_LIMIT where even that is less."""
     measured = features.at(features.gated & features.held_out)
+    return bisect(lambda strength: measure(head, measured, rows, config, strength), kl)
+
+
+def bisect(kl_at: Callable[[float], float], kl: float) -> float:
+    """The strength up to STRENGTH_LIMIT at which a divergence that grows with it is `kl`, or just below."""
+    if kl_at(STRENGTH_LIMIT) < kl:
+        return STRENGTH_LIMIT
     low, high = 0.0, STRENGTH_LIMIT
     for _ in range(20):
         middle = (low + high) / 2
-        if measure(head, measured, rows, config, middle) < kl:
+        if kl_at(middle) < kl:
             low = middle
         else:
             high = middle
-    return round(low, 4)
+    return math.floor(low * 1e4) / 1e4
 
 
 def start(training: Features, rows: Tensor, config: FitConfig) -> Head:
@@ -119,7 +128,8 @@ def start(training: Features, rows: Tensor, config: FitConfig) -> Head:
     used, counts = torch.unique(training.ids[:, : config.top_k], return_counts=True)
     norms = rows[used.long()].float().pow(2).sum(1)  # squared, of each candidate's row
     row_scale = float(((norms * counts).sum() / counts.sum()).sqrt())
-    return Head(rows.shape[1], config.rank, config.cap, hidden_scale, row_scale, config.seed).to(rows.device)
+    shape = (rows.shape[1], config.rank, config.cap, hidden_scale, row_scale, config.seed, config.activation)
+    return Head(*shape).to(rows.device)
 
 
 def _change(head: Head, batch: Features, rows: Tensor, config: FitConfig, strength: float = 1.0) -> Change:

@@ -5,7 +5,7 @@ things about T, a line each (`three`). A model of 135M parameters gets about hal
 needs; it cannot do sums.
 
 Invariant: problem i of a split depends on the split and the seed only (so a longer list starts with the shorter one),
-prompts within a split are distinct, and the two splits share no word, topic or prompt.
+prompts within a split are distinct, and no two splits share a word, topic or prompt.
 """
 
 import random
@@ -15,11 +15,22 @@ from typing import Any
 
 from trimtab.errors import TaskError
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.words import HELD_OUT_TOPICS, HELD_OUT_WORDS, TRAIN_TOPICS, TRAIN_WORDS
+from trimtab.steering.words import (
+    HELD_OUT_TOPICS,
+    HELD_OUT_WORDS,
+    TRAIN_TOPICS,
+    TRAIN_WORDS,
+    VALIDATION_TOPICS,
+    VALIDATION_WORDS,
+)
 
 KINDS = ("one", "two", "end", "three")
 
-_POOLS = {"train": (TRAIN_WORDS, TRAIN_TOPICS), "held-out": (HELD_OUT_WORDS, HELD_OUT_TOPICS)}
+_POOLS = {
+    "train": (TRAIN_WORDS, TRAIN_TOPICS),
+    "validation": (VALIDATION_WORDS, VALIDATION_TOPICS),
+    "held-out": (HELD_OUT_WORDS, HELD_OUT_TOPICS),
+}
 _SENTENCE_END = re.compile(r'[.!?]+(?:\s|$|")')
 _WORD = re.compile(r"[a-z']+")
 
@@ -56,6 +67,9 @@ class Instructions:
     def score(self, problem: Problem, completion: str) -> float:
         """1.0 when the completion does what was asked, else 0.0."""
         return float(follows(completion, problem.answer))
+
+    def extract(self, completion: str) -> None:
+        """A sentence is no answer that completions could agree on."""
 
 
 def ask(kind: str, topic: str, first: str, second: str) -> str:

@@ -1,18 +1,21 @@
-"""A LoRA by the paper's method: advantage-weighted likelihood where the base is unsure, an anchor everywhere else.
+"""A LoRA on the base, learned from rewards by the paper's method, or from what a tuned model does.
 
 For a completion of advantage A, with pi the adapted model and p the base at temperature 1:
 
     - A * mean over open positions of log pi(sampled token)  +  lora_kl * mean over the others of KL(p || pi)
 
-A step takes the mean over `lora_batch` completions: accumulation over batches of one. Those that say most come first:
-by |A| * share of open positions.
+For a lesson of a teacher's, the first part is the mean over open positions of KL(teacher || pi), where tokens beyond
+the base's CANDIDATES best ones count as one. A step takes the mean over `lora_batch` completions: accumulation over
+batches of one. Those that say most come first: by |A| * share of open positions.
 
 Invariant: the folder ends as plain PEFT files (adapter_config.json, adapter_model.safetensors; no pickle), the same
-bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on.
+bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on. (On CUDA the
+backward pass adds in an order of its own, so two runs agree up to rounding.)
 
     train(base, lessons(base, problems, items, features), config, folder)
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from trimtab.server.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_json, write_tensors
 from trimtab.steering.config import FitConfig
-from trimtab.steering.features import Features
+from trimtab.steering.features import Features, bounds
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import encode
@@ -37,7 +40,15 @@ from trimtab.steering.teacher import without_peft_warnings
 
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
-TOKENS_AT_ONCE = 2048  # padded tokens a forward pass; a step of more takes several
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # padded tokens a forward pass; a step of more takes several
+LEAST_REST = 1e-7  # probability beyond the candidates: rounding may leave less than none
+
+
+class Target(NamedTuple):
+    """A teacher's log-probabilities of some tokens at a completion's open positions, on the CPU."""
+
+    ids: Tensor  # int32 [open, CANDIDATES]
+    log_p: Tensor  # float32 [open, CANDIDATES]
 
 
 class Lesson(NamedTuple):
@@ -45,27 +56,55 @@ class Lesson(NamedTuple):
 
     prompt: tuple[int, ...]
     tokens: Sequence[int]
-    open: list[bool]  # a token: the base's entropy before it was above tau
+    open: list[bool]  # a token: the base's gate was open before it
     advantage: float
+    target: Target | None = None  # what to imitate; None: the advantage says what to make likelier
 
 
 class Objective(NamedTuple):
     """The two parts of the loss, summed over completions."""
 
-    likelihood: Tensor
+    likelihood: Tensor  # or the divergence from the teacher
     anchor: Tensor
 
 
 def lessons(base: Base, problems: Mapping[str, Problem], items: Sequence[Item], features: Features) -> list[Lesson]:
     """The completions that are not held out, in the order in which they are learned. features: of these items."""
-    found = [Lesson(encode(base, problems[i.problem]), i.tokens, [False] * len(i.tokens), 0.0) for i in items]
+    found = [lesson for lesson, item in _lessons(base, problems, items, features) if not item.held_out]
+    return sorted(found, key=lambda one: -abs(one.advantage) * sum(one.open) / len(one.open))
+
+
+def imitations(
+    base: Base, problems: Mapping[str, Problem], parts: Sequence[tuple[Sequence[Item], Features, Tensor]], seed: int
+) -> list[Lesson]:
+    """The same to imitate a teacher, in an order drawn at random.
+
+    parts: completions, their features, and the teacher's log-probabilities [n, CANDIDATES] at the features' rows."""
+    found = []
+    for items, features, targets in parts:
+        begins = bounds(features, len(items))
+        ids, log_p, gated = features.ids.cpu(), targets.cpu(), features.gated.cpu()
+        for number, (lesson, item) in enumerate(_lessons(base, problems, items, features)):
+            rows = slice(begins[number], begins[number + 1])
+            opened = gated[rows]
+            if not item.held_out:
+                found.append(lesson._replace(target=Target(ids[rows][opened], log_p[rows][opened])))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return [found[i] for i in order.tolist()]
+
+
+def _lessons(
+    base: Base, problems: Mapping[str, Problem], items: Sequence[Item], features: Features
+) -> Iterator[tuple[Lesson, Item]]:
+    """A lesson for each item. Features, not items, say the advantage: a control deals it anew."""
+    prompts = {i.problem: encode(base, problems[i.problem]) for i in items}
+    found = [Lesson(prompts[i.problem], i.tokens, [False] * len(i.tokens), 0.0) for i in items]
     columns = (features.item, features.position, features.advantage)
     rows = (column[features.gated].tolist() for column in columns)
     for item, position, advantage in zip(*rows, strict=True):
         found[item].open[position] = True
         found[item] = found[item]._replace(advantage=advantage)
-    fitted = [lesson for lesson, item in zip(found, items, strict=True) if not item.held_out]
-    return sorted(fitted, key=lambda one: -abs(one.advantage) * sum(one.open) / len(one.open))
+    return zip(found, items, strict=True)
 
 
 def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path, stage: str = "lora") -> None:
@@ -86,19 +125,18 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             for group in optimizer.param_groups:
                 group["lr"] = config.lora_rate * min(1.0, (step + 1) / config.lora_warmup)
             optimizer.zero_grad()
-            likelihood, anchor = 0.0, 0.0
-            for part in _split(batch):
+            parts = []
+            for part in _split(batch, TOKENS_AT_ONCE[base.device.type]):
                 found = objective(tuned, part)
                 loss = (found.likelihood + config.lora_kl * found.anchor) / len(batch)
                 loss.backward()  # type: ignore[no-untyped-call]
-                likelihood += float(found.likelihood.detach())
-                anchor += float(found.anchor.detach())
+                parts.append(torch.stack(found).detach())
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), GRADIENT_LIMIT)
-            if not torch.isfinite(norm):
-                raise TaskError(f"the LoRA's loss diverged at step {step + 1} of {steps}: lower --lora-rate")
+            first, anchor = (torch.stack(parts).sum(0) / len(batch)).tolist()
+            if not math.isfinite(first + anchor + float(norm)):
+                raise TaskError(f"the LoRA's loss is no number at step {step + 1} of {steps}: lower --lora-rate")
             optimizer.step()
-            shown = f"loss {likelihood / len(batch):+.3f}, KL elsewhere {anchor / len(batch):.4f}"
-            progress.add(1, f"{shown}, gradient {float(norm):.2f}")
+            progress.add(1, f"loss {first:+.3f}, KL elsewhere {anchor:.4f}, gradient {float(norm):.2f}")
             if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
                 _checkpoint(checkpoint, step + 1, named, optimizer)
     write(tuned, base, folder)
@@ -126,42 +164,66 @@ def put_on(base: Base, config: FitConfig) -> Any:
 
 
 def objective(tuned: Any, batch: Sequence[Lesson]) -> Objective:
-    """The loss's parts of a few completions."""
-    rows = [(i, t) for i, lesson in enumerate(batch) for t in range(len(lesson.tokens))]
-    device = tuned.device
-    is_open = torch.tensor([batch[i].open[t] for i, t in rows], device=device)
-    sampled = torch.tensor([batch[i].tokens[t] for i, t in rows], device=device)
-    advantage = torch.tensor([batch[i].advantage for i, _ in rows], device=device)
-    counts = [(max(1, sum(one.open)), max(1, len(one.open) - sum(one.open))) for one in batch]
-    share = torch.tensor([1 / counts[i][0 if batch[i].open[t] else 1] for i, t in rows], device=device)
-    log_pi = _log_probabilities(tuned, batch, rows)
-    chosen = log_pi[is_open].gather(1, sampled[is_open, None])[:, 0]
-    likelihood = -(advantage * share)[is_open] @ chosen
+    """The loss's parts of a few completions: all taught by advantage, or all by a teacher."""
+    spots = [(i, t) for i, lesson in enumerate(batch) for t in range(len(lesson.tokens))]
+    opened = [(i, t) for i, t in spots if batch[i].open[t]]
+    closed = [(i, t) for i, t in spots if not batch[i].open[t]]
+    counts = [sum(lesson.open) for lesson in batch]
+
+    def place(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=tuned.device)
+
+    log_pi = _log_probabilities(tuned, batch, opened + closed)
+    at_open, elsewhere = log_pi[: len(opened)], log_pi[len(opened) :]
+    if batch[0].target is None:
+        sampled = torch.tensor([batch[i].tokens[t] for i, t in opened], dtype=torch.long, device=tuned.device)
+        weight = place([-batch[i].advantage / counts[i] for i, _ in opened])
+        first = weight @ at_open.gather(1, sampled[:, None])[:, 0]
+    else:
+        first = place([1 / counts[i] for i, _ in opened]) @ _divergence(at_open, [one.target for one in batch])
     with torch.no_grad(), tuned.disable_adapter():
-        log_p = _log_probabilities(tuned, batch, [row for row, o in zip(rows, is_open.tolist(), strict=True) if not o])
-    anchor = share[~is_open] @ (log_p.exp() * (log_p - log_pi[~is_open])).sum(1)
-    return Objective(likelihood, anchor)
+        log_p = _log_probabilities(tuned, batch, closed)
+    weight = place([1 / (len(batch[i].open) - counts[i]) for i, _ in closed])
+    return Objective(first, weight @ (log_p.exp() * (log_p - elsewhere)).sum(1))
 
 
-def _log_probabilities(tuned: Any, batch: Sequence[Lesson], rows: Sequence[tuple[int, int]]) -> Tensor:
-    """log pi(. | what came before token t of completion i), [rows, vocab] in float32."""
+def _divergence(log_pi: Tensor, targets: Sequence[Target | None]) -> Tensor:
+    """KL(teacher || pi) [rows], tokens without a target counted as one; log_pi [rows, vocab]."""
+    given = [target for target in targets if target is not None]
+    assert len(given) == len(targets), "a batch has one kind of lesson"
+    ids, teacher = (torch.cat(column).to(log_pi.device) for column in zip(*given, strict=True))
+    mine = log_pi.gather(1, ids.long())
+    pi, p = mine.exp(), teacher.exp()
+    rest, rest_of_teacher = ((1 - q.sum(1)).clamp(min=LEAST_REST) for q in (pi, p))
+    return (p * (teacher - mine)).sum(1) + rest_of_teacher * (rest_of_teacher / rest).log()
+
+
+def _log_probabilities(tuned: Any, batch: Sequence[Lesson], spots: Sequence[tuple[int, int]]) -> Tensor:
+    """log pi(. | what came before token t of completion i), [spots, vocab] in float32."""
     model = tuned.get_base_model()
     sequences = [[*lesson.prompt, *lesson.tokens[:-1]] for lesson in batch]
     length = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (length - len(s)) for s in sequences], device=tuned.device)
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=tuned.device)
     states = model.get_decoder()(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    index = torch.tensor([(i, len(batch[i].prompt) - 1 + t) for i, t in rows], dtype=torch.long, device=tuned.device)
-    index = index.view(-1, 2)  # there may be no row
-    log_pi: Tensor = read_logits(model, states[index[:, 0], index[:, 1]]).float().log_softmax(-1)
+    at = torch.tensor([i * length + len(batch[i].prompt) - 1 + t for i, t in spots], dtype=torch.long)
+    log_pi: Tensor = read_logits(model, states.flatten(0, 1)[at.to(tuned.device)]).float().log_softmax(-1)
     return log_pi
 
 
-def _split(batch: Sequence[Lesson]) -> Iterator[Sequence[Lesson]]:
-    """Parts of at most TOKENS_AT_ONCE padded tokens, of one completion at least."""
-    longest = max(len(lesson.prompt) + len(lesson.tokens) for lesson in batch)
-    size = max(1, TOKENS_AT_ONCE // longest)
-    return (batch[i : i + size] for i in range(0, len(batch), size))
+def _split(batch: Sequence[Lesson], tokens: int) -> Iterator[Sequence[Lesson]]:
+    """Parts of at most so many padded tokens, of one completion at least; the short ones together."""
+    part: list[Lesson] = []
+    for lesson in sorted(batch, key=_length):
+        if part and _length(lesson) * (len(part) + 1) > tokens:
+            yield part
+            part = []
+        part.append(lesson)
+    yield part
+
+
+def _length(lesson: Lesson) -> int:
+    return len(lesson.prompt) + len(lesson.tokens)
 
 
 def _checkpoint(path: Path, step: int, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

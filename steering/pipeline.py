@@ -1,15 +1,16 @@
 """`trimtab fit` and `trimtab distill`: from a task to a correction's folder, stage by stage.
 
     rollouts -> select -> features -> a route (routes.py): candidates -> validate (choose one)
-             -> controls -> report on held-out problems -> correction.json, correction.safetensors, report.md
+             -> controls -> report on held-out problems -> correction.json, report.md
 
 Invariant: each stage reads what the one before it wrote, writes files whole or not at all, and does nothing that is
 done. So a killed run, started again, continues; and `correction.json` exists only when everything before it does.
 
-    DIR/correction.json, correction.safetensors, report.md      what ships
+    DIR/correction.json, its tier's other files, report.md      what ships
     DIR/controls/<kind>/                                        what it was compared with: `trimtab eval` finds them
     DIR/lora/                                                   via lora: the teacher, as a PEFT folder
     DIR/run/                                                    the work; may be deleted afterwards
+    DIR/run/timings.json                                        seconds by stage
 """
 
 import dataclasses
@@ -20,28 +21,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base
 from trimtab.steering import report as reports
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
+from trimtab.steering.clock import Clock
 from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.folder import load, save
-from trimtab.steering.machine import describe
+from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
-from trimtab.steering.routes import SELECT, Route, Study, choose_route
+from trimtab.steering.routes import SELECT, Route, choose_route
 from trimtab.steering.selection import Item
+from trimtab.steering.study import Study
 from trimtab.steering.tasks import Task, fingerprint
 
 
 class Problems(NamedTuple):
-    """Disjoint sets: `training` and `validation` are of the train split, `test` is held out."""
+    """Disjoint sets: to learn from, to choose on, to judge on."""
 
     training: list[Problem]
     validation: list[Problem]
@@ -56,44 +59,60 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     torch.set_num_threads(config.threads)
     work = out / "run"
     problems = _split(task, config)
-    _begin(work, config, base, task, teacher)
-    rollouts = _roll_out(work, config, base, task, problems.training)
+    digest = fingerprint([problem for some in problems for problem in some])
+    _begin(work, config, base, digest, teacher)
+    clock = Clock(work / "timings.json", where(base, config.threads))
+    with clock.time("rollouts"):
+        rollouts = _roll_out(work, config, base, task, problems.training)
     items = SELECT[config.via](rollouts, config)
-    features = _learn_from(work, config, base, problems.training, items)
+    with clock.time("features"):
+        features = _learn_from(work, config, base, problems.training, items)
     used = {item.problem for item in items}
-    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work)
+    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work, clock)
     route = choose_route(study, teacher)
     candidates = _keep(work / "candidates", route.candidates)
-    chosen = _choose(work, config, base, task, problems.validation, candidates)
+    with clock.time("validation"):
+        chosen = _choose(work, config, base, task, problems.validation, candidates)
     controls = _fit_controls(work, route, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
     exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
-    report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
+    with clock.time("report"):
+        report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
     shipped = dataclasses.replace(
-        correction, report=report, provenance=_provenance(route, config, base, task, rollouts, features, chosen)
+        correction, report=report, provenance=_provenance(route, config, base, task, digest, rollouts, features, chosen)
     )
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
         save(control, out / "controls" / control.name)
-    if config.via == "lora":
+    if config.via == "lora":  # a PEFT folder of its own; of the tier lora, `out` itself is one
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             write_bytes(out / "lora" / name, (work / "lora" / name).read_bytes())
     save(shipped, out)
+    say("timings", f"{clock}; on {where(base, config.threads)}")
     say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
     return shipped
 
 
 def _split(task: Task, config: FitConfig) -> Problems:
-    train = task.problems("train", config.problems + config.validation_problems)
-    held_out = task.problems("held-out", config.test_problems)
-    return Problems(train[: config.problems], train[config.problems :], held_out)
+    problems = Problems(
+        task.problems("train", config.problems),
+        task.problems("validation", config.validation_problems),
+        task.problems("held-out", config.test_problems),
+    )
+    shared = {p.id for p in problems.training} & {p.id for p in problems.validation}
+    if shared:
+        needed = config.problems + config.validation_problems
+        raise TaskError(
+            f"{task.name} has {needed - len(shared)} train problems; {needed} are needed ({config.problems} to learn "
+            f"from, {config.validation_problems} to choose on): ask for fewer or add lines"
+        )
+    return problems
 
 
-def _begin(work: Path, config: FitConfig, base: Base, task: Task, teacher: Base | None) -> None:
+def _begin(work: Path, config: FitConfig, base: Base, problems: str, teacher: Base | None) -> None:
     """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
     path = work / "run.json"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    problems = fingerprint(task, config.problems + config.validation_problems, config.test_problems)
     identity = dataclasses.asdict(base.identity) | {**_place(base), "problems": problems}
     if teacher is not None:
         identity["teacher"] = teacher.identity.fingerprint
@@ -147,6 +166,8 @@ def _choose(
     work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem], candidates: list[Correction]
 ) -> Correction:
     """The candidate that does best on the validation problems; of equals, the one that changes least."""
+    if len(candidates) == 1:
+        return candidates[0]
     bank = Bank(base.hidden, base.device)
     for candidate in candidates:
         bank.add(candidate)
@@ -175,6 +196,11 @@ def _sampling(config: FitConfig, samples: int) -> Sampling:
     return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
 
 
+def where(base: Base, threads: int) -> str:
+    """What a run's seconds were spent on."""
+    return f"{hardware(describe())} ({base.device.type}, {base.dtype}, {threads} threads)".replace("torch.", "")
+
+
 def _place(base: Base) -> dict[str, Any]:
     """What "auto" came to."""
     return {"dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
@@ -185,6 +211,7 @@ def _provenance(
     config: FitConfig,
     base: Base,
     task: Task,
+    problems: str,
     rollouts: Sequence[Rollout],
     features: Features,
     chosen: Correction,
@@ -195,7 +222,7 @@ def _provenance(
         "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
-        "problems_sha256": fingerprint(task, config.problems + config.validation_problems, config.test_problems),
+        "problems_sha256": problems,
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
         "mixed_problems": len(set(features.problem.tolist())),

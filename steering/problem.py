@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-Split = Literal["train", "held-out"]
+Split = Literal["train", "validation", "held-out"]  # to learn from, to choose on, to judge on
 
 
 class Problem(NamedTuple):

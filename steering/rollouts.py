@@ -1,32 +1,39 @@
 """Rollouts: completions sampled by this engine, with their rewards, kept in files of a few problems each.
 
-Invariant: the random numbers of a completion depend on (seed, problem, sample) alone, and a file appears whole when its
-problems are finished. So a killed run loses no finished file, and a resumed one continues the same draws. What it draws
-with them is the same in float32; in bfloat16 up to rounding, which differs with what else is in the batch and which
-sampling may turn into another completion.
+Invariant: no finished completion is lost. Each is appended to a journal beside its file and flushed to the disk; the
+file appears whole when all of its completions are finished, the same bytes whether or not the run was killed before.
+For a completion's random numbers depend on (seed, problem, sample) alone, and in float32 so does what it draws with
+them. In bfloat16 that depends on the rounding of what else is in the batch, which sampling may turn into another
+completion: so a file is sampled from an empty engine, and a resumed one again as a whole; there those that were
+finished stay what they were, and merely keep the others company.
 
     rollouts = collect(core, task, problems, Sampling(samples=8, seed=1), Path("run/rollouts"), "rollouts")
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from trimtab.errors import EngineFailure, TaskError
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.request import Event, Request, SamplingParams, Steering
-from trimtab.steering.atomic import write_text
+from trimtab.steering.atomic import write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
+from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.tasks import Task
 
-FILE_PROBLEMS = 8  # problems a file
+FILE_ROUNDS = 8  # completions a file, for each slot: at its end slots idle, the less the more rounds there were
 
 
 class Sampling(NamedTuple):
@@ -51,6 +58,8 @@ class Rollout(NamedTuple):
     open: int
     fired: int
     flips: int
+    kl: float = 0.0  # nats, KL(base || steered) summed over steps; to two places, as its last bits vary with the batch
+    marks: Mapping[str, float] | None = None  # what an analysis counted on the way
 
 
 def collect(
@@ -62,25 +71,74 @@ def collect(
     stage: str,
     steering: Steering | None = None,
 ) -> list[Rollout]:
-    """All rollouts of `problems`, by problem and sample. Files already in the folder are read, not sampled again."""
-    groups = [problems[i : i + FILE_PROBLEMS] for i in range(0, len(problems), FILE_PROBLEMS)]
-    paths = [folder / f"{i:05d}.jsonl" for i in range(len(groups))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    total = len(problems) * sampling.samples
-    done = total - sum(len(groups[i]) for i in missing) * sampling.samples
-    home = {problem.id: i for i in missing for problem in groups[i]}
-    finished: dict[int, list[Rollout]] = {i: [] for i in missing}
-    passed = 0.0
-    with Progress(stage, total, "completions", done) as progress:
-        wanted = [problem for i in missing for problem in groups[i]]
-        for count, rollout in enumerate(_sample(core, task, wanted, sampling, steering or Steering()), start=1):
-            at = home[rollout.problem]
-            finished[at].append(rollout)
-            if len(finished[at]) == len(groups[at]) * sampling.samples:
-                _write(paths[at], groups[at], finished.pop(at))
-            passed += rollout.reward
-            progress.add(1, f"pass@1 {passed / count:.3f}")
-    return [rollout for path in paths for rollout in _read(path)]
+    """All rollouts of `problems`, by problem and sample. What is in the folder is read, not sampled again."""
+
+    def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+        return _sample(core, task, group, sampling, steering or Steering(), finished)
+
+    return gather(problems, sampling.samples, core.config.slots, folder, stage, draw)
+
+
+Draw = Callable[[Sequence[Problem], Sequence[Rollout]], Iterator[list[Rollout]]]
+
+
+def gather(
+    problems: Sequence[Problem], samples: int, slots: int, folder: Path, stage: str, draw: Draw
+) -> list[Rollout]:
+    """As `collect`, however they are drawn: draw(a file's problems, what is finished) yields the others as they end."""
+    size = -(-FILE_ROUNDS * slots // samples)
+    groups = [problems[i : i + size] for i in range(0, len(problems), size)]
+    journals = [Journal(folder / f"{i:05d}.jsonl") for i in range(len(groups))]
+    known = [journal.read() for journal in journals]
+    done = sum(map(len, known))
+    passed = sum(rollout.reward for found in known for rollout in found)
+    with Progress(stage, len(problems) * samples, "completions", done) as progress:
+        for group, journal, finished in zip(groups, journals, known, strict=True):
+            if journal.path.exists():
+                continue
+            for some in draw(group, list(finished)):
+                journal.append(some)
+                finished += some
+                done += len(some)
+                passed += sum(rollout.reward for rollout in some)
+                progress.add(len(some), f"pass@1 {passed / done:.3f}")
+            journal.finish(group)
+    return [rollout for journal in journals for rollout in journal.read()]
+
+
+class Journal:
+    """A file of rollouts: whole at `path`, or growing beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._growing = path.with_suffix(".journal")
+
+    def read(self) -> list[Rollout]:
+        """What is there. A kill may have cut the growing file's last line: it is cut off."""
+        if self.path.exists():
+            self._growing.unlink(missing_ok=True)  # a kill came between the file and this
+            return _parse(self.path.read_bytes())
+        if not self._growing.exists():
+            return []
+        content = self._growing.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes(self._growing, whole)
+        return _parse(whole)
+
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Returns when they are on the disk."""
+        self._growing.parent.mkdir(parents=True, exist_ok=True)
+        with self._growing.open("ab") as file:
+            file.write(_lines(rollouts))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, problems: Sequence[Problem]) -> None:
+        """All rollouts of these problems are there: write the file, in their order."""
+        order = {problem.id: i for i, problem in enumerate(problems)}
+        write_bytes(self.path, _lines(sorted(self.read(), key=lambda r: (order[r.problem], r.sample))))
+        self._growing.unlink()
 
 
 def encode(base: Base, problem: Problem) -> tuple[int, ...]:
@@ -99,6 +157,15 @@ def encode(base: Base, problem: Problem) -> tuple[int, ...]:
     return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def encode_beside(base: Base, problem: Problem, prompt: str) -> tuple[int, ...]:
+    """What a contrast's companion reads beside this problem: `prompt` in place of its last message, or of its text."""
+    if problem.messages is None:
+        ids = encode(base, problem._replace(prompt=prompt))
+        return ids or (min(base.eos),)  # an empty text has no token, and a model reads one at least
+    last = {**problem.messages[-1], "content": prompt}
+    return encode(base, problem._replace(messages=(*problem.messages[:-1], last)))
+
+
 def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: int, slots: int, threads: int) -> Core:
     """An engine with room for these problems and no more. Raises TaskError for a prompt that fills the context."""
     longest, problem = max((len(encode(base, p)), p.id) for p in problems)
@@ -115,30 +182,63 @@ def problem_seed(seed: int, problem: str) -> int:
 
 
 def _sample(
-    core: Core, task: Task, problems: Sequence[Problem], sampling: Sampling, steering: Steering
-) -> Iterator[Rollout]:
-    """Rollouts in the order in which they end."""
+    core: Core,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    steering: Steering,
+    finished: Sequence[Rollout],
+) -> Iterator[list[Rollout]]:
+    """Rollouts that are not among `finished`, a step's at a time, from an empty engine."""
     by_id = {problem.id: problem for problem in problems}
-    requests = (_request(core.base, problem, sampling, steering) for problem in problems)
+    known = {(rollout.problem, rollout.sample) for rollout in finished}
+    skipped = known if core.base.dtype == torch.float32 else frozenset()
     live: dict[tuple[str, int], list[Event]] = {}
-    for event in core.run(requests):
-        events = live.setdefault((event.request_id, event.index), [])
-        events.append(event)
-        if event.finish == "error":
-            raise EngineFailure(f"sampling problem {event.request_id!r} failed: {event.error}")
-        if event.finish is not None:
-            del live[event.request_id, event.index]
-            yield _rollout(core.base, task, by_id[event.request_id], events)
+    core.forget()
+    for events in _run(core, [request_for(core, problem, sampling, steering) for problem in problems], skipped):
+        ended = []
+        for event in events:
+            key = (event.request_id, event.index)
+            live.setdefault(key, []).append(event)
+            if event.finish == "error":
+                raise EngineFailure(f"sampling problem {event.request_id!r} failed: {event.error}")
+            if event.finish is not None:
+                own = live.pop(key)
+                if key not in known:
+                    ended.append(_rollout(core.base, task, by_id[event.request_id], own))
+        if ended:
+            yield ended
 
 
-def _request(base: Base, problem: Problem, sampling: Sampling, steering: Steering) -> Request:
+def _run(core: Core, requests: Sequence[Request], skipped: Set[tuple[str, int]]) -> Iterator[list[Event]]:
+    """Feed requests as slots free up, without the samples to skip. Yields each step's events."""
+    pending = iter(requests)
+    while True:
+        while core.waiting < core.config.slots and (request := next(pending, None)) is not None:
+            core.submit(request)
+            for index in range(request.n):
+                if (request.id, index) in skipped:
+                    core.abort(request.id, index)
+        if not core.busy:
+            return
+        yield core.step()
+
+
+def request_for(core: Core, problem: Problem, sampling: Sampling, steering: Steering, alternatives: int = 0) -> Request:
+    """All of a problem's samples. alternatives: most likely tokens to report at each step."""
     drawn = SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=problem_seed(sampling.seed, problem.id),
         max_tokens=sampling.max_tokens,
+        alternatives=alternatives,
     )
-    return Request(problem.id, encode(base, problem), drawn, steering, n=sampling.samples)
+    if steering.correction is not None and steering.companion_prompt is None:
+        chosen = core.bank.get(steering.correction)
+        if isinstance(chosen, ContrastCorrection):
+            beside = encode_beside(core.base, problem, chosen.prompt)
+            steering = dataclasses.replace(steering, companion_prompt=beside)
+    return Request(problem.id, encode(core.base, problem), drawn, steering, n=sampling.samples)
 
 
 def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> Rollout:
@@ -156,15 +256,14 @@ def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> R
         open=sum(r.open for r in receipts),
         fired=sum(r.fired for r in receipts),
         flips=sum(r.flip for r in receipts),
+        kl=round(sum(getattr(r, "kl", 0.0) for r in receipts), 2),
     )
 
 
-def _write(path: Path, problems: Sequence[Problem], rollouts: list[Rollout]) -> None:
-    order = {problem.id: i for i, problem in enumerate(problems)}
-    rollouts = sorted(rollouts, key=lambda r: (order[r.problem], r.sample))
-    write_text(path, "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in rollouts))
+def _lines(rollouts: Sequence[Rollout]) -> bytes:
+    return "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in rollouts).encode()
 
 
-def _read(path: Path) -> list[Rollout]:
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _parse(content: bytes) -> list[Rollout]:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in content.decode().split("\n") if line]
     return [Rollout(**line) for line in lines]

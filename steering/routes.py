@@ -1,49 +1,34 @@
 """Routes from scored rollouts to candidates for a correction, and to the controls of the one that is chosen.
 
-    direct    a head fitted to the rollouts' advantages; a candidate at each KL budget
-    lora      a LoRA learned from the rollouts by the paper's method; a head distilled from it; one at each strength
-    teacher   a head distilled from a tuned model that is given; one at each strength
+    head, direct     a head fitted to the rollouts' advantages; a candidate at each KL budget
+    head, lora       a LoRA learned from the rollouts by the paper's method; a head distilled from it, at each strength
+    head, teacher    a head distilled from a tuned model that is given, at each strength
+    lora, direct     the LoRA itself
+    lora, teacher    a LoRA that imitates a tuned model where the gate opens
 
 Invariant: a route's controls differ from its correction in what they learn from, and in nothing else; each is brought
 to the correction's own KL from the base. Work is kept under the study's folder, and what is done is not done again.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from trimtab.errors import TaskError
 from trimtab.server.base import Base
-from trimtab.steering.bank import Bank
-from trimtab.steering.config import FitConfig
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER, fit_control, match, shuffle
 from trimtab.steering.correction import Correction
 from trimtab.steering.distil import Distilled, Watched, distil, merge
-from trimtab.steering.features import Features, cache_features
-from trimtab.steering.fit import fit, measure
+from trimtab.steering.features import gate_of
+from trimtab.steering.fit import fit, match_strength, measure
 from trimtab.steering.head import Head
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Sampling, collect, open_core
+from trimtab.steering.progress import say
 from trimtab.steering.selection import Item, select, take_all
-from trimtab.steering.tasks import Task
-from trimtab.steering.teacher import adapt, cache_targets
-
-
-class Study(NamedTuple):
-    """What every route learns from."""
-
-    config: FitConfig
-    base: Base
-    task: Task
-    problems: Sequence[Problem]  # those with items
-    items: Sequence[Item]
-    features: Features  # of the items
-    folder: Path  # for the work
-    label: str = ""  # before the names of its stages
+from trimtab.steering.study import Study, watch
+from trimtab.steering.teacher import adapt
 
 
 class Route(Protocol):
@@ -67,10 +52,18 @@ class Route(Protocol):
 
 
 def choose_route(study: Study, teacher: Base | None) -> Route:
-    """By the config's `via`."""
-    if study.config.via == "direct":
+    """By the config's `tier` and `via`."""
+    tier, via = study.config.tier, study.config.via
+    if tier == "lora":
+        from trimtab.steering.adapting import Imitation, Paper  # needs peft, which the other routes do not
+
+        if via == "direct":
+            return Paper(study)
+        assert teacher is not None, "via teacher, pipeline.run is given one"
+        return Imitation(study, teacher)
+    if via == "direct":
         return Direct(study)
-    if study.config.via == "lora":
+    if via == "lora":
         return ViaLora(study)
     assert teacher is not None, "via teacher, pipeline.run is given one"
     return ViaTeacher(study, teacher)
@@ -90,19 +83,24 @@ class Direct:
         self._study = study
 
     def candidates(self) -> list[Correction]:
-        """Budgets that the fit never reached share one."""
-        config, base = self._study.config, self._study.base
+        """One at each budget within the limit; budgets that the fit never reached share one."""
+        config, base, limit = self._study.config, self._study.base, self._study.config.kl_limit
+        budgets = [budget for budget in config.kl_budgets if not limit or budget <= limit] or [limit]
+        with self._study.clock.time("fit"):
+            snapshots = fit(self._study.features, base.head_weight, budgets, config)
         found: list[Correction] = []
-        for snapshot in fit(self._study.features, base.head_weight, config.kl_budgets, config):
-            correction = snapshot.head.correction(f"kl-{snapshot.budget:g}", config.top_k, config.tau, base.identity)
+        for snapshot in snapshots:
+            name = f"kl-{snapshot.budget:g}"
+            correction = snapshot.head.correction(name, config.top_k, gate_of(config), base.identity)
             facts = {"kl": snapshot.kl, "kl_budget": snapshot.budget, "steps": snapshot.steps}
             found.append(dataclasses.replace(correction, provenance=facts))
         return found
 
     def control(self, kind: str, kl: float) -> Correction:
         """See controls.py."""
-        base = self._study.base
-        return fit_control(kind, self._study.features, base.head_weight, kl, self._study.config, base.identity)
+        study = self._study
+        with study.clock.time(f"{kind} fit"):
+            return fit_control(kind, study.features, study.base.head_weight, kl, study.config, study.base.identity)
 
 
 class ViaTeacher:
@@ -115,23 +113,28 @@ class ViaTeacher:
         self._study, self.teacher = study, teacher
 
     def candidates(self) -> list[Correction]:
-        """The same head at each strength."""
-        config, base, features = self._study.config, self._study.base, self._study.features
-        measured = features.at(features.gated & features.held_out)
+        """The same head at each strength within the KL limit; where none is, at the one that meets it."""
+        config, features, rows = self._study.config, self._study.features, self._study.base.head_weight
         found = self._distil("distil")
         if found.kl >= found.base_kl:
             raise TaskError(
                 f"no epoch brought the head nearer to the teacher: held-out KL {found.kl:.4f}, the base's own is "
                 f"{found.base_kl:.4f}; lower --learning-rate, or give a teacher that differs more from the base"
             )
-        made: list[Correction] = []
-        for strength in config.strengths:
-            kl = measure(found.head, measured, base.head_weight, config, strength)
-            name = f"x{strength:g}"
-            correction = found.head.correction(name, config.top_k, config.tau, base.identity, strength)
-            facts = {"kl": kl, "strength": strength, **_describe(found)}
-            made.append(dataclasses.replace(correction, provenance=facts))
-        return made
+        measured = features.at(features.gated & features.held_out)
+        kls = {strength: measure(found.head, measured, rows, config, strength) for strength in config.strengths}
+        within = {s: kl for s, kl in kls.items() if not config.kl_limit or kl <= config.kl_limit}
+        if not within:
+            strength = match_strength(found.head, features, rows, config.kl_limit, config)
+            within = {strength: measure(found.head, measured, rows, config, strength)}
+        shown = ", ".join(f"x{s:g} {kl:.3f}{'' if s in within else ' (too far)'}" for s, kl in (kls | within).items())
+        say("strengths", f"held-out KL from the base: {shown}; the limit is {config.kl_limit or 'off'}")
+        return [self._at(found, strength, kl) for strength, kl in within.items()]
+
+    def _at(self, found: Distilled, strength: float, kl: float) -> Correction:
+        config, identity = self._study.config, self._study.base.identity
+        correction = found.head.correction(f"x{strength:g}", config.top_k, gate_of(config), identity, strength)
+        return dataclasses.replace(correction, provenance={"kl": kl, "strength": strength, **_describe(found)})
 
     def control(self, kind: str, kl: float) -> Correction:
         """random-positions: from the same teacher, elsewhere. shuffled-teacher: see controls.py."""
@@ -145,7 +148,9 @@ class ViaTeacher:
 
     def _distil(self, stage: str, watched: Watched | None = None, learned: torch.Tensor | None = None) -> Distilled:
         config, rows = self._study.config, self._study.base.head_weight
-        return distil(watched or self._watched, rows, config, learned, stage)
+        watched = watched or self._watched
+        with self._study.clock.time(stage):
+            return distil(watched, rows, config, learned, stage)
 
     def _match(self, kind: str, head: Head, kl: float) -> Correction:
         study = self._study
@@ -153,27 +158,8 @@ class ViaTeacher:
 
     @cached_property
     def _watched(self) -> Watched:
-        """The teacher's logits over the base's completions, then over its own."""
-        study = self._study
-        config, base, folder = study.config, study.base, study.folder / "teacher"
-        by_id = {problem.id: problem for problem in study.problems}
-        core = open_core(
-            self.teacher, _no_corrections(self.teacher), study.problems, config.max_tokens, config.slots, config.threads
-        )
-        sampling = Sampling(config.teacher_samples, config.seed, config.temperature, config.top_p, config.max_tokens)
-        rollouts = collect(
-            core, study.task, study.problems, sampling, folder / "rollouts", f"{study.label}teacher rollouts"
-        )
-        held_out = {item.problem for item in study.items if item.held_out}
-        own = [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
-        stage = f"{study.label}features of the teacher's"
-        features = cache_features(base, by_id, own, config, folder / "features", stage).to(base.device)
-        parts = []
-        for what, items, rows in (("base", study.items, study.features), ("own", own, features)):
-            stage = f"{study.label}teacher on {what}"
-            targets = cache_targets(self.teacher, by_id, items, rows, folder / f"on-{what}", stage)
-            parts.append(Watched(rows, targets))
-        return merge(parts)
+        seen = watch(self._study, self.teacher)
+        return merge([Watched(one.features, one.targets.log_p) for one in seen])
 
 
 class ViaLora(ViaTeacher):
@@ -188,23 +174,21 @@ class ViaLora(ViaTeacher):
     @cached_property
     def teacher(self) -> Base:  # type: ignore[override]
         """Trained when it is first asked for."""
-        from trimtab.steering import lora  # needs peft, which the other routes do not
+        from trimtab.steering.adapting import learn_from_rewards  # needs peft, which the other routes do not
 
-        study = self._study
-        by_id = {problem.id: problem for problem in study.problems}
-        taught = lora.lessons(study.base, by_id, study.items, study.features)
-        lora.train(study.base, taught, study.config, study.folder / "lora", f"{study.label}lora")
-        return adapt(study.base, study.folder / "lora")
+        return adapt(self._study.base, learn_from_rewards(self._study))
 
     def control(self, kind: str, kl: float) -> Correction:
         """shuffled-rewards: the whole route again, from advantages dealt anew within each problem."""
         if kind != SHUFFLED:
             return super().control(kind, kl)
-        study = self._study
-        shuffled = study._replace(
-            features=shuffle(study.features, study.config.seed), folder=study.folder / "shuffled", label="shuffled "
-        )
-        return self._match(kind, ViaLora(shuffled)._distil("shuffled distil").head, kl)
+        return self._match(kind, ViaLora(shuffled(self._study))._distil("shuffled distil").head, kl)
+
+
+def shuffled(study: Study) -> Study:
+    """The same study of advantages dealt anew, with its work in a folder of its own."""
+    features = shuffle(study.features, study.config.seed)
+    return study._replace(features=features, folder=study.folder / "shuffled", label="shuffled ")
 
 
 def _describe(found: Distilled) -> dict[str, Any]:
@@ -214,7 +198,3 @@ def _describe(found: Distilled) -> dict[str, Any]:
         "epoch": found.epoch,
         "positions_distilled": found.positions,
     }
-
-
-def _no_corrections(base: Base) -> Bank:
-    return Bank(base.hidden, base.device)

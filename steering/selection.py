@@ -6,7 +6,7 @@ problem's rewards alone: A = (r - mean) / std, clipped. Both signs stay: without
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from trimtab.errors import TaskError
@@ -35,11 +35,7 @@ def select(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
     chosen = [(abs(_mean(g) - 0.5), problem, _keep(g, config)) for problem, g in groups.items()]
     mixed = sorted((c for c in chosen if c[2]), key=lambda c: (c[0], c[1]))[: config.keep_problems or None]
     if len(mixed) < FEWEST:
-        rate = sum(r.reward for r in rollouts) / len(rollouts)
-        raise TaskError(
-            f"only {len(mixed)} of {len(groups)} problems were solved sometimes but not always (pass rate {rate:.2f}); "
-            f"fitting needs {FEWEST}: give more problems or samples, or a task nearer to what the model can do"
-        )
+        raise TaskError(_describe(groups, len(mixed)))
     held_out = _held_out([problem for _, problem, _ in mixed], config.seed)
     return [
         Item(problem, rollout.sample, rollout.tokens, advantage, problem in held_out)
@@ -55,6 +51,18 @@ def take_all(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
         raise TaskError(f"{len(problems)} problems are too few to distil from: give {FEWEST} or more")
     held_out = _held_out(problems, config.seed)
     return [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
+
+
+def _describe(groups: Mapping[str, list[Rollout]], mixed: int) -> str:
+    """Why nothing can be learned from these problems."""
+    rates = [_mean(group) for group in groups.values()]
+    never, always = sum(rate == 0 for rate in rates), sum(rate == 1 for rate in rates)
+    return (
+        f"{mixed} of {len(groups)} problems ({mixed / len(groups):.0%}) are usable, and fitting needs {FEWEST}: "
+        f"{never} were never solved and {always} always, at a pass rate of {sum(rates) / len(rates):.2f}; a usable one "
+        "is solved by some of its samples only, also without the longest. Give more problems or samples, or a task "
+        "nearer to what the model can do"
+    )
 
 
 def _keep(group: list[Rollout], config: FitConfig) -> list[tuple[Rollout, float]]:

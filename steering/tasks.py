@@ -1,24 +1,25 @@
-"""Tasks: problems in two splits, and a score for a completion.
+"""Tasks: problems in three splits, and a score for a completion.
 
 A task is the built-in `instructions`, or a JSONL file with a verifier. A file's line is an object with `id`, `answer`
 and either `messages` (chat messages) or `prompt` (text that goes to the model as it stands).
 
-Invariant: the splits of a task share no id and no prompt. Without a held-out file, a line is held out by a hash of its
-prompt, so that adding lines moves none across.
+Invariant: what is held out shares no id and no prompt with the rest. Without a held-out file, a line is held out by a
+hash of its prompt, so that adding lines moves none across. Of a file, `validation` is `train` from its other end: who
+takes some of both sees that they do not meet (pipeline.py).
 
     task = load_task("problems.jsonl", verifier="math");  task.problems("train", 128);  task.score(problem, text)
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from trimtab.errors import TaskError
 from trimtab.steering.instructions import Instructions
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.verifiers import Verifier, check_answer, load_verifier
+from trimtab.steering.verifiers import Extract, Verifier, check_answer, load_extractor, load_verifier
 
 HELD_OUT_SHARE = 0.3  # of a file's lines, when there is no held-out file
 
@@ -37,6 +38,10 @@ class Task(Protocol):
         """A reward from 0 to 1."""
         ...
 
+    def extract(self, completion: str) -> Extract | None:
+        """The answer it gives, right or wrong; None where it gives none, or answers of this task cannot be read."""
+        ...
+
 
 def load_task(name: str, verifier: str | None = None, held_out: str | None = None, seed: int = 0) -> Task:
     """`instructions` or a JSONL file's path. Raises TaskError."""
@@ -49,7 +54,7 @@ def load_task(name: str, verifier: str | None = None, held_out: str | None = Non
     if not Path(name).is_file():
         raise TaskError(f"task must be instructions or a JSONL file; there is no file {name!r}")
     if verifier is None:
-        raise TaskError(f"the task {name} needs a verifier: math, exact, regex or module:function")
+        raise TaskError(f"the task {name} needs a verifier: math, final, exact, regex or module:function")
     return FileTask(Path(name), verifier, Path(held_out) if held_out else None)
 
 
@@ -59,15 +64,17 @@ class FileTask:
     def __init__(self, path: Path, verifier: str, held_out: Path | None = None) -> None:
         self.name = path.name
         self._verify: Verifier = load_verifier(verifier)
+        self._extract = load_extractor(verifier)
         lines = read_problems(path, verifier)
         if held_out is None:
             self._splits = _split_by_hash(lines)
         else:
             self._splits = {"train": lines, "held-out": read_problems(held_out, verifier)}
             _refuse_overlap(self._splits["train"], self._splits["held-out"], held_out)
+        self._splits["validation"] = self._splits["train"][::-1]
 
     def problems(self, split: Split, count: int) -> list[Problem]:
-        """In the file's order."""
+        """In the file's order; for validation, from its end."""
         found = self._splits[split]
         if count > len(found):
             raise TaskError(
@@ -78,6 +85,10 @@ class FileTask:
     def score(self, problem: Problem, completion: str) -> float:
         """By the task's verifier."""
         return self._verify(completion, problem.answer)
+
+    def extract(self, completion: str) -> Extract | None:
+        """By the verifier's extractor, if it has one."""
+        return self._extract(completion) if self._extract else None
 
 
 def read_problems(path: Path, verifier: str) -> list[Problem]:
@@ -100,9 +111,8 @@ def read_problems(path: Path, verifier: str) -> list[Problem]:
     return list(problems.values())
 
 
-def fingerprint(task: Task, train: int, held_out: int) -> str:
+def fingerprint(problems: Sequence[Problem]) -> str:
     """A digest of the problems a run uses, so that a resumed run notices an edited file."""
-    problems = [*task.problems("train", train), *task.problems("held-out", held_out)]
     content = json.dumps([[p.id, p.answer, _text(p)] for p in problems], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

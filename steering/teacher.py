@@ -4,13 +4,14 @@ Invariant: a teacher reads the base's prompts, made by the base's tokenizer and 
 a LoRA is added to the outputs of a copy's layers (merged into bfloat16 weights, the update would be rounded away).
 
     teacher = load_teacher("runs/lora", base)
-    targets = cache_targets(teacher, problems, items, features, folder, "teacher")      # logits [n, CANDIDATES]
+    targets = cache_targets(teacher, problems, items, features, temperature, folder, "teacher")
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +20,21 @@ from torch import Tensor
 from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.base import Base, load_base, prepare
 from trimtab.server.linear import copy_unpacked
-from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
-from trimtab.steering.features import Features, read_in_shards, states_of
+from trimtab.steering.adapter import CONFIG_FILE, read_adapter
+from trimtab.steering.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
+
+
+class Targets(NamedTuple):
+    """What a teacher says at some positions, over its whole vocabulary, of the base's candidates."""
+
+    log_p: Tensor  # float32 [n, CANDIDATES]: log-probabilities at temperature 1
+    lse: Tensor  # float32 [n]: logsumexp(log p / T) over the vocabulary, T the sampling temperature
+
+    def at(self, rows: Tensor) -> "Targets":
+        """The rows of a mask or of indices."""
+        return Targets(self.log_p[rows], self.lse[rows])
 
 
 def load_teacher(model: str, base: Base, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:
@@ -40,8 +52,7 @@ def adapt(base: Base, folder: Path) -> Base:
     """The base with the LoRA of a PEFT folder on, always. A copy: the base itself is not changed."""
     from peft import PeftModel
 
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise CorrectionError(f"{folder} has no {WEIGHTS_FILE}: pickled adapters are not read, save it as safetensors")
+    read_adapter(folder)  # which refuses what is no plain LoRA
     try:
         with without_peft_warnings():
             tuned = PeftModel.from_pretrained(copy_unpacked(base.model), str(folder))
@@ -55,23 +66,31 @@ def cache_targets(
     problems: Mapping[str, Problem],
     items: Sequence[Item],
     features: Features,
+    temperature: float,
     folder: Path,
     stage: str,
-) -> Tensor:
-    """The teacher's logits of the base's candidates, float32 [n, CANDIDATES]: a row for each row of `features`, which
-    are of these items. Computes what is missing in the folder."""
+) -> Targets:
+    """A row for each row of `features`, which are of these items. Computes what is missing in the folder."""
+    begins = bounds(features, len(items))
 
     @torch.inference_mode()
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
+        states = states_of(teacher, problems, group)
+        begin, end = begins[first], begins[first + len(group)]
+        before = torch.tensor([0, *(len(item.tokens) for item in group)]).cumsum(0)  # tokens of the completions before
+        which = features.item[begin:end].cpu() - first
+        at = (before[which] + features.position[begin:end].cpu()).to(teacher.device)
+        ids = features.ids[begin:end].long().to(teacher.device)
+        h = torch.cat(states)[at]
         parts = []
-        for number, h in enumerate(states_of(teacher, problems, group), start=first):
-            here = features.item == number
-            ids = features.ids[here].long().to(h.device)
-            logits = teacher.logits(h[features.position[here].long().to(h.device)]).float()
-            parts.append(logits.gather(1, ids).cpu())
-        return {"logits": torch.cat(parts)}
+        for some, candidates in zip(*(torch.split(t, LOGIT_ROWS[h.device.type]) for t in (h, ids)), strict=True):
+            log_p = teacher.logits(some).float().log_softmax(1)
+            parts.append((log_p.gather(1, candidates), (log_p / temperature).logsumexp(1)))
+        log_p, lse = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        return {"log_p": log_p, "lse": lse}
 
-    return read_in_shards(items, folder, stage, read)["logits"].to(features.logits.device)
+    found = read_in_shards(items, folder, stage, READ_AT_ONCE[teacher.device.type], read)
+    return Targets(*(found[name].to(features.logits.device) for name in Targets._fields))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""The words and topics of the built-in task, in two halves: one to fit on, one to judge on.
+"""The words and topics of the built-in task, in three parts: to fit on, to choose between fits on, to judge on.
 
-Invariant (tests/test_instructions.py): no required word, no topic and no content word of a topic stands in both halves,
+Invariant (tests/test_instructions.py): no required word, no topic and no content word of a topic stands in two parts,
 and no required word stands in a topic. The words are plain nouns, so that a small model can use them.
 """
 
@@ -19,8 +19,12 @@ tiger guitar bridge camera market castle doctor button candle ocean farmer violi
 turtle feather ladder pillow needle saddle tunnel apple barn blanket bottle bucket cabin canoe carrot cellar chalk
 cheese cliff compass copper cousin curtain desk diamond dolphin donkey drum eagle envelope fence flute fountain fox
 giraffe glove goat hammer harbor hat honey horse jar jungle kettle king kite lamp letter lizard magnet meadow medal
-monkey moon mushroom nest notebook onion orange oven owl panda parrot peach pebble penguin pepper piano pigeon pirate
-potato puppet pyramid queen radio ribbon robot rope sailor scarf shark shelf ship shovel silver
+monkey moon mushroom nest notebook onion orange oven owl
+""")
+
+VALIDATION_WORDS = _words("""
+panda parrot peach pebble penguin pepper piano pigeon pirate potato puppet pyramid queen radio ribbon robot rope sailor
+scarf shark shelf ship shovel silver
 """)
 
 HELD_OUT_WORDS = _words("""
@@ -43,10 +47,13 @@ home repair, a secret diary, computers, a bedtime story, the circus, baking brea
 recycling, a haircut, gym class, a power outage, the stock exchange, a spelling contest, chess, a mystery novel
 breakfast, a hospital visit, fishing, the rainforest, dancing, a school bus, a surprise guest, magic tricks
 a job well done, a heat wave, poetry, yoga, an airport delay, a flat tire, watching birds, the alphabet
-a dream vacation, a grocery list, a snowman, homework, the color blue, a video game, an earthquake, a picnic
-old newspapers, laundry, road safety, a thank you note, knitting, a tame animal, the theater, a phone call, eyesight
-the number seven, a hot lunch, a microscope, jogging, a sailing race, the first day of spring, a barber shop, pottery
-a summer storm
+a dream vacation, a grocery list, old newspapers, the first day of spring
+""")
+
+VALIDATION_TOPICS = _topics("""
+a snowman, homework, the color blue, a video game, an earthquake, a picnic, laundry, road safety, a thank you note
+knitting, a tame animal, the theater, a phone call, eyesight, the number seven, a hot lunch, a microscope, jogging
+a sailing race, a barber shop, pottery, a summer storm
 """)
 
 HELD_OUT_TOPICS = _topics("""

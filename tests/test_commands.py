@@ -134,7 +134,7 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in {
         "inspect nowhere": "correction.json: cannot be read",
         "fit --out x --task gone.jsonl": "gone.jsonl",
-        "fit --out x --rank 0": "rank must be at least 1",
+        "fit --out x --rank -1": "rank must be at least 0",
         "fit --out x --via magic": "via must be one of direct, lora, teacher",
         "fit --out x --via teacher": "teacher must be given with --via teacher",
         "eval --correction odd --problems 900": "held-out problems",

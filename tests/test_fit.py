@@ -122,9 +122,9 @@ def test_a_control_whose_first_step_is_too_far_is_brought_back_by_its_strength(
         assert control.provenance["kl"] == pytest.approx(0.01, rel=0.02)
 
 
-def test_a_first_step_into_nan_is_kept_by_nobody(features: Features, rows: Tensor) -> None:
+def test_a_loss_that_is_no_number_ends_the_fit_in_words(features: Features, rows: Tensor) -> None:
     broken = features._replace(advantage=torch.full_like(features.advantage, float("nan")))
-    with pytest.raises(TaskError, match="the first step leaves every KL budget"):
+    with pytest.raises(TaskError, match="the loss is no number by step 1: lower --learning-rate"):
         fit(broken, rows, [0.06], CONFIG, overshoot=True)
 
 

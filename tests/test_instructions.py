@@ -1,5 +1,6 @@
 """The built-in task: its verifier accepts right answers and refuses corrupted ones; its splits share nothing."""
 
+import itertools
 import re
 
 import pytest
@@ -7,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import TaskError
-from trimtab.steering.instructions import KINDS, Instructions, follows
-from trimtab.steering.problem import Problem
-from trimtab.steering.words import HELD_OUT_TOPICS, HELD_OUT_WORDS, TRAIN_TOPICS, TRAIN_WORDS
+from trimtab.steering.instructions import _POOLS, KINDS, Instructions, follows
+from trimtab.steering.problem import Problem, Split
+from trimtab.steering.words import TRAIN_WORDS
 
 FUNCTION_WORDS = {"a", "an", "the", "of", "to", "in", "at", "and", "on", "up", "well", "done"}
 
@@ -60,12 +61,15 @@ def content_words(topics: list[str]) -> set[str]:
     return {w for topic in topics for w in re.findall("[a-z]+", topic.lower())} - FUNCTION_WORDS
 
 
-def test_the_halves_share_no_word_topic_or_content_word() -> None:
-    assert not set(TRAIN_WORDS) & set(HELD_OUT_WORDS)
-    assert not content_words(TRAIN_TOPICS) & content_words(HELD_OUT_TOPICS)
-    assert not (set(TRAIN_WORDS) | set(HELD_OUT_WORDS)) & (content_words(TRAIN_TOPICS) | content_words(HELD_OUT_TOPICS))
-    for values in (TRAIN_WORDS, HELD_OUT_WORDS, TRAIN_TOPICS, HELD_OUT_TOPICS):
-        assert len(set(values)) == len(values) > 90
+def test_no_two_parts_share_a_word_topic_or_content_word() -> None:
+    for (words, topics), (other_words, other_topics) in itertools.combinations(_POOLS.values(), 2):
+        assert not set(words) & set(other_words)
+        assert not content_words(topics) & content_words(other_topics)
+    all_topics = {word for _, topics in _POOLS.values() for word in content_words(topics)}
+    for split, (words, topics) in _POOLS.items():
+        assert not set(words) & all_topics
+        for values in (words, topics):
+            assert len(set(values)) == len(values) > (20 if split == "validation" else 70)
 
 
 def prompt(problem: Problem) -> str:
@@ -73,23 +77,24 @@ def prompt(problem: Problem) -> str:
     return str(problem.messages[0]["content"])
 
 
-@pytest.mark.parametrize("split", ["train", "held-out"])
-def test_problems_are_distinct_balanced_and_a_prefix_of_more(split: str) -> None:
-    many = Instructions(seed=4).problems(split, 400)  # type: ignore[arg-type]
-    assert Instructions(seed=4).problems(split, 150) == many[:150]  # type: ignore[arg-type]
-    assert Instructions(seed=5).problems(split, 150) != many[:150]  # type: ignore[arg-type]
-    assert len({prompt(p) for p in many}) == len({p.id for p in many}) == 400
+@pytest.mark.parametrize(("split", "count"), [("train", 400), ("validation", 80), ("held-out", 400)])
+def test_problems_are_distinct_balanced_and_a_prefix_of_more(split: Split, count: int) -> None:
+    many = Instructions(seed=4).problems(split, count)
+    assert Instructions(seed=4).problems(split, count // 2) == many[: count // 2]
+    assert Instructions(seed=5).problems(split, count // 2) != many[: count // 2]
+    assert len({prompt(p) for p in many}) == len({p.id for p in many}) == count
     for kind in KINDS:
-        assert sum(p.kind == kind for p in many) > 50
+        assert sum(p.kind == kind for p in many) > count / 8
     for p in many:
         assert all(f'"{w}"' in prompt(p) for w in p.answer["words"])
 
 
 def test_splits_share_no_prompt() -> None:
     task = Instructions()
-    train, held_out = task.problems("train", 1000), task.problems("held-out", 1000)
-    assert not {prompt(p) for p in train} & {prompt(p) for p in held_out}
-    assert not {p.id for p in train} & {p.id for p in held_out}
+    found = [task.problems(split, 400) for split in _POOLS]  # type: ignore[arg-type]
+    for one, other in itertools.combinations(found, 2):
+        assert not {prompt(p) for p in one} & {prompt(p) for p in other}
+        assert not {p.id for p in one} & {p.id for p in other}
 
 
 def test_more_problems_than_there_are_is_an_error() -> None:

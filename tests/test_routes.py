@@ -34,6 +34,8 @@ class Vowels:
     def score(self, problem: Problem, completion: str) -> float:
         return float(sum(map(ord, completion)) % 2)
 
+    def extract(self, completion: str) -> None: ...
+
 
 CONFIG = FitConfig(
     name="tiny",
@@ -68,15 +70,21 @@ def base() -> Base:
 @pytest.fixture(scope="module")
 def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    pipeline.run(CONFIG, out, base, Vowels())
+    with pytest.MonkeyPatch.context() as patch:
+        replace = os.replace
+        patch.setattr(atomic.os, "replace", lambda *names: (WRITTEN.append(names[1]), replace(*names)))
+        pipeline.run(CONFIG, out, base, Vowels())
     return out
+
+
+WRITTEN: list[str] = []  # files of the undisturbed run, in order
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix != ".tmp"  # left by a kill
+        if p.is_file() and p.suffix != ".tmp" and p.name != "timings.json"  # left by a kill; told by no two runs alike
     }
 
 
@@ -112,10 +120,11 @@ class Killed(BaseException):
     """As a SIGKILL: nothing may catch it."""
 
 
-@pytest.mark.parametrize("survived", [4, 7, 9, 13, 20, 28, 45])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.6, 0.8])
 def test_a_killed_run_ends_as_an_undisturbed_one(
-    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
+    survived = int(share * len(WRITTEN))
     replace, done = os.replace, []
 
     def replace_until_killed(source: str, target: str) -> None:
@@ -142,6 +151,8 @@ def test_a_teacher_that_is_given_needs_no_rewards_to_learn_from(base: Base, fini
     class Never(Vowels):
         def score(self, problem: Problem, completion: str) -> float:
             return 0.0
+
+        def extract(self, completion: str) -> None: ...
 
     config = dataclasses.replace(CONFIG, via="teacher", teacher="tuned")
     tuned = adapt(base, finished / "lora")

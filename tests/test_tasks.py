@@ -52,7 +52,8 @@ def test_a_held_out_file_is_the_other_split(tmp_path: Path) -> None:
     assert [p.id for p in task.problems("train", 3)] == ["p0", "p1", "p2"]
     assert [p.id for p in task.problems("held-out", 4)] == ["q0", "q1", "q2", "q3"]
     assert task.score(task.problems("held-out", 1)[0], " 1\n") == 1.0
-    assert fingerprint(task, 2, 2) != fingerprint(task, 3, 2)
+    assert [p.id for p in task.problems("validation", 2)] == ["p2", "p1"]
+    assert fingerprint(task.problems("train", 2)) != fingerprint(task.problems("train", 3))
     overlap = write(tmp_path / "c.jsonl", [{**lines(1)[0], "id": "other"}])
     with pytest.raises(TaskError, match=r"c\.jsonl: the problem 'other' has the prompt of a training problem"):
         load_task(train, "exact", overlap)

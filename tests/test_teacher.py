@@ -36,25 +36,28 @@ def adapter(base: Base, folder: Path) -> Path:
     return folder
 
 
-def test_targets_are_the_teachers_logits_of_the_bases_candidates(base: Base, tmp_path: Path) -> None:
+def test_targets_are_what_the_teacher_gives_the_bases_candidates(base: Base, tmp_path: Path) -> None:
     tuned = load_teacher(str(adapter(base, tmp_path / "lora")), base)
     features = cache_features(base, PROBLEMS, ITEMS, FitConfig(tau=3.0), tmp_path / "features")
     assert 0 < len(features.h) < sum(len(item.tokens) for item in ITEMS), "the test wants some positions to be left out"
-    found = cache_targets(tuned, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher")
-    assert found.shape == (len(features.h), CANDIDATES)
+    found = cache_targets(tuned, PROBLEMS, ITEMS, features, 0.5, tmp_path / "targets", "teacher")
+    assert found.log_p.shape == (len(features.h), CANDIDATES)
     states = states_of(tuned, PROBLEMS, ITEMS)
     for row, (item, position, ids) in enumerate(zip(features.item, features.position, features.ids, strict=True)):
-        expected = tuned.logits(states[int(item)][int(position)][None])[0, ids.long()]
-        assert torch.allclose(found[row], expected, atol=1e-5)
-    assert not torch.allclose(found, features.logits, atol=0.1)
+        log_p = tuned.logits(states[int(item)][int(position)][None])[0].log_softmax(0)
+        assert torch.allclose(found.log_p[row], log_p[ids.long()], atol=1e-5)
+        assert torch.allclose(found.lse[row], (log_p / 0.5).logsumexp(0), atol=1e-5)
+    assert not torch.allclose(found.log_p, features.logits.log_softmax(1), atol=0.1)
 
 
 def test_finished_targets_are_read(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = cache_features(base, PROBLEMS, ITEMS, FitConfig(), tmp_path / "features")
-    before = cache_targets(base, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher")
-    assert torch.allclose(before, features.logits, atol=1e-4), "the base is its own teacher"
+    features = cache_features(base, PROBLEMS, ITEMS, FitConfig(temperature=1.0), tmp_path / "features")
+    before = cache_targets(base, PROBLEMS, ITEMS, features, 0.5, tmp_path / "targets", "teacher")
+    lse = features.lse[:, None]  # at a temperature of 1
+    assert torch.allclose(before.log_p, features.logits - lse, atol=1e-4), "the base is its own teacher"
     monkeypatch.setattr(teacher, "states_of", None)
-    assert torch.equal(cache_targets(base, PROBLEMS, ITEMS, features, tmp_path / "targets", "teacher"), before)
+    after = cache_targets(base, PROBLEMS, ITEMS, features, 0.5, tmp_path / "targets", "teacher")
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_an_adapted_bf16_base_is_packed_and_its_adapter_stays_precise(tmp_path: Path) -> None:

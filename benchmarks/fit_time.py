@@ -1,0 +1,83 @@
+"""How long fitting takes: a head from cached features, again and here, beside the stages that the fit itself timed.
+
+    python benchmarks/fit_time.py DIR [--threads 2] [--lora]
+
+DIR is a finished `trimtab fit --via lora`. Timed here: the direct fit and the distilled one, from the same rollouts'
+features; with --lora the paper's LoRA on the same completions too, from its first step to its last. The other seconds
+are the fit's own, from DIR/run/timings.json, on the hardware that it names.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine
+from finished import read_config, read_features, read_watched
+
+from trimtab.server.base import load_base
+from trimtab.steering import lora
+from trimtab.steering.config import ROUTES
+from trimtab.steering.distil import distil
+from trimtab.steering.fit import fit
+from trimtab.steering.rollouts import Journal
+from trimtab.steering.selection import select
+from trimtab.steering.tasks import load_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the fits from a finished run's cached features.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of a finished trimtab fit --via lora")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--lora", action="store_true", help="time the LoRA here too: minutes on a CPU")
+    args = parser.parse_args()
+    run = args.folder / "run"
+    config = read_config(run)
+    dtype = json.loads((run / "run.json").read_text())["made_with"]["dtype"]
+    base = load_base(config.model, dtype, args.device, args.threads)
+    features, watched = read_features(run, base.device), read_watched(run, base.device)
+    direct = dataclasses.replace(config, via="direct", **ROUTES["head", "direct"])
+    results: list[dict[str, Any]] = []
+
+    def measure(what: str, positions: int, work: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        work()
+        results.append({"what": what, "positions": positions, "seconds": round(time.perf_counter() - began, 2)})
+
+    fitted = int((features.gated & ~features.held_out).sum())
+    budgets = direct.kl_budgets
+    measure("head, fitted directly", fitted, lambda: fit(features, base.head_weight, budgets, direct))
+    measure("head, distilled", len(watched.targets), lambda: distil(watched, base.head_weight, config))
+    if args.lora:
+        task = load_task(config.task, config.verifier, config.held_out, config.seed)
+        problems = {problem.id: problem for problem in task.problems("train", config.problems)}
+        paths = sorted((run / "rollouts").glob("*.jsonl"))
+        items = select([rollout for path in paths for rollout in Journal(path).read()], config)
+        taught = lora.lessons(base, problems, items, features)
+        with tempfile.TemporaryDirectory() as scratch:
+            measure("the paper's LoRA", fitted, lambda: lora.train(base, taught, config, Path(scratch)))
+    told = json.loads((run / "timings.json").read_text())
+    here = machine.describe()
+    facts = {
+        "model": base.name,
+        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "head": f"direct: rank {direct.rank}, top {direct.top_k}; distilled: rank {config.rank}, top {config.top_k}",
+        "lora": f"rank {config.lora_rank} on {', '.join(config.lora_targets)}, {config.lora_epochs:g} epochs",
+    }
+    print(machine.card(here, **facts))
+    print(f"\n{'timed here':>32}  {'positions':>9}  {'seconds':>8}")
+    for r in results:
+        print(f"{r['what']:>32}  {r['positions']:>9}  {r['seconds']:>8.1f}")
+    print(f"\n{'by the fit':>32}  {'':>9}  {'seconds':>8}   {told['hardware']}")
+    for stage, seconds in told["stages"]:
+        print(f"{stage:>32}  {'':>9}  {seconds:>8.1f}")
+    print(json.dumps({"benchmark": "fit_time", **facts, "machine": here, "results": results, "fit": told}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a user can get wrong in a fit ends in one line that says where, and leaves no correction behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import tiny_base
+from trimtab.cli import main
+from trimtab.server import base as base_module
+from trimtab.server.base import Base
+from trimtab.steering import distil as distil_module
+from trimtab.steering import fit as fit_module
+from trimtab.steering import lora as lora_module
+
+SMALL = (
+    "--temperature 1.0 --max-tokens 4 --problems 10 --samples 3 --rank 2 --top-k 5 --batch 32 --epochs 2 "
+    "--validation-problems 2 --validation-samples 1 --test-problems 2 --slots 16"
+)
+GRADING = """
+def odd(completion, answer): return sum(map(ord, completion)) % 2
+def never(completion, answer): return 0
+def always(completion, answer): return 1
+def loud(completion, answer): return 3
+def broken(completion, answer): return answer['gone']
+"""
+GOOD: list[Any] = [{"id": i, "prompt": f"Line {i}:", "answer": "1"} for i in range(40)]
+LORA = "--lora-targets down_proj --lora-batch 4 --lora-warmup 1 --teacher-samples 1"
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny_base()
+
+
+@pytest.fixture
+def fit(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a fit that must fail; -> the line that says why."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base_module, "load_base", lambda *_: base)
+    (tmp_path / "bad_input_grading.py").write_text(GRADING)
+
+    def run(lines: list[Any], options: str) -> str:
+        text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "task.jsonl").write_text("\n".join(text))
+        assert main(f"fit --out bad --task task.jsonl {SMALL} {options}".split()) == 1
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err + shown.out
+        assert not list(tmp_path.glob("bad/*.*")), "nothing but the work"
+        last = shown.err.rstrip("\n").split("\n")[-1]
+        assert last.startswith("trimtab: ")
+        return last
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "verifier", "words"),
+    [
+        ('{"id": 1, "prompt": "a"', "exact", "task.jsonl, line 8: is not JSON"),
+        ({"id": "x", "prompt": "a"}, "exact", "task.jsonl, line 8: answer is missing"),
+        ({"id": 0, "prompt": "a", "answer": 1}, "exact", "task.jsonl, line 8: id '0' was used before"),
+        ({"id": "x", "prompt": "a", "answer": ""}, "math", "task.jsonl, line 8: answer is not a number or formula"),
+        ({"id": "x", "prompt": "a", "answer": "["}, "regex", "task.jsonl, line 8: answer is not a regular expression"),
+    ],
+)
+def test_a_bad_line_is_named(fit: Callable[..., str], line: Any, verifier: str, words: str) -> None:
+    assert words in fit([*GOOD[:7], line], f"--verifier {verifier}")
+
+
+@pytest.mark.parametrize(
+    ("grading", "words"),
+    [
+        ("never", "0 of 10 problems (0%) are usable, and fitting needs 4: 10 were never solved and 0 always"),
+        ("always", "0 of 10 problems (0%) are usable, and fitting needs 4: 0 were never solved and 10 always"),
+        ("loud", "verifier 'bad_input_grading:loud' returned 3.0: it must return 0 to 1"),
+        ("broken", "verifier 'bad_input_grading:broken' failed on"),
+        ("gone", "verifier 'bad_input_grading:gone' cannot be imported"),
+    ],
+)
+def test_rewards_that_teach_nothing_and_verifiers_that_fail_are_named(
+    fit: Callable[..., str], grading: str, words: str
+) -> None:
+    assert words in fit(GOOD, f"--verifier bad_input_grading:{grading}")
+
+
+def nan(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with no number for a result."""
+
+    def spoiled(*arguments: Any) -> Any:
+        found = function(*arguments)
+        return found._replace(likelihood=found[0] * float("nan")) if isinstance(found, tuple) else found * float("nan")
+
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "function", "words"),
+    [
+        ("", fit_module, "loss", "the loss is no number by step 1: lower --learning-rate"),
+        (f"--via lora {LORA}", distil_module, "_divergence", "is no number in epoch 1: lower --learning-rate"),
+        (f"--via lora {LORA}", lora_module, "objective", "the LoRA's loss is no number at step 1 of"),
+        (f"--tier lora {LORA}", lora_module, "objective", "the LoRA's loss is no number at step 1 of"),
+    ],
+)
+def test_a_loss_that_is_no_number_ends_the_fit(
+    fit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, options: str, module: Any, function: str, words: str
+) -> None:
+    monkeypatch.setattr(module, function, nan(getattr(module, function)))
+    assert words in fit(GOOD, f"--verifier bad_input_grading:odd {options}")
