@@ -26,11 +26,13 @@ from trimtab.kernels.record import MAX_ALTERNATIVES
 TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
-    "top_k correction edit_offsets edit_token edit_count correction_top_k task "
+    "top_k gate correction edit_spans edit_token edit_count correction_top_k task "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
+    "steered": "*i8",
     "shadow": "*i8",
+    "silu": "*i8",
     "uniform": "*fp64",
     "ranked": "*i64",
     "steered_keys": "*i64",
@@ -43,7 +45,7 @@ _ALIGNED = {
     "size",
     "head_stride",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"rank", "alternatives"}
+_INTEGERS = _ALIGNED | {"mix", "rank", "alternatives"}
 _OF_DTYPE = {"logits", "hidden", "head"}
 
 
