@@ -15,7 +15,7 @@ from trimtab.clients.errors import (
     StreamFailed,
     TimedOut,
 )
-from trimtab.clients.requests import Messages, Options, Prompt, Steering
+from trimtab.clients.requests import Budget, Messages, Options, Prompt, Steering
 from trimtab.clients.stream import AsyncStream, Stream
 from trimtab.clients.types import (
     ChatChunk,
@@ -33,6 +33,7 @@ __all__ = [
     "Authentication",
     "BadAnswer",
     "BadRequest",
+    "Budget",
     "ChatChunk",
     "ChatCompletion",
     "Client",

@@ -15,15 +15,36 @@ Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the u
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
 
+Gate = Literal["entropy", "varentropy", "margin", "random", "always"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How often a correction may act, and where. None leaves a value to the server."""
+
+    max_steps: int | None = None  # steps at which it may act
+    max_share: float | None = None  # of the steps so far
+    cooldown: int | None = None  # steps it rests after it acted
+    kl: float | None = None  # nats: the most that one step may move the distribution
+    until: str | None = None  # it ends with this marker in the answer's text
+    spans: Sequence[tuple[str, str]] | None = None  # never inside: (opening, closing) markers; by default tool calls
+
+
 @dataclass(frozen=True)
 class Steering:
     """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction."""
 
     correction: str | None = None
     strength: float | None = None  # 0 is the base, bit for bit
-    tau: float | None = None  # nats: the correction may act where the base's entropy is above
+    tau: float | None = None  # it may act where the gate's statistic is above: nats, for the entropy
     mode: Literal["apply", "shadow", "off"] | None = None  # shadow reports what apply would do, and changes nothing
     report: Literal["none", "summary", "tokens"] | None = None  # tokens: a receipt for each step
+    corrections: Mapping[str, float] | None = None  # instead of `correction`: several, by weight
+    gate: Gate | None = None
+    ceiling: float | None = None  # and not above this
+    rate: float | None = None  # instead of tau: the share of steps, by the correction's calibration
+    budget: Budget | None = None
+    negative_prompt: str | None = None  # contrast: what its companion reads in place of the user's words
 
 
 Steer = str | Steering | None  # a string is a correction's name
@@ -90,9 +111,10 @@ def _body(
     body = {**({} if model is None else {"model": model}), **subject, **rest}
     if steering is not None:
         chosen = Steering(correction=steering) if isinstance(steering, str) else steering
-        if not isinstance(chosen, Steering):
-            raise InvalidRequest("steering must be a correction's name or a Steering", "steering")
-        body["steering"] = {key: value for key, value in vars(chosen).items() if value is not None}
+        if not isinstance(chosen, Steering) or not isinstance(chosen.budget, Budget | None):
+            raise InvalidRequest("steering must be a correction's name or a Steering, its budget a Budget", "steering")
+        told = _set(chosen)
+        body["steering"] = told if chosen.budget is None else told | {"budget": _set(chosen.budget)}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     body |= extra
@@ -102,3 +124,8 @@ def _body(
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"{key} cannot be sent as JSON: {error}", str(key)) from error
     return body
+
+
+def _set(fields: Steering | Budget) -> dict[str, Any]:
+    """What was set."""
+    return {key: value for key, value in vars(fields).items() if value is not None}

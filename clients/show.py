@@ -15,6 +15,7 @@ from trimtab.clients.requests import Steering
 from trimtab.clients.types import Model, Receipt, SteeringReport
 from trimtab.errors import TrimtabError
 
+CONTRAST = "contrast"  # the tier that every server has, as nothing is learned for it
 _FLIPS_LISTED = 8
 _FIRED, _FLIP, _PLAIN = "\033[36m", "\033[1;33m", "\033[0m"
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default=DEFAULT_URL)
     parser.add_argument("--api-key")
     parser.add_argument("--correction", help="default: the first that the server has")
-    parser.add_argument("--require-correction", action="store_true", help="fail when the server has none")
+    parser.add_argument("--require-correction", action="store_true", help="fail when the server has learned none")
     parser.add_argument("--strength", type=float, help="default: the correction's own")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,9 +46,10 @@ def ask_both(client: Client, args: argparse.Namespace) -> None:
     """Print the question and both answers."""
     models = client.models()
     name = args.correction or find_correction(models)
+    learned = args.correction or any(model.parent is not None and model.tier != CONTRAST for model in models)
     sampling = {"temperature": args.temperature, "seed": args.seed, "max_tokens": args.max_tokens}
     print(f"\n{args.question}\n\n-- {models[0].id}\n{client.chat(args.question, **sampling).text}")
-    if name is None and args.require_correction:
+    if args.require_correction and not learned:
         raise TrimtabError(f"{args.url} has no correction loaded")
     if name is None:
         print("\n(this server has no correction loaded: there is nothing to compare with)")
@@ -80,14 +82,29 @@ def mark(receipts: Sequence[Receipt], colours: bool) -> str:
 def describe(report: SteeringReport) -> str:
     """The correction and how it was set."""
     strength = "" if report.strength is None else f" at strength {report.strength:g}"
-    gate = "" if report.tau is None else f", gate open above {report.tau:g} nats"
-    return f"{report.correction}{strength}{gate}"
+    return f"{report.correction}{strength}{_describe_gate(report)}"
+
+
+def _describe_gate(report: SteeringReport) -> str:
+    if report.gate == "always":
+        return ", at every step"
+    if report.tau is None:
+        return ""
+    if report.gate == "random":
+        return f", at a random {1 - report.tau:.0%} of steps"
+    if report.gate == "margin":
+        return f", where the two best tokens' probabilities are nearer than {-report.tau:g}"
+    kind = report.gate or "entropy"
+    unit = {"entropy": " nats", "varentropy": " nats^2"}.get(kind, "")
+    upper = "" if report.ceiling is None else f" and up to {report.ceiling:g}{unit}"
+    return f", where the {kind} is above {report.tau:g}{unit}{upper}"
 
 
 def summarise(report: SteeringReport) -> str:
     """The totals, and the flips: what the base would have said first, and what came first instead."""
     entropy = "" if report.mean_entropy is None else f"; mean entropy {report.mean_entropy:.2f} nats"
-    lines = [f"{report.steps} steps: open {report.open}, fired {report.fired}, flips {report.flips}{entropy}"]
+    moved = "" if report.kl is None else f"; KL where it fired {report.kl:.3f} nats"
+    lines = [f"{report.steps} steps: open {report.open}, fired {report.fired}, flips {report.flips}{entropy}{moved}"]
     flips = [(step, receipt) for step, receipt in enumerate(report.tokens, 1) if receipt.flip]
     lines += [f"  step {step}: {r.base_token!r} -> {r.steered_token!r}" for step, r in flips[:_FLIPS_LISTED]]
     if len(flips) > _FLIPS_LISTED:

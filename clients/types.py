@@ -17,7 +17,7 @@ class Receipt(_Answer):
     token: str
     token_id: int
     entropy: float  # nats, of the base's distribution
-    open: bool  # the entropy was above tau
+    open: bool  # the gate let the correction act
     fired: bool  # open, and the correction acted (in shadow mode: would have acted)
     flip: bool  # fired, and the most likely token changed
     base_token: str  # the base's most likely token
@@ -28,6 +28,9 @@ class Receipt(_Answer):
     steered_logprob: float
     base_token_logprob: float  # of base_token, under the base: a flip's two probabilities are these two
     steered_token_logprob: float  # of steered_token, under the corrected distribution
+    statistic: float | None = None  # what the gate looked at: the entropy, unless it is of another kind
+    kl: float | None = None  # nats: KL(base || corrected); 0 where it did not fire
+    strength: float | None = None  # that was applied, after a budget's cap; 0 where it did not fire
 
 
 class SteeringReport(_Answer):
@@ -36,12 +39,16 @@ class SteeringReport(_Answer):
     correction: str | None = None
     mode: str = "apply"  # apply, shadow or off
     strength: float | None = None
-    tau: float | None = None  # nats
+    corrections: dict[str, float] | None = None  # several that acted together, by weight
+    gate: str | None = None  # entropy, varentropy, margin, random or always
+    tau: float | None = None  # of the gate's statistic: nats, for the entropy
+    ceiling: float | None = None
     steps: int = 0
     open: int = 0
     fired: int = 0
     flips: int = 0
     mean_entropy: float | None = None  # nats; None without a step
+    kl: float | None = None  # nats, the mean over the steps that fired
     tokens: list[Receipt] = Field(default_factory=list)
 
 
@@ -61,6 +68,7 @@ class Model(_Answer):
     created: int = 0
     owned_by: str = ""
     parent: str | None = None  # of a correction: the base it steers
+    tier: str | None = None  # of a correction: head, lora, or contrast, which nothing was learned for
 
 
 class Message(_Answer):

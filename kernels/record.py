@@ -4,10 +4,17 @@ Invariant: everything here is a function of one row alone, so a row's record nev
 Semantics that both implementations (`reference.py`, `step.py`) share, row by row:
 
 1.  entropy H of softmax(z), z the base logits at temperature 1, nats, before penalties, masks and filters
-2.  open   = correction >= 0 and H > tau, and the row is alive (it has a finite logit and no NaN or +inf)
+    statistic = what the row's gate looks at: H (GATE_ENTROPY, and GATE_ALWAYS, which needs none); the variance of
+    -log p, nats squared (GATE_VARENTROPY); p2 - p1 of the two most likely tokens, p2 = 0 in a vocabulary of one
+    (GATE_MARGIN); the row's `chance` (GATE_RANDOM)
+2.  open   = steered, and tau < statistic <= ceiling or the gate is GATE_ALWAYS, and the row is alive (it has a finite
+    logit and no NaN or +inf)
     fired  = open and strength != 0
-3.  candidates = the base's `top_k` best tokens of that correction in (z descending, id ascending) order;
-    steered logits z' = z + strength * delta on the candidates where fired, and z elsewhere
+3.  candidates of a correction = the base's `top_k` best tokens of that correction in (z descending, id ascending) order
+    delta  = the sum over the row's corrections, in their order, of weight * their delta, each on its own candidates
+    steered logits z' = z + a * delta on the candidates where fired, and z elsewhere. The applied strength a is
+    strength * f, f the largest multiple of 2**-HALVINGS in [0, 1] with KL(softmax z || softmax z') <= kl_cap: 1 where
+    the cap allows it, else found by halving the interval HALVINGS times, as the divergence grows with f
 4.  the sampled distribution starts from z' where fired and not shadow, else from z: bit for bit
 5.  edits, in this order, on tokens listed for the row: repetition penalty (seen in prompt or output: divide if
     positive, else multiply), minus frequency * count, minus presence * (count > 0), plus bias
@@ -16,8 +23,11 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
     kept, reaches top_p; then those with probability >= min_p times the best token's
 7.  draw with one uniform u in (0, 1) by inverse CDF: in that same order if n <= RANK_ORDER, else over the kept
     tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER)
-8.  log-probabilities are of z (base) and z' (steered), at temperature 1, before edits and filters
-9.  a row whose edits forbid every token is DEAD too: it keeps its entropy and status, and reports no token
+8.  log-probabilities and the divergence are of z (base) and z' (steered), at temperature 1, before edits and filters
+9.  a row whose edits forbid every token is DEAD too: it keeps what the gate saw and did, and reports no token
+
+A row that is steered by no correction of the bank (all of its `correction` are -1) has z' = z: so it is with the tiers
+whose correction acts inside the network, before the step (companion.py).
 """
 
 from typing import NamedTuple
@@ -27,12 +37,16 @@ from torch import Tensor
 
 RANK_ORDER = 64  # nuclei of up to this many tokens are drawn in rank order: it couples paired seeds best
 MAX_ALTERNATIVES = 20
+HALVINGS = 20  # of the strength's share, where kl_cap bounds it: to one in a million
 
-FIELDS = 9  # leading int32 columns of a packed record; see `pack`
+GATE_ENTROPY, GATE_VARENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_ALWAYS = range(5)
+OPEN, FIRED, DEAD = 1, 2, 4  # bits of a status
+
+FIELDS = 12  # leading int32 columns of a packed record; see `pack`
 
 
 class RowParams(NamedTuple):
-    """What each row asks of the step. Every tensor is [rows]."""
+    """What each row asks of the step. Every tensor is [rows], but for `correction` and `weight`, [rows, mix]."""
 
     temperature: Tensor  # float32; 0 is greedy
     top_k: Tensor  # int32; 0 is off
@@ -42,16 +56,22 @@ class RowParams(NamedTuple):
     repetition: Tensor  # float32; 1 is off
     presence: Tensor  # float32; 0 is off
     frequency: Tensor  # float32; 0 is off
-    correction: Tensor  # int32 index into the bank; -1 is none
+    steered: Tensor  # bool: a correction of any tier was chosen; the gate stays shut where it is False
+    gate: Tensor  # int32: GATE_...
+    tau: Tensor  # float32; the gate opens where tau < statistic <= ceiling
+    ceiling: Tensor  # float32; inf is off
+    chance: Tensor  # float32 in (0, 1), read for GATE_RANDOM only: philox.uniform(seed, position, stream=1)
+    correction: Tensor  # int32 [rows, mix] indices into the bank, which act together; -1 pads
+    weight: Tensor  # float32 [rows, mix]; 1 unless composed
     strength: Tensor  # float32; 0 is the base
-    tau: Tensor  # float32 nats; the gate opens where H > tau
+    kl_cap: Tensor  # float32 nats >= 0; inf is off
     shadow: Tensor  # bool: compute and report, apply nothing
 
 
 class Edits(NamedTuple):
-    """Sparse per-token changes of the logits, as CSR over rows. A token stands at most once in a row."""
+    """Sparse per-token changes of the logits. A token stands at most once in a row."""
 
-    offsets: Tensor  # int32 [rows + 1]
+    spans: Tensor  # int32 [rows, 2]: where a row's entries begin and end; so rows are chosen without the host
     token: Tensor  # int32 [entries]
     counts: Tensor  # int32 [entries]: times in the output; 0 in the prompt only; -1 not seen (bias alone)
     bias: Tensor  # float32 [entries]; -inf forbids
@@ -60,13 +80,15 @@ class Edits(NamedTuple):
 class Corrections(NamedTuple):
     """Head-tier corrections of one base, stacked. Ranks are padded with zeros; scales are folded in (steering/bank.py).
 
-    delta_c = cap * tanh( w_c . (B (A h) + b) / cap ), w_c the LM head's row of candidate c, all in float32.
+    delta_c = cap * tanh( w_c . (B act(A h) + b) / cap ), w_c the LM head's row of candidate c, all in float32;
+    act is SiLU or nothing. The rank may be 0: then b alone acts.
     """
 
     A: Tensor  # float32 [corrections, rank, hidden]
     B: Tensor  # float32 [corrections, hidden, rank]
     b: Tensor  # float32 [corrections, hidden]
     cap: Tensor  # float32 [corrections]
+    silu: Tensor  # bool [corrections]: act
     top_k: Tensor  # int32 [corrections]
     max_top_k: int  # the largest top_k: known on the host, so that launching needs no sync
 
@@ -79,7 +101,7 @@ class StepInputs(NamedTuple):
     head: Tensor  # [vocab, hidden]: the LM head's weight
     params: RowParams
     edits: Edits | None  # None when no row has any
-    corrections: Corrections | None  # None when no row is steered
+    corrections: Corrections | None  # None when no row has one of them
     alternatives: int  # most likely tokens to report, 0..MAX_ALTERNATIVES
 
 
@@ -95,23 +117,17 @@ class StepRecord(NamedTuple):
     steered_logprob: Tensor  # [rows] log softmax(z')[token]; equals base_logprob bit for bit where not fired
     base_token_logprob: Tensor  # [rows] log softmax(z)[base_token]
     steered_token_logprob: Tensor  # [rows] log softmax(z')[steered_token]
+    statistic: Tensor  # [rows] of the gate's kind
+    kl: Tensor  # [rows] KL(softmax z || softmax z'), nats: 0 where not fired; in shadow, of what apply would have done
+    applied_strength: Tensor  # [rows] after kl_cap; 0 where not fired
     top_ids: Tensor  # [rows, alternatives] int32, of the sampled distribution's start (4), descending
     top_logprobs: Tensor  # [rows, alternatives]
-
-
-OPEN, FIRED, DEAD = 1, 2, 4
 
 
 def pack(record: StepRecord) -> Tensor:
     """-> int32 [rows, FIELDS + 2 * alternatives]: one tensor, so that one copy brings a step home."""
     integers = (record.token, record.status, record.base_token, record.steered_token)
-    floats = (
-        record.entropy,
-        record.base_logprob,
-        record.steered_logprob,
-        record.base_token_logprob,
-        record.steered_token_logprob,
-    )
+    floats = record[4:FIELDS]
     columns = [t[:, None] for t in integers] + [t[:, None].view(torch.int32) for t in floats]
     return torch.cat([*columns, record.top_ids, record.top_logprobs.view(torch.int32)], dim=1)
 

@@ -3,8 +3,8 @@
 Invariant: a row is computed from that row alone, with operations whose order does not depend on the batch, so its
 record is bit-identical whoever shares the step. The semantics are numbered in record.py.
 
-Rows are walked one by one because a row of logits fits a core's cache and a batch does not. Order and the draw are in
-draw.py.
+Rows are walked one by one because a row of logits fits a core's cache and a batch does not. Corrections are in
+heads.py, order and the draw in draw.py.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token, total_mass
-from trimtab.kernels.record import DEAD, FIRED, OPEN, Corrections, Edits, StepInputs, StepRecord
+from trimtab.kernels.heads import Candidates, correct
+from trimtab.kernels.record import (
+    DEAD,
+    FIELDS,
+    FIRED,
+    GATE_ALWAYS,
+    GATE_MARGIN,
+    GATE_RANDOM,
+    GATE_VARENTROPY,
+    OPEN,
+    Edits,
+    RowParams,
+    StepInputs,
+    StepRecord,
+)
 
 _FLOOR = -1e4  # exp is 0 there, and 0 * _FLOOR is 0 where 0 * -inf is NaN
 
@@ -22,19 +36,12 @@ class _Rows(NamedTuple):
     """What one pass over the logits leaves: the rest of a step reads groups, not rows."""
 
     entropy: Tensor  # [rows] nats; 0 for a dead row
+    statistic: Tensor  # [rows] of the row's gate; 0 for a dead row
     alive: Tensor  # [rows] bool
     best: Tensor  # [rows]: the largest logit
     normaliser: Tensor  # [rows]: log sum exp
     maxima: Tensor  # [rows, groups]: each group's largest logit
     masses: Tensor  # [rows, groups]: each group's sum of exp(z - best)
-
-
-class _Candidates(NamedTuple):
-    """The tokens a correction acts on in one fired row."""
-
-    ids: Tensor  # int64 [max top_k]
-    base: Tensor  # float32 [max top_k]: z
-    steered: Tensor  # float32 [max top_k]: z + strength * delta
 
 
 @torch.inference_mode()
@@ -43,28 +50,32 @@ def step(inputs: StepInputs) -> StepRecord:
     rows, vocab = inputs.logits.shape
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
     z[:, :vocab] = inputs.logits
-    base = _read_rows(z)
     params = inputs.params
-    is_open = base.alive & (params.correction >= 0) & (base.entropy > params.tau)
+    base = _read_rows(z, params)
+    within = (base.statistic > params.tau) & (base.statistic <= params.ceiling)
+    is_open = base.alive & params.steered & (within | (params.gate == GATE_ALWAYS))
     fired = is_open & (params.strength != 0)
     record = _empty_record(rows, inputs.alternatives)
     record.entropy.copy_(base.entropy)
+    record.statistic.copy_(base.statistic)
     record.status.copy_(is_open * OPEN + fired * FIRED + ~base.alive * DEAD)
-    candidates = _correct(inputs, inputs.corrections, z, base, fired) if inputs.corrections and fired.any() else {}
-    for row, alive in enumerate(base.alive.tolist()):
+    record.applied_strength.copy_(params.strength * fired)
+    for row, (alive, acts) in enumerate(zip(base.alive.tolist(), fired.tolist(), strict=True)):
         if alive:
-            _finish_row(inputs, row, z[row], base, candidates.get(row), record)
+            candidates = correct(inputs, row, z[row], base.maxima[row], float(base.normaliser[row])) if acts else None
+            _finish_row(inputs, row, z[row], base, candidates, record)
     return record
 
 
-def _read_rows(z: Tensor) -> _Rows:
+def _read_rows(z: Tensor, params: RowParams) -> _Rows:
     """z [rows, padded] -> its statistics, with one pass a row while the row is in cache."""
     rows = len(z)
     groups = z.shape[1] // GROUP
     entropy, best, normaliser = torch.zeros(3, rows)
     maxima, masses = torch.zeros(2, rows, groups)
     alive = torch.zeros(rows, dtype=torch.bool)
-    for row, values in enumerate(z):
+    others: dict[int, Tensor] = {}  # statistics that are not the entropy, by row
+    for row, (values, gate) in enumerate(zip(z, params.gate.tolist(), strict=True)):
         torch.amax(values.view(-1, GROUP), 1, out=maxima[row])
         top = maxima[row].amax()
         if not torch.isfinite(top):  # NaN and +inf surface in the maximum; -inf means no token is left
@@ -74,35 +85,27 @@ def _read_rows(z: Tensor) -> _Rows:
         torch.sum(e.view(-1, GROUP), 1, out=masses[row])
         mass = masses[row].sum()
         log_mass = mass.log()
-        entropy[row] = (log_mass - total_mass(d.mul_(e)) / mass).clamp_(min=0)  # shifted: exact as |z| grows
+        mean = total_mass(d.mul_(e)) / mass
+        entropy[row] = (log_mass - mean).clamp_(min=0)  # shifted: exact as |z| grows
         best[row] = top
         normaliser[row] = top + log_mass
         alive[row] = True
-    return _Rows(entropy, alive, best, normaliser, maxima, masses)
-
-
-def _correct(inputs: StepInputs, bank: Corrections, z: Tensor, base: _Rows, fired: Tensor) -> dict[int, _Candidates]:
-    """The corrected logits of each fired row's candidates, by row.
-
-    Sums of products instead of matrix multiplications: the bits of a GEMM depend on how many rows it is given.
-    """
-    at = fired.nonzero()[:, 0]
-    which = inputs.params.correction[at].long()
-    k = min(bank.max_top_k, inputs.logits.shape[1])
-    values, ids = best_tokens(z[at], base.maxima[at], k)  # [fired, k]
-    h = inputs.hidden[at].float()  # [fired, hidden]
-    inner = (bank.A[which] * h[:, None, :]).sum(-1)  # [fired, rank]
-    shift = (bank.B[which] * inner[:, None, :]).sum(-1) + bank.b[which]  # [fired, hidden]
-    raw = (inputs.head[ids].float() * shift[:, None, :]).sum(-1)  # [fired, k]
-    cap = bank.cap[which, None]
-    delta = cap * torch.tanh(raw / cap)
-    within = torch.arange(k)[None, :] < bank.top_k[which, None]
-    steered = torch.where(within, values + inputs.params.strength[at, None] * delta, values)
-    return {row: _Candidates(*parts) for row, *parts in zip(at.tolist(), ids, values, steered, strict=True)}
+        if gate == GATE_VARENTROPY:
+            deviation = (values - top).clamp_(min=_FLOOR).sub_(mean)
+            others[row] = total_mass(deviation.square_().mul_(e)) / mass
+        elif gate == GATE_MARGIN:
+            first, second = best_tokens(z[row : row + 1], maxima[row : row + 1], 2)[0][0]
+            others[row] = (second - first).expm1() / mass
+        elif gate == GATE_RANDOM:
+            others[row] = params.chance[row]
+    statistic = entropy.clone()
+    for row, value in others.items():
+        statistic[row] = value
+    return _Rows(entropy, statistic, alive, best, normaliser, maxima, masses)
 
 
 def _finish_row(
-    inputs: StepInputs, row: int, z: Tensor, base: _Rows, candidates: _Candidates | None, out: StepRecord
+    inputs: StepInputs, row: int, z: Tensor, base: _Rows, candidates: Candidates | None, out: StepRecord
 ) -> None:
     """Steer, edit, draw and report one live row. z [padded] is the base's and is overwritten."""
     maxima, base_normaliser = base.maxima[row], float(base.normaliser[row])
@@ -111,6 +114,7 @@ def _finish_row(
     normaliser, steered_normaliser = base_normaliser, base_normaliser
     applied = candidates is not None and not inputs.params.shadow[row]
     if candidates is not None:
+        out.kl[row], out.applied_strength[row] = candidates.kl, candidates.strength
         z[candidates.ids] = candidates.steered
         steered_maxima, steered_normaliser = _read_steered(z, base, row, candidates.ids)
         steered_token = best_token(z, steered_maxima)
@@ -154,7 +158,7 @@ def _read_steered(z: Tensor, base: _Rows, row: int, ids: Tensor) -> tuple[Tensor
 
 def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
     """Penalties and bias on the row's listed tokens (record.py, 5). -> z itself when it lists none, else a copy."""
-    begin, end = int(edits.offsets[row]), int(edits.offsets[row + 1])
+    begin, end = edits.spans[row].tolist()
     if begin == end:
         return z
     token, count = edits.token[begin:end].long(), edits.counts[begin:end]
@@ -170,6 +174,6 @@ def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
 def _empty_record(rows: int, alternatives: int) -> StepRecord:
     """A record of dead rows: every live one overwrites its own."""
     integers = [torch.full((rows,), fill, dtype=torch.int32) for fill in (-1, 0, -1, -1)]
-    floats = [torch.zeros(rows) for _ in range(5)]
+    floats = [torch.zeros(rows) for _ in range(4, FIELDS)]
     top = torch.full((rows, alternatives), -1, dtype=torch.int32)
     return StepRecord._make([*integers, *floats, top, torch.full((rows, alternatives), float("-inf"))])

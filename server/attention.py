@@ -6,6 +6,7 @@ Consecutive slots form a run whose keys are a view of the cache, not a copy. tra
 implementation that registers none, and hands the forward's extra keyword (`kv_batch`) to every attention call.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +15,19 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from trimtab.errors import UnsupportedModel
+from trimtab.server.adapters import Placed, group_tokens
 from trimtab.server.kv import KVCache
 
 IMPLEMENTATION = "trimtab"
 
 
 class Span(NamedTuple):
-    """Tokens start..end of the sequence in `slot` are new in this step."""
+    """Tokens start..end of the sequence in `slot` are new in this step, computed under an adapter (-1: none)."""
 
     slot: int
     start: int
     end: int
+    adapter: int = -1
 
 
 class _Run(NamedTuple):
@@ -39,8 +42,8 @@ class _Run(NamedTuple):
 class KVBatch:
     """Where one step's packed tokens live in the cache. Built once a step, used by every layer."""
 
-    def __init__(self, cache: KVCache, spans: list[Span]) -> None:
-        """spans: single-token spans in ascending slot order, then longer ones."""
+    def __init__(self, cache: KVCache, spans: list[Span], placed: Sequence[Placed] = ()) -> None:
+        """spans: single-token spans in ascending slot order, then longer ones. placed: adapters, by their index."""
         device = cache.keys.device
         self.cache = cache
         self.decode = next((i for i, span in enumerate(spans) if span.end - span.start > 1), len(spans))
@@ -50,6 +53,8 @@ class KVBatch:
         self.position = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(device)
         self.slot = torch.tensor([span.slot for span in spans]).repeat_interleave(lengths).to(device)
         self.last = (lengths.cumsum(0) - 1).to(device)  # [spans]: index of each span's last token
+        adapters = [span.adapter for span in spans]
+        self.adapted = group_tokens(adapters, lengths.tolist(), placed, device) if max(adapters) >= 0 else []
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def mask(self, key: int, queries: Tensor, length: int, window: int | None) -> Tensor:

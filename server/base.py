@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UnsupportedModel
+from trimtab.server.adapters import AdaptedLayers
 from trimtab.server.attention import IMPLEMENTATION, KVBatch, Span
 from trimtab.server.kv import KVCache
 from trimtab.server.linear import pack_linears
@@ -47,6 +48,7 @@ class Base:
         self.max_len = _position_limit(self.config)
         self.eos = _end_tokens(model, tokenizer)
         self.identity = identify(model, tokenizer, name)
+        self.adapted = AdaptedLayers(model)
         self._decoder = decoder
 
     def new_cache(self, slots: int, length: int) -> KVCache:
@@ -57,7 +59,8 @@ class Base:
     def forward(self, token_ids: Sequence[int], batch: KVBatch) -> Tensor:
         """The packed tokens of one step -> h after the last norm, [tokens, hidden]. Writes their keys and values."""
         ids = torch.tensor([token_ids], device=self.device)
-        out = self._decoder(ids, position_ids=batch.position[None], use_cache=False, kv_batch=batch)
+        with self.adapted.acting(batch.adapted):
+            out = self._decoder(ids, position_ids=batch.position[None], use_cache=False, kv_batch=batch)
         states: Tensor = out.last_hidden_state[0]
         return states
 

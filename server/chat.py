@@ -5,10 +5,12 @@ character; each entry has exactly as many top_logprobs as were asked for.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from trimtab.server.generation import Generation, Service
 from trimtab.server.pieces import Pieces
+from trimtab.server.prompt import replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
 from trimtab.server.stream import Shown
@@ -19,13 +21,17 @@ async def prepare(service: Service, body: ChatBody) -> Generation:
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
     proceed = bool(body.continue_final_message)
-    prompt = await service.prompter.chat(
-        [message.for_template() for message in body.messages],
+    render = partial(
+        service.prompter.chat,
         add_generation_prompt=(not proceed) if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=proceed,
         template_kwargs=body.chat_template_kwargs,
     )
-    return Generation(service, body, chosen, ChatShape(service.pieces, bool(body.logprobs)), [prompt])
+    messages = [message.for_template() for message in body.messages]
+    prompt = await render(messages)
+    negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
+    shape = ChatShape(service.pieces, bool(body.logprobs))
+    return Generation(service, body, chosen, shape, [prompt], negatives)
 
 
 class ChatShape:

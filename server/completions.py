@@ -22,10 +22,12 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     service.check_room(len(body.prompts), body.choices)
     texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
     ids: list[Ids] = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
+    special = body.add_special_tokens is not False
     if texts:
-        ids = await service.prompter.text(texts, body.add_special_tokens is not False)
+        ids = await service.prompter.text(texts, special)
+    negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
     shape = CompletionShape(service.pieces, body.logprobs is not None)
-    generation = Generation(service, body, chosen, shape, ids)
+    generation = Generation(service, body, chosen, shape, ids, negatives)
     if body.echo:
         generation.echo(texts or await service.prompter.decode(ids))
     return generation

@@ -8,27 +8,31 @@ order of additions varies with the batch: in float32 tokens agree, in bfloat16 a
 is dead or a step fails, the sequences concerned end with an error event, what they wrote is wiped, and the rest go on.
 """
 
-import itertools
 import logging
-import math
 import secrets
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.kernels import philox
-from trimtab.kernels.dispatch import step_for
-from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord, pack, unpack
-from trimtab.server.attention import KVBatch, Span
+from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.base import Base
+from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
-from trimtab.server.inputs import build_inputs
+from trimtab.server.constants import Constants, gather
+from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request
-from trimtab.server.scheduler import Scheduler, Work
-from trimtab.server.sequence import Sequence
+from trimtab.server.rule import Beside, Rule, rule_for
+from trimtab.server.runner import Runner
+from trimtab.server.scheduler import Scheduler
+from trimtab.server.sequence import Row, Sequence
+from trimtab.server.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank
+from trimtab.steering.correction import ContrastCorrection
 
 log = logging.getLogger(__name__)
 
+CONTRAST = "contrast"  # the built-in correction of that tier, which any base has
 DEFAULT_MAX_LEN = 4096
 
 
@@ -36,12 +40,14 @@ class Core:
     """Runs requests over one base and one bank of corrections. Not thread-safe: one caller."""
 
     def __init__(self, base: Base, bank: Bank, config: EngineConfig | None = None) -> None:
+        """Adds the built-in contrast to the bank. Raises CorrectionError for an adapter that does not fit the base."""
+        if CONTRAST not in bank.names:
+            bank.add(ContrastCorrection(name=CONTRAST))
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
-        self._cache = base.new_cache(self.config.slots, self.max_len)
-        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._cache.copy)
-        self._step = step_for(base.device)
+        self._runner = Runner(base, bank, self.config.slots, self.max_len)
+        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
 
     @property
     def busy(self) -> bool:
@@ -50,12 +56,12 @@ class Core:
 
     @property
     def waiting(self) -> int:
-        """Choices that wait for a slot."""
+        """Choices that wait for their slots."""
         return len(self._scheduler.waiting)
 
     @property
     def running(self) -> int:
-        """Choices that hold a slot."""
+        """Choices that hold their slots."""
         return len(self._scheduler.running)
 
     @property
@@ -67,14 +73,36 @@ class Core:
         wanted = request.sampling.max_tokens or 1
         if len(request.prompt) >= self.max_len:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
-        if not all(0 <= token < self.base.vocab for token in request.prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0..{self.base.vocab - 1}", "prompt")
+        self._check_tokens("prompt", request.prompt)
         for field in ("logit_bias", "stop_token_ids"):
             for token in getattr(request.sampling, field):
                 if not 0 <= token < self.base.vocab:
                     raise InvalidRequest(f"{field} names token {token}; ids are 0..{self.base.vocab - 1}", field)
-        if request.steering.correction is not None:
-            self.bank.get(request.steering.correction)
+        rule = rule_for(request.steering, self.bank)
+        if max(rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER) >= self._runner.adapters:
+            message = f"{request.steering.correction} came after the engine was made, which takes adapters at its start"
+            raise InvalidRequest(message, "steering.correction")
+        if rule.beside is not None:
+            self._check_companion(request, rule.beside)
+
+    def _check_companion(self, request: Request, beside: Beside) -> None:
+        if self.config.slots < 2:
+            name = request.steering.correction
+            message = f"{name} needs a companion row, so two slots a choice; this server has 1 (--max-num-seqs)"
+            raise InvalidRequest(message, "steering.correction")
+        prompt = request.steering.companion_prompt
+        if not beside.own_prompt:
+            return
+        field = "steering.companion_prompt"
+        if prompt is None:
+            raise InvalidRequest("contrast needs the tokens that its companion reads", field)
+        if len(prompt) >= self.max_len:
+            raise ContextOverflow(self.max_len, len(prompt), request.sampling.max_tokens or 1, field)
+        self._check_tokens(field, prompt)
+
+    def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
+        if not all(0 <= token < self.base.vocab for token in tokens):
+            raise InvalidRequest(f"{field} holds a token id outside 0..{self.base.vocab - 1}", field)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises as `check`."""
@@ -84,17 +112,26 @@ class Core:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has passed."""
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        rule = rule_for(request.steering, self.bank)
+        fixed = gather(request, rule)
         for index in range(request.n):
-            self._scheduler.add(self._start(request, index, philox.derive(seed, index)))
+            self._scheduler.add(self._start(request, rule, fixed, index, philox.derive(seed, index)))
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._scheduler.abort(request_id, index)
 
+    def amend(self, request_id: str, index: int, token: int) -> None:
+        """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
+        sequence = self._scheduler.running[request_id, index]
+        assert not sequence.penalised, "penalties have counted the token that was sampled"
+        for row in sequence.rows:
+            row.tokens[-1] = token
+
     def forget(self) -> None:
         """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
         assert not self.busy, "a core that is busy cannot forget"
-        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._cache.copy)
+        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
 
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""
@@ -102,14 +139,13 @@ class Core:
         if not work:
             return []
         try:
-            record = self._compute(work)
+            record = self._runner.compute(work)
         except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
-            log.exception("a step failed; its %d sequences end", len(work))
-            return [self._fail(w.sequence, f"the engine failed: {error}") for w in work]
+            log.exception("a step failed; its sequences end")
+            return [self._fail(s, f"the engine failed: {error}") for s in dict.fromkeys(w.sequence for w in work)]
         for w in work:
             self._scheduler.computed(w)
-        sampling = [w.sequence for w in work if w.samples]
-        return self._read(sampling, record) if record is not None else []
+        return self._read([w.sequence for w in work if w.samples], record) if record is not None else []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Offline: feed requests as slots free up, until all are done. Yields events as they come."""
@@ -123,67 +159,57 @@ class Core:
                     self.submit(request)
             yield from self.step()
 
-    def _start(self, request: Request, index: int, seed: int) -> Sequence:
-        """A sequence with every default resolved."""
-        sampling, steering = request.sampling, request.steering
-        room = self.max_len - len(request.prompt)
-        correction, strength, tau = -1, 0.0, math.inf
-        if steering.correction is not None and steering.mode != "off":
-            chosen = self.bank.get(steering.correction)
-            correction = self.bank.head_index(steering.correction)
-            strength = chosen.strength if steering.strength is None else steering.strength
-            tau = chosen.gate.tau if steering.tau is None else steering.tau
+    def _start(self, request: Request, rule: Rule, fixed: Constants, index: int, seed: int) -> Sequence:
+        """Choice `index`, with every default resolved."""
+        sampling, budget = request.sampling, request.steering.budget
+        companion = None
+        if rule.beside is not None:
+            read = request.steering.companion_prompt if rule.beside.own_prompt else None
+            companion = Row(list(read or request.prompt), rule.beside.adapter)
+        room = self.max_len - max(len(request.prompt), companion.prompt if companion else 0)
         return Sequence(
             request=request,
             index=index,
             seed=seed,
             limit=min(room, sampling.max_tokens or room),
-            correction=correction,
-            strength=strength,
-            tau=tau,
+            rule=rule,
+            constants=fixed,
             stops=sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self.base.eos),
-            tokens=list(request.prompt),
+            row=Row(list(request.prompt), rule.adapter),
+            companion=companion,
+            allowance=Allowance(budget, self._pieces) if rule.steered and rule.adapter == NO_ADAPTER else None,
         )
 
-    def _compute(self, work: list[Work]) -> StepRecord | None:
-        """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
-        batch = KVBatch(self._cache, [Span(w.sequence.slot, w.start, w.end) for w in work])
-        ids = itertools.chain.from_iterable(w.sequence.tokens[w.start : w.end] for w in work)
-        states = self.base.forward(list(ids), batch)
-        rows = [i for i, w in enumerate(work) if w.samples]
-        if not rows:
-            return None
-        hidden = states[batch.last[rows]]
-        sampling = [work[i].sequence for i in rows]
-        inputs = build_inputs(sampling, self.base.logits(hidden), hidden, self.base.head_weight, self.bank.tensors())
-        return unpack(pack(self._step(inputs)).cpu())  # the step's one copy and synchronisation
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return Pieces(self.base.tokenizer)
 
     def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take their tokens and leave when they end."""
         columns = zip(*(column.tolist() for column in record), strict=True)
         events = []
         for sequence, row in zip(sequences, columns, strict=True):
-            token, status, base_token, steered_token, entropy, base_lp, steered_lp, *best_lps, top_ids, top_lps = row
+            token, status, base_token, steered_token, entropy, *floats, top_ids, top_lps = row
             if status & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))
                 continue
             opened, fired = bool(status & OPEN), bool(status & FIRED)
-            receipt = Receipt(entropy, opened, fired, base_token, steered_token, base_lp, steered_lp, *best_lps)
+            receipt = Receipt(entropy, opened, fired, base_token, steered_token, *floats)
             first = sequence.sampled == 0
-            steering = sequence.request.steering
+            shadow = sequence.request.steering.mode == "shadow"
             wanted = sequence.request.sampling.alternatives
-            finish = sequence.append(token)
+            finish = sequence.append(token, fired)
             events.append(
                 Event(
                     request_id=sequence.request.id,
                     index=sequence.index,
                     token=token,
-                    logprob=base_lp if steering.mode == "shadow" else steered_lp,
+                    logprob=receipt.base_logprob if shadow else receipt.steered_logprob,
                     top=tuple(zip(top_ids[:wanted], top_lps[:wanted], strict=True)),
                     receipt=receipt,
                     finish=finish,
-                    cached=sequence.cached if first else 0,
+                    cached=sequence.row.cached if first else 0,
                 )
             )
             if finish is not None:
@@ -191,7 +217,8 @@ class Core:
         return events
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
-        """End a sequence whose slot may hold NaN, which a mask's zero weight would carry to the slot's next user."""
-        self._cache.clear(sequence.slot)
+        """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user."""
+        for row in sequence.rows:
+            self._runner.cache.clear(row.slot)
         self._scheduler.remove(sequence, reusable=False)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason)

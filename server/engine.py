@@ -34,10 +34,11 @@ OnEvents = Callable[[list[Event]], None]
 
 
 class EngineStats(NamedTuple):
-    """A glance from any thread; counts are of choices."""
+    """A glance from any thread. running and waiting are choices, of which one with a companion holds two slots."""
 
     running: int
     waiting: int
+    used: int  # slots that are held
     slots: int
     alive: bool
     heartbeat: float  # time.monotonic() of the engine's last loop
@@ -63,7 +64,10 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Choices that may be under way at once: running and waiting. One request of more can never be taken."""
+        """Choices that may be under way at once, running and waiting. One request of more can never be taken.
+
+        A choice with a companion counts once: the fewer then run, the more wait.
+        """
         return self._core.config.slots + self._core.config.max_queue
 
     @property
@@ -94,10 +98,11 @@ class Engine:
         self._inbox.put(_Abort(request_id, index))
 
     def stats(self) -> EngineStats:
-        running = self._core.running
+        running, slots = self._core.running, self._core.config.slots
+        used = slots - self._core.free_slots
         with self._lock:
             waiting = max(0, sum(map(len, self._open.values())) - running)
-        return EngineStats(running, waiting, self._core.config.slots, self._thread.is_alive(), self._heartbeat)
+        return EngineStats(running, waiting, used, slots, self._thread.is_alive(), self._heartbeat)
 
     def close(self) -> None:
         """Stop after the current step; open requests are aborted. Returns when the thread has ended."""

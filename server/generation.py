@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
@@ -88,7 +88,9 @@ class Generation:
         chosen: Chosen,
         shape: Shape,
         prompts: Sequence[Ids],
+        negatives: Sequence[Ids] = (),
     ) -> None:
+        """negatives: what the companions read instead of each prompt, where they do."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
@@ -101,6 +103,8 @@ class Generation:
             Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
             for i, prompt in enumerate(prompts)
         ]
+        if negatives:
+            self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
@@ -108,6 +112,12 @@ class Generation:
                 watch = service.metrics.watch(self._chosen.steering)
                 choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
                 self._choices[request.id, k] = choice
+
+    def _beside(self, request: Request, negative: Ids) -> Request:
+        if len(negative) >= self._service.max_len:
+            wanted = request.sampling.max_tokens or 1
+            raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
+        return replace(request, steering=replace(request.steering, companion_prompt=negative))
 
     def echo(self, texts: Sequence[str]) -> None:
         """Let every choice begin with the text of its prompt."""

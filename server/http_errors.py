@@ -66,7 +66,7 @@ def failure(error: BaseException) -> Failure:
             headers = {"WWW-Authenticate": "Bearer"}
             return Failure(401, str(error), code="invalid_api_key", headers=headers)
         case NotFound():
-            return Failure(404, str(error), param=error.field, code=f"{error.field.rpartition('.')[2]}_not_found")
+            return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():
@@ -97,6 +97,11 @@ def install(app: FastAPI) -> None:
 
     for kind in (TrimtabError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
+
+
+def _noun(field: str) -> str:
+    """What a field names: `steering.corrections` names a correction."""
+    return field.rpartition(".")[2].removesuffix("s")
 
 
 def _validation(errors: Sequence[Mapping[str, Any]]) -> Failure:

@@ -39,20 +39,22 @@ class Metrics:
         self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
         self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
         self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
+        self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
     def watch(self, steering: Steering) -> "Watch":
         """The series of one choice that starts now."""
         base = (self.model, steering.correction or NO_CORRECTION)
         labels = (*base, steering.mode)
-        counters = (self._open.labels(*labels), self._fired.labels(*labels), self._flips.labels(*labels))
-        return Watch(self, Steered(*counters, self._entropy.labels(*base)))
+        series = (self._open, self._fired, self._flips, self._kl)
+        opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
+        return Watch(self, Steered(opened, fired, flips, kl, self._entropy.labels(*base)))
 
     def render(self, stats: EngineStats) -> bytes:
         """The text that Prometheus reads."""
         self._running.labels(self.model).set(stats.running)
         self._waiting.labels(self.model).set(stats.waiting)
-        self._cache.labels(self.model).set(stats.running / stats.slots)
+        self._cache.labels(self.model).set(stats.used / stats.slots)
         return generate_latest(self._registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -71,6 +73,7 @@ class Steered(NamedTuple):
     open: Counter
     fired: Counter
     flips: Counter
+    kl: Counter
     entropy: Histogram
 
 
@@ -99,6 +102,7 @@ class Watch:
             self._steered.open.inc(receipt.open)
             self._steered.fired.inc(receipt.fired)
             self._steered.flips.inc(receipt.flip)
+            self._steered.kl.inc(max(0.0, receipt.kl))
 
     def end(self, reason: str) -> None:
         """It is over; only the first call counts."""

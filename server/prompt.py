@@ -21,6 +21,14 @@ Ids = tuple[int, ...]
 T = TypeVar("T")
 
 
+def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The same chat with `text` as the user's last message. Raises InvalidRequest where the user says nothing."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise InvalidRequest("messages has none of the user's, of which contrast replaces the last", "messages")
+    return [{**message, "content": text} if i == last else dict(message) for i, message in enumerate(messages)]
+
+
 class Prompter:
     """The prompts of one tokenizer. max_len: tokens that a prompt may have at most."""
 
@@ -33,6 +41,14 @@ class Prompter:
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
+
+    async def negatives(self, text: str, prompts: Sequence[Ids], add_special_tokens: bool = True) -> list[Ids]:
+        """What companions read beside each of these prompts: `text`, or where that is no token, the prompt's last.
+
+        So an empty text leaves the token that opens every text where the tokenizer has one, and else next to nothing.
+        """
+        ids = await self._run(partial(self._encode, text, add_special_tokens, "steering.negative_prompt"))
+        return [ids or prompt[-1:] for prompt in prompts]
 
     async def chat(
         self,

@@ -3,6 +3,7 @@
 Invariant: every sampled token counts as a step, shown or not: `steps` equals the choice's completion tokens.
 """
 
+import math
 from typing import Any
 
 from trimtab.server.catalogue import Chosen
@@ -24,7 +25,7 @@ class Tally:
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = chosen
         self._steps = self._open = self._fired = self._flips = 0
-        self._entropy = 0.0
+        self._entropy = self._kl = 0.0
 
     def add(self, receipt: Receipt) -> None:
         self._steps += 1
@@ -32,19 +33,26 @@ class Tally:
         self._fired += receipt.fired
         self._flips += receipt.flip
         self._entropy += receipt.entropy
+        self._kl += receipt.kl
 
     def summary(self) -> dict[str, Any]:
-        chosen = self._chosen
+        steering, rule = self._chosen.steering, self._chosen.rule
+        chosen = steering.correction is not None
+        together = {str(steering.correction): steering.weight, **steering.also} if steering.also else None
         return {
-            "correction": chosen.steering.correction,
-            "mode": chosen.steering.mode,
-            "strength": chosen.strength,
-            "tau": None if chosen.tau is None else finite(chosen.tau),
+            "correction": steering.correction,
+            **({"corrections": together} if together else {}),
+            "mode": steering.mode,
+            "strength": rule.strength if chosen else None,
+            "gate": rule.gate if chosen else None,
+            "tau": rule.tau if math.isfinite(rule.tau) else None,
+            "ceiling": rule.ceiling if math.isfinite(rule.ceiling) else None,
             "steps": self._steps,
             "open": self._open,
             "fired": self._fired,
             "flips": self._flips,
             "mean_entropy": self._entropy / self._steps if self._steps else None,
+            "kl": self._kl / self._fired if self._fired else None,
         }
 
 
@@ -66,4 +74,7 @@ def receipt_json(step: Step, pieces: Pieces) -> dict[str, Any]:
         "steered_logprob": finite(receipt.steered_logprob),
         "base_token_logprob": finite(receipt.base_token_logprob),
         "steered_token_logprob": finite(receipt.steered_token_logprob),
+        "statistic": finite(receipt.statistic),
+        "kl": finite(receipt.kl),
+        "strength": receipt.strength,
     }

@@ -7,12 +7,16 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
+GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/correction.py
+
+MAX_MIX = 8  # corrections that act together in one request
+TOOL_CALLS = (("<tool_call>", "</tool_call>"),)
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,72 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How often a request may be steered, and where. What is not allowed is a step with a shut gate, bit for bit.
+
+    A step counts where it fired; in shadow mode, where it would have. Markers are looked for in the text that was
+    generated, special tokens by their names included; the token that completes one still belongs to what came before.
+    """
+
+    max_steps: int | None = None  # steps that may fire
+    max_share: float | None = None  # of the steps so far, the current one included, the share that may have fired
+    cooldown: int = 0  # steps that stay shut after one that fired
+    kl: float | None = None  # nats: the most that one step may move the distribution; its strength is scaled down
+    until: str | None = None  # steering ends with this marker
+    spans: tuple[tuple[str, str], ...] = TOOL_CALLS  # from an opening to a closing marker, nothing is steered
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None:
+            _within("steering.budget.max_steps", self.max_steps, 0, 2**31 - 1)
+        if self.max_share is not None:
+            _within("steering.budget.max_share", self.max_share, 0.0, 1.0)
+        _within("steering.budget.cooldown", self.cooldown, 0, 2**31 - 1)
+        if self.kl is not None:
+            _within("steering.budget.kl", self.kl, 0.0, 1e6, open_low=True)
+        if self.until == "":
+            raise InvalidRequest("steering.budget.until must not be empty", "steering.budget.until")
+        if not all(opening and closing for opening, closing in self.spans):
+            raise InvalidRequest("steering.budget.spans must be pairs of non-empty markers", "steering.budget.spans")
+
+
+@dataclass(frozen=True)
 class Steering:
     """Which correction acts, and how. None leaves a value to the correction's own default."""
 
     correction: str | None = None
     strength: float | None = None
-    tau: float | None = None  # nats
+    tau: float | None = None  # in the unit of the gate's statistic
     mode: Mode = "apply"
+    ceiling: float | None = None  # the gate opens where tau < statistic <= ceiling
+    rate: float | None = None  # instead of tau: the share of steps at which the gate shall open, by its calibration
+    gate: GateKind | None = None
+    weight: float = 1.0  # of `correction`, where others act with it
+    also: Mapping[str, float] = field(default_factory=dict)  # further head corrections and their weights
+    budget: Budget = field(default_factory=Budget)
+    companion_prompt: tuple[int, ...] | None = None  # contrast: what the companion reads instead of the prompt
 
     def __post_init__(self) -> None:
         if self.strength is not None:
             _within("steering.strength", self.strength, -100.0, 100.0)
-        if self.tau is not None and math.isnan(self.tau):
-            raise InvalidRequest("steering.tau must be a number of nats, not NaN", "steering.tau")
+        for name in ("tau", "ceiling"):
+            if getattr(self, name) is not None and math.isnan(getattr(self, name)):
+                raise InvalidRequest(f"steering.{name} must be a number, not NaN", f"steering.{name}")
+        if self.rate is not None:
+            _within("steering.rate", self.rate, 0.0, 1.0)
+            if self.tau is not None:
+                raise InvalidRequest("steering.rate stands for a tau: leave one of them out", "steering.rate")
+        if self.gate is not None and self.gate not in get_args(GateKind):
+            kinds = ", ".join(get_args(GateKind))
+            raise InvalidRequest(f"steering.gate must be one of {kinds}, not {self.gate!r}", "steering.gate")
+        for name, weight in {str(self.correction): self.weight, **self.also}.items():
+            _within(f"steering.corrections.{name}", weight, -100.0, 100.0)
+        if len(self.also) >= MAX_MIX:
+            message = f"at most {MAX_MIX} corrections act together, not {1 + len(self.also)}"
+            raise InvalidRequest(message, "steering.corrections")
+        if self.correction in self.also or (self.also and self.correction is None):
+            raise InvalidRequest("`also` adds others to a correction that is named", "steering.corrections")
+        if self.companion_prompt == ():
+            raise InvalidRequest("the companion's prompt is empty: give it one token", "steering.companion_prompt")
 
 
 @dataclass(frozen=True)
@@ -89,7 +146,7 @@ class Receipt(NamedTuple):
     """
 
     entropy: float  # nats, of the base
-    open: bool  # the base's entropy was above tau and a correction was chosen
+    open: bool  # a correction was chosen and allowed, and the gate's statistic was above tau and not above its ceiling
     fired: bool  # open, and strength was not 0
     base_token: int  # the base's most likely token
     steered_token: int  # the corrected distribution's most likely token
@@ -97,6 +154,9 @@ class Receipt(NamedTuple):
     steered_logprob: float  # of the sampled token, under the corrected distribution
     base_token_logprob: float  # of base_token, under the base
     steered_token_logprob: float  # of steered_token, under the corrected distribution
+    statistic: float  # what the gate compared with tau, of its kind
+    kl: float  # nats: KL(base || corrected); 0 where it did not fire
+    strength: float  # what was applied, after a budget's cap; 0 where it did not fire
 
     @property
     def flip(self) -> bool:

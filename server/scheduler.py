@@ -1,28 +1,30 @@
 """Who runs in the next step: continuous batching with chunked prefill and prefix reuse.
 
 Invariant: decode rows go first, one token each in slot order, then prompt chunks in order of arrival, as many tokens as
-the step's budget leaves. The other samples of a request wait until the first has computed their common prompt, then
-start from a copy of it. Nothing here touches a tensor but the row copy it asks the cache for.
+the step's budget leaves. A sequence with a companion is admitted with both slots or not at all, and neither of its rows
+computes its last token without the other. The other samples of a request wait until the first has computed their common
+prompt, then start from a copy of it. Nothing here touches a tensor but the row copy it asks the cache for.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from trimtab.server.sequence import Sequence
+from trimtab.server.sequence import Row, Sequence
 from trimtab.server.slots import Slots
 
 
 class Work(NamedTuple):
-    """Compute tokens start..end of a sequence."""
+    """Compute tokens start..end of a sequence's row."""
 
     sequence: Sequence
+    row: Row
     start: int
     end: int
 
     @property
     def samples(self) -> bool:
-        """The last known token is computed, so the next one is sampled."""
-        return self.end == len(self.sequence.tokens)
+        """The last known token of the sequence's own row is computed, so the next one is sampled."""
+        return self.end == len(self.row.tokens) and self.row is self.sequence.row
 
 
 class Scheduler:
@@ -47,33 +49,38 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """Admit what has room and say what the next step computes; empty when there is nothing to do."""
         self._admit()
-        sequences = self.running.values()
-        decode = [s for s in sequences if len(s.tokens) - s.computed == 1]
-        work = [Work(s, s.computed, s.computed + 1) for s in sorted(decode, key=lambda s: s.slot)]
-        budget = self._step_tokens - len(work)
         singles: list[Work] = []
+        filling: list[Sequence] = []
+        for s in self.running.values():
+            if all(row.left == 1 for row in s.rows):
+                singles += [Work(s, row, row.computed, row.computed + 1) for row in s.rows]
+            else:
+                filling.append(s)
+        budget = self._step_tokens - len(singles)
         chunks: list[Work] = []
-        for s in sequences:
-            size = min(len(s.tokens) - s.computed, budget)
-            if len(s.tokens) - s.computed > 1 and size > 0:
-                (singles if size == 1 else chunks).append(Work(s, s.computed, s.computed + size))
-                budget -= size
-        return sorted(work + singles, key=lambda w: w.sequence.slot) + chunks
+        for s in filling:
+            alone = len(s.rows) == 1 or sum(row.left for row in s.rows) <= budget
+            for row in s.rows:
+                size = min(row.left - (not alone), budget)
+                if size > 0:
+                    (singles if size == 1 else chunks).append(Work(s, row, row.computed, row.computed + size))
+                    budget -= size
+        return sorted(singles, key=lambda w: w.row.slot) + chunks
 
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work."""
-        sequence = work.sequence
-        sequence.computed = work.end
-        self._slots.held[sequence.slot] = sequence.tokens[: work.end]
+        work.row.computed = work.end
+        self._slots.extend(work.row.slot, work.row.tokens[work.start : work.end])
 
     def remove(self, sequence: Sequence, reusable: bool = True) -> None:
-        """A sequence has ended or was aborted: free its slot, which keeps what it holds if that is reusable."""
+        """A sequence has ended or was aborted: free its slots, which keep what they hold if that is reusable."""
         key = (sequence.request.id, sequence.index)
         self.waiting.pop(key, None)
         if self.running.pop(key, None) is not None:
-            if not reusable:
-                self._slots.held[sequence.slot] = []
-            self._slots.release(sequence.slot)
+            for row in sequence.rows:
+                if not reusable:
+                    self._slots.forget(row.slot)
+                self._slots.release(row.slot)
 
     def abort(self, request_id: str, index: int) -> None:
         """Remove a choice wherever it is; one that has ended is ignored."""
@@ -83,20 +90,24 @@ class Scheduler:
 
     def _admit(self) -> None:
         for key, sequence in list(self.waiting.items()):
-            if not self._slots.free:
+            if self._slots.free < len(sequence.rows):
                 return
             if self._sibling_is_prefilling(sequence):
                 continue
-            prompt = sequence.tokens
-            donor, length = self._slots.find_prefix(prompt[:-1])  # the last token is computed: its logits are needed
-            sequence.slot = self._slots.take(prefer=donor)
-            if length and donor != sequence.slot:
-                self._copy(donor, sequence.slot, length)
-            self._slots.held[sequence.slot] = prompt[:length]
-            sequence.computed = sequence.cached = length
+            for row in sequence.rows:
+                self._place(row)
             del self.waiting[key]
             self.running[key] = sequence
 
+    def _place(self, row: Row) -> None:
+        """Give a row a slot, and what some slot holds of its prompt already."""
+        donor, length = self._slots.find_prefix(row.tokens[:-1], row.adapter)  # the last token's logits are needed
+        row.slot = self._slots.take(prefer=donor)
+        if length and donor != row.slot:
+            self._copy(donor, row.slot, length)
+        self._slots.hold(row.slot, row.tokens[:length], row.adapter)
+        row.computed = row.cached = length
+
     def _sibling_is_prefilling(self, sequence: Sequence) -> bool:
         first = self.running.get((sequence.request.id, 0))
-        return sequence.index > 0 and first is not None and first.computed < len(sequence.request.prompt)
+        return sequence.index > 0 and first is not None and any(row.computed < row.prompt for row in first.rows)

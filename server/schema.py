@@ -1,7 +1,7 @@
 """What a request's body may say: OpenAI's and vLLM's words, and `steering`.
 
-Invariant: pydantic checks the shape here, and SamplingParams and Steering check the values; either way the caller is
-told the field. null is the same as not sent. Of keys without a field here, foreign.py decides.
+Invariant: pydantic checks the shape here, and SamplingParams checks the values; either way the caller is told the
+field. null is the same as not sent. Of keys without a field here, foreign.py decides.
 
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
@@ -12,24 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
-from trimtab.server.request import Mode, SamplingParams
+from trimtab.server.request import SamplingParams
+from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 
-Report = Literal["none", "summary", "tokens"]
-
 MAX_STOPS = 16
-
-
-class SteeringBody(BaseModel):
-    """`steering` in a body: which correction acts, how, and what is told about it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    correction: str | None = None
-    strength: float | None = None
-    tau: float | None = None
-    mode: Mode | None = None
-    report: Report | None = None
 
 
 class StreamOptions(BaseModel):
@@ -75,6 +62,8 @@ class Body(BaseModel):
         foreign.refuse(self.model_extra or {})
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
+        if self.steering is not None:
+            self.steering.check()
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
 

@@ -1,12 +1,37 @@
-"""One choice of one request on its way through the engine: its tokens, its slot, and how far its KV has come.
+"""One choice of one request on its way through the engine: its rows of KV, and how far each has come.
 
-Invariant: a sequence has `computed < len(tokens)` tokens in its slot until it ends; the step that computes the last of
-them samples the next. Prefill, chunks, resumed prefixes and decode are all this one rule.
+Invariant: a row has `computed < len(tokens)` tokens in its slot until its sequence ends; the step that computes the
+last of them samples the next. Prefill, chunks, resumed prefixes and decode are all this one rule. A companion reads
+every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
 from dataclasses import dataclass, field
 
+from trimtab.server.budget import Allowance
+from trimtab.server.constants import Constants
 from trimtab.server.request import FinishReason, Request
+from trimtab.server.rule import Rule
+from trimtab.server.slots import NO_ADAPTER
+
+
+@dataclass(eq=False)
+class Row:
+    """One line of the KV cache."""
+
+    tokens: list[int]  # prompt, then what was sampled
+    adapter: int = NO_ADAPTER  # of the bank; it acts on every one of the tokens
+    slot: int = -1
+    computed: int = 0
+    cached: int = 0  # prompt tokens whose KV was copied, not computed
+    prompt: int = field(init=False)  # tokens
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute until the next is sampled."""
+        return len(self.tokens) - self.computed
 
 
 @dataclass(eq=False)
@@ -17,20 +42,27 @@ class Sequence:
     index: int
     seed: int
     limit: int  # tokens it may sample
-    correction: int  # index into the bank; -1 is none
-    strength: float
-    tau: float  # nats
+    rule: Rule
+    constants: Constants
     stops: frozenset[int]  # tokens that end it
-    tokens: list[int]  # prompt, then what was sampled
-    slot: int = -1
-    computed: int = 0
-    cached: int = 0  # prompt tokens whose KV was copied, not computed
+    row: Row
+    companion: Row | None = None
+    allowance: Allowance | None = None  # None where nothing bounds the steering
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
+    rows: tuple[Row, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = (self.row,) if self.companion is None else (self.row, self.companion)
 
     @property
     def sampled(self) -> int:
         """How many tokens it has sampled: the position of the next draw."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.row.tokens) - self.row.prompt
+
+    @property
+    def steered(self) -> bool:
+        """Whether a correction may act at the next step, if the gate opens."""
+        return self.rule.steered and (self.allowance is None or self.allowance.open)
 
     @property
     def penalised(self) -> bool:
@@ -54,11 +86,14 @@ class Sequence:
                 found[token] = (found[token][0] if token in found else -1, float("-inf"))
         return found
 
-    def append(self, token: int) -> FinishReason | None:
-        """Take the sampled token. -> why the sequence ends here, or None."""
-        self.tokens.append(token)
+    def append(self, token: int, fired: bool = False) -> FinishReason | None:
+        """Take the sampled token. fired: a correction acted. -> why the sequence ends here, or None."""
+        for row in self.rows:
+            row.tokens.append(token)
         if self.penalised:
             self.counts[token] = self.counts.get(token, 0) + 1
+        if self.allowance is not None:
+            self.allowance.take(token, fired)
         if token in self.stops:
             return "stop"
         return "length" if self.sampled >= self.limit else None

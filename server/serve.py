@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.weights import DEMO
@@ -18,6 +18,7 @@ from trimtab.server.weights import DEMO
 if TYPE_CHECKING:
     from trimtab.server.base import Base
     from trimtab.steering.bank import Bank
+    from trimtab.steering.correction import Correction
 
 DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
 KEY_VARIABLE = "TRIMTAB_API_KEY"
@@ -37,7 +38,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="a correction's folder, and what it is called as a model; repeatable",
+        help="a correction's folder or a PEFT LoRA's, and what it is called as a model; repeatable",
     )
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
     add("--port", type=_at_least(0), default=8000, help="0 takes a free one")
@@ -134,18 +135,27 @@ def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_l
         f"slots        {slots} of {max_len} tokens",
         "sampling     temperature 1, top_p 1 unless a request says otherwise",
     ]
-    corrections = [_describe_correction(bank.get(name)) for name in bank.names]
+    corrections = [_describe_correction(bank.get(name), bank) for name in bank.names]
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
 
 
-def _describe_correction(correction: Any) -> str:
+def _describe_correction(correction: "Correction", bank: "Bank") -> str:
+    """One line, and one with the verdict where something was learned."""
+    from trimtab.server.request import Steering
+    from trimtab.server.rule import rule_for
+
+    facts = ", ".join(f"{name} {_say(value)}" for name, value in correction.facts.items())
+    slots = "; two slots a choice" if rule_for(Steering(correction.name), bank).rows == 2 else ""
+    line = f"{correction.name}: {correction.tier} ({facts}), strength {correction.strength:g} where {correction.gate}"
+    if correction.tier == "contrast" and correction.report is None:
+        return f"{line}{slots}"
     verdict = (correction.report or {}).get("verdict")
-    facts = ", ".join(f"{name} {value}" for name, value in correction.facts.items())
     found = verdict.get("summary") if isinstance(verdict, dict) else None
-    return (
-        f"{correction.name}: {correction.tier} ({facts}), strength {correction.strength:g} where {correction.gate}\n"
-        f"             held out: {found or 'never evaluated: its report has no verdict'}"
-    )
+    return f"{line}{slots}\n             held out: {found or 'never evaluated: its report has no verdict'}"
+
+
+def _say(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value) or '""'
 
 
 def _at_least(least: int) -> Callable[[str], int]:

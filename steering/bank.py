@@ -96,6 +96,7 @@ class Bank:
             B=place(B),
             b=place(b),
             cap=place(torch.tensor([c.cap for c in corrections], dtype=torch.float32)),
+            silu=place(torch.zeros(len(corrections), dtype=torch.bool)),
             top_k=place(torch.tensor([c.top_k for c in corrections], dtype=torch.int32)),
             max_top_k=max(c.top_k for c in corrections),
         )

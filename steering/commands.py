@@ -1,4 +1,4 @@
-"""`trimtab fit`, `trimtab distill`, `trimtab eval` and `trimtab inspect`: their options, and what they print.
+"""`trimtab fit`, `trimtab distill` and `trimtab inspect`: their options, and what they print.
 
 Invariant: building the parsers imports neither torch nor a model. Each `add_*` sets `func` on the parser: it takes
 the parsed arguments. Errors are TrimtabErrors, for the caller to print.
@@ -6,8 +6,6 @@ the parsed arguments. Errors are TrimtabErrors, for the caller to print.
 
 import argparse
 import dataclasses
-import json
-import tempfile
 import types
 import typing
 from collections.abc import Sequence
@@ -91,79 +89,6 @@ def _config_of(args: argparse.Namespace) -> FitConfig:
     return FitConfig(**values)
 
 
-def add_eval(subparsers: Subparsers) -> None:
-    """trimtab eval --correction DIR: the report again, on any base, task and number of problems."""
-    parser = subparsers.add_parser(
-        "eval",
-        help="compare a correction with its base and its controls on held-out problems, with paired seeds",
-        description="Options left out are those the correction was fitted with.",
-    )
-    parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
-    parser.add_argument("--model", help="the base (default: as fitted)")
-    parser.add_argument("--task", help="instructions, or a JSONL file (default: as fitted)")
-    parser.add_argument("--verifier", help="for a file: math, exact, regex or module:function")
-    parser.add_argument("--held-out", help="for a file: a second JSONL file to judge on")
-    parser.add_argument("--problems", type=_positive, default=200, help="held-out problems (default: 200)")
-    parser.add_argument(
-        "--skip", type=_count, default=0, help="leave out the first so many: others than the fit's report"
-    )
-    parser.add_argument("--samples", type=_positive, default=2, help="completions a problem and policy (default: 2)")
-    parser.add_argument("--seed", type=int, help="of the draws")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
-    parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--slots", type=_positive, default=32, help="completions sampled at once")
-    parser.add_argument("--threads", type=_positive, default=1, help="torch threads")
-    parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
-    parser.set_defaults(func=run_eval)
-
-
-def run_eval(args: argparse.Namespace) -> None:
-    """Prints the report on stdout."""
-    from trimtab.server.base import load_base
-    from trimtab.steering.controls import CONTROLS
-    from trimtab.steering.correction import check
-    from trimtab.steering.folder import load
-    from trimtab.steering.machine import describe_run
-    from trimtab.steering.report import Exam, Judged, make, to_markdown
-    from trimtab.steering.rollouts import Sampling
-    from trimtab.steering.tasks import load_task
-    from trimtab.steering.teacher import adapt
-
-    correction = load(args.correction)
-    fitted: dict[str, Any] = dict(correction.provenance.get("config", {}))
-    if args.task:  # another task brings its own verifier and held-out file
-        fitted |= {"verifier": None, "held_out": None}
-    asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
-    folders = [args.correction / "controls" / kind for kind in CONTROLS]
-    controls = [load(folder) for folder in folders if folder.is_dir()]
-    base = load_base(asked["model"], args.dtype, args.device, args.threads)
-    for one in (correction, *controls):
-        check(one, base.identity)
-    task = load_task(asked["task"], asked["verifier"], asked["held_out"], int(fitted.get("seed", 0)))
-    problems = task.problems("held-out", args.skip + args.problems)[args.skip :]
-    sampling = Sampling(args.samples, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
-    exam = Exam(task, problems, sampling, args.slots, args.threads)
-    lora = args.correction / "lora"
-    teacher = adapt(base, lora) if lora.is_dir() else None
-    judged = Judged(correction, controls, teacher, args.strength, args.tau)
-    with tempfile.TemporaryDirectory() as scratch:
-        report = make(base, exam, judged, Path(scratch) / "eval")
-    own = correction.report or {}
-    seen = own["problems"] - args.skip if own.get("task") == task.name else 0
-    facts = {
-        "benchmark": "eval",
-        "model": base.name,
-        "problems_of_the_fits_report": max(0, min(seen, args.problems)),
-        "machine": describe_run("trimtab"),
-    }
-    print(json.dumps(report | facts) if args.json else to_markdown(report))
-
-
 def add_inspect(subparsers: Subparsers) -> None:
     """trimtab inspect DIR."""
     parser = subparsers.add_parser("inspect", help="say what a correction is, how it was made and what it does")
@@ -198,24 +123,5 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
 
 
-_AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
 _OF_REWARDS = ("keep_problems", "drop_longest", "advantage_clip", "ratio_clip", "kl_weight", "kl_budgets")
 _NOT_OF_DISTILL = ("via", "model", "teacher", *_OF_REWARDS)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := _count(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, not 0")
-    return value

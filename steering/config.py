@@ -77,7 +77,7 @@ class FitConfig:
 
     model: str = option("demo", "the base: demo, a folder, a GGUF file or a model's id")
     task: str = option("instructions", "instructions, or a JSONL file's path")
-    verifier: str | None = option(None, "for a file: math, exact, regex or module:function")
+    verifier: str | None = option(None, "for a file: math, final, exact, regex or module:function")
     held_out: str | None = option(None, "for a file: a second JSONL file to judge on; default: a hash picks lines")
     name: str = option("", "the correction's name; default: the output folder's")
     seed: int = option(0, "of everything random: problems, rollouts, initial weights, order, shuffling")

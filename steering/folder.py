@@ -95,6 +95,11 @@ def load(folder: str | Path) -> Correction:
         raise CorrectionError(f"{path}: {error}") from error
 
 
+def digest(correction: Correction) -> str:
+    """Of what was learned: the contents of the files beside the JSON."""
+    return _digest(_files_of(correction).values())
+
+
 def _load_peft(folder: Path) -> LoraCorrection:
     adapter = read_adapter(folder)
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name)

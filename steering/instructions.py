@@ -68,6 +68,9 @@ class Instructions:
         """1.0 when the completion does what was asked, else 0.0."""
         return float(follows(completion, problem.answer))
 
+    def extract(self, completion: str) -> None:
+        """A sentence is no answer that completions could agree on."""
+
 
 def ask(kind: str, topic: str, first: str, second: str) -> str:
     """The instruction's text."""

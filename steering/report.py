@@ -121,7 +121,9 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ra
         "correction": judged.correction.name,
         "strengths": strengths(judged),
         "tau": judged.correction.gate.tau if judged.tau is None else judged.tau,
-        "policies": [summarise(name, exam.problems, rollouts)._asdict() for name, rollouts in found.items()],
+        "policies": [
+            summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
+        ],
         "differences": [difference._asdict() for difference in differences],
         "verdict": judge(differences, found[CORRECTION]),
     }

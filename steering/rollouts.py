@@ -10,10 +10,11 @@ finished stay what they were, and merely keep the others company.
     rollouts = collect(core, task, problems, Sampling(samples=8, seed=1), Path("run/rollouts"), "rollouts")
 """
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from trimtab.server.request import Event, Request, SamplingParams, Steering
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
+from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.tasks import Task
@@ -59,6 +61,7 @@ class Rollout(NamedTuple):
     fired: int
     flips: int
     kl: float = 0.0  # nats, KL(base || steered) summed over steps; to two places, as its last bits vary with the batch
+    marks: Mapping[str, float] | None = None  # what an analysis counted on the way
 
 
 def collect(
@@ -71,17 +74,31 @@ def collect(
     steering: Steering | None = None,
 ) -> list[Rollout]:
     """All rollouts of `problems`, by problem and sample. What is in the folder is read, not sampled again."""
-    size = -(-FILE_ROUNDS * core.config.slots // sampling.samples)
+
+    def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+        return _sample(core, task, group, sampling, steering or Steering(), finished)
+
+    return gather(problems, sampling.samples, core.config.slots, folder, stage, draw)
+
+
+Draw = Callable[[Sequence[Problem], Sequence[Rollout]], Iterator[list[Rollout]]]
+
+
+def gather(
+    problems: Sequence[Problem], samples: int, slots: int, folder: Path, stage: str, draw: Draw
+) -> list[Rollout]:
+    """As `collect`, however they are drawn: draw(a file's problems, what is finished) yields the others as they end."""
+    size = -(-FILE_ROUNDS * slots // samples)
     groups = [problems[i : i + size] for i in range(0, len(problems), size)]
     journals = [Journal(folder / f"{i:05d}.jsonl") for i in range(len(groups))]
     known = [journal.read() for journal in journals]
     done = sum(map(len, known))
     passed = sum(rollout.reward for found in known for rollout in found)
-    with Progress(stage, len(problems) * sampling.samples, "completions", done) as progress:
+    with Progress(stage, len(problems) * samples, "completions", done) as progress:
         for group, journal, finished in zip(groups, journals, known, strict=True):
             if journal.path.exists():
                 continue
-            for some in _sample(core, task, group, sampling, steering or Steering(), finished):
+            for some in draw(group, list(finished)):
                 journal.append(some)
                 finished += some
                 done += len(some)
@@ -142,6 +159,15 @@ def encode(base: Base, problem: Problem) -> tuple[int, ...]:
     return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def encode_beside(base: Base, problem: Problem, prompt: str) -> tuple[int, ...]:
+    """What a contrast's companion reads beside this problem: `prompt` in place of its last message, or of its text."""
+    if problem.messages is None:
+        ids = encode(base, problem._replace(prompt=prompt))
+        return ids or (min(base.eos),)  # an empty text has no token, and a model reads one at least
+    last = {**problem.messages[-1], "content": prompt}
+    return encode(base, problem._replace(messages=(*problem.messages[:-1], last)))
+
+
 def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: int, slots: int, threads: int) -> Core:
     """An engine with room for these problems and no more. Raises TaskError for a prompt that fills the context."""
     longest, problem = max((len(encode(base, p)), p.id) for p in problems)
@@ -171,7 +197,7 @@ def _sample(
     skipped = known if core.base.dtype == torch.float32 else frozenset()
     live: dict[tuple[str, int], list[Event]] = {}
     core.forget()
-    for events in _run(core, [_request(core.base, problem, sampling, steering) for problem in problems], skipped):
+    for events in _run(core, [request_for(core, problem, sampling, steering) for problem in problems], skipped):
         ended = []
         for event in events:
             key = (event.request_id, event.index)
@@ -200,14 +226,21 @@ def _run(core: Core, requests: Sequence[Request], skipped: Set[tuple[str, int]])
         yield core.step()
 
 
-def _request(base: Base, problem: Problem, sampling: Sampling, steering: Steering) -> Request:
+def request_for(core: Core, problem: Problem, sampling: Sampling, steering: Steering, alternatives: int = 0) -> Request:
+    """All of a problem's samples. alternatives: most likely tokens to report at each step."""
     drawn = SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=problem_seed(sampling.seed, problem.id),
         max_tokens=sampling.max_tokens,
+        alternatives=alternatives,
     )
-    return Request(problem.id, encode(base, problem), drawn, steering, n=sampling.samples)
+    if steering.correction is not None and steering.companion_prompt is None:
+        chosen = core.bank.get(steering.correction)
+        if isinstance(chosen, ContrastCorrection):
+            beside = encode_beside(core.base, problem, chosen.prompt)
+            steering = dataclasses.replace(steering, companion_prompt=beside)
+    return Request(problem.id, encode(core.base, problem), drawn, steering, n=sampling.samples)
 
 
 def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> Rollout:

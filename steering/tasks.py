@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from trimtab.errors import TaskError
 from trimtab.steering.instructions import Instructions
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.verifiers import Verifier, check_answer, load_verifier
+from trimtab.steering.verifiers import Extract, Verifier, check_answer, load_extractor, load_verifier
 
 HELD_OUT_SHARE = 0.3  # of a file's lines, when there is no held-out file
 
@@ -38,6 +38,10 @@ class Task(Protocol):
         """A reward from 0 to 1."""
         ...
 
+    def extract(self, completion: str) -> Extract | None:
+        """The answer it gives, right or wrong; None where it gives none, or answers of this task cannot be read."""
+        ...
+
 
 def load_task(name: str, verifier: str | None = None, held_out: str | None = None, seed: int = 0) -> Task:
     """`instructions` or a JSONL file's path. Raises TaskError."""
@@ -50,7 +54,7 @@ def load_task(name: str, verifier: str | None = None, held_out: str | None = Non
     if not Path(name).is_file():
         raise TaskError(f"task must be instructions or a JSONL file; there is no file {name!r}")
     if verifier is None:
-        raise TaskError(f"the task {name} needs a verifier: math, exact, regex or module:function")
+        raise TaskError(f"the task {name} needs a verifier: math, final, exact, regex or module:function")
     return FileTask(Path(name), verifier, Path(held_out) if held_out else None)
 
 
@@ -60,6 +64,7 @@ class FileTask:
     def __init__(self, path: Path, verifier: str, held_out: Path | None = None) -> None:
         self.name = path.name
         self._verify: Verifier = load_verifier(verifier)
+        self._extract = load_extractor(verifier)
         lines = read_problems(path, verifier)
         if held_out is None:
             self._splits = _split_by_hash(lines)
@@ -80,6 +85,10 @@ class FileTask:
     def score(self, problem: Problem, completion: str) -> float:
         """By the task's verifier."""
         return self._verify(completion, problem.answer)
+
+    def extract(self, completion: str) -> Extract | None:
+        """By the verifier's extractor, if it has one."""
+        return self._extract(completion) if self._extract else None
 
 
 def read_problems(path: Path, verifier: str) -> list[Problem]:

@@ -1,9 +1,13 @@
 """Verifiers: does a completion answer its problem? A verifier maps (completion, answer) to a reward from 0 to 1.
 
     math     the last formula or number equals the answer, as mathematics (math-verify)
+    final    the number marked with #### or \\boxed{}, or else the last number, equals the answer
     exact    the completion equals the answer, white space at the ends aside
     regex    the answer is a pattern, found somewhere in the completion
     module:function   your own, imported; the current folder is on the path
+
+An extractor reads the answer that a completion gives, right or wrong: what a majority vote counts. math, final and
+exact have one; so has module:function where the module has a function `extract`, which returns a text or None.
 
 Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1, or raises TaskError.
 """
@@ -16,33 +20,62 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
 
+SOLVED = 1.0  # a reward of less is no success where successes are counted
+
+
+class Extract(NamedTuple):
+    """The answer a completion gives."""
+
+    text: str  # equal answers are equal texts
+    marked: bool  # given in a form that says so: after #### or in \\boxed{}
+
+
 Verifier = Callable[[str, Any], float]
+Extractor = Callable[[str], Extract | None]
 
 _NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")  # needs no parsing to be found readable: thousands of lines are read
 
 
 def load_verifier(name: str) -> Verifier:
-    """`math`, `exact`, `regex` or `module:function`. Raises TaskError when there is no such thing."""
+    """`math`, `final`, `exact`, `regex` or `module:function`. Raises TaskError when there is no such thing."""
     if name in _BUILT_IN:
         return _BUILT_IN[name]
+    function = name.partition(":")[2]
+    try:
+        verify = getattr(_import(name), function)
+    except AttributeError as error:
+        raise TaskError(f"verifier {name!r} cannot be imported: {error}") from error
+    if not callable(verify):
+        raise TaskError(f"verifier {name!r} is not a function")
+    return _guard(name, verify)
+
+
+def load_extractor(name: str) -> Extractor | None:
+    """The extractor that goes with a verifier; None where it has none."""
+    if name in _BUILT_IN:
+        return _EXTRACTORS.get(name)
+    extract = getattr(_import(name), "extract", None)
+    return _guard_extract(name, extract) if callable(extract) else None
+
+
+def _import(name: str) -> ModuleType:
+    """The module of `module:function`, also from the current folder."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise TaskError(f"verifier must be one of {', '.join(_BUILT_IN)} or module:function, not {name!r}")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        verify = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        return importlib.import_module(module)
+    except ImportError as error:
         raise TaskError(f"verifier {name!r} cannot be imported: {error}") from error
     finally:
         sys.path.remove(folder)
-    if not callable(verify):
-        raise TaskError(f"verifier {name!r} is not a function")
-    return _guard(name, verify)
 
 
 def check_answer(verifier: str, answer: Any) -> str | None:
@@ -54,10 +87,12 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             re.compile(answer)
         except re.error as error:
             return f"is not a regular expression ({error})"
-    if verifier in ("math", "exact") and not isinstance(answer, str | int | float):
+    if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
     if verifier == "math" and not _NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
         return "is not a number or formula that math-verify can read"
+    if verifier == "final" and not _NUMBER.fullmatch(str(answer).strip()):
+        return "must be a number"
     return None
 
 
@@ -74,6 +109,21 @@ def _guard(name: str, verify: Callable[[str, Any], Any]) -> Verifier:
         if not (math.isfinite(reward) and 0 <= reward <= 1):
             raise TaskError(f"verifier {name!r} returned {reward}: it must return 0 to 1 (or False or True)")
         return reward
+
+    return guarded
+
+
+def _guard_extract(name: str, extract: Callable[[str], Any]) -> Extractor:
+    """As _guard."""
+
+    def guarded(completion: str) -> Extract | None:
+        try:
+            found = extract(completion)
+        except Exception as error:
+            raise TaskError(
+                f"extract of verifier {name!r} failed on {completion[:200]!r}: {type(error).__name__}: {error}"
+            ) from error
+        return None if found is None else Extract(str(found), True)
 
     return guarded
 
@@ -102,6 +152,51 @@ def _seconds() -> int | None:
     return 5 if threading.current_thread() is threading.main_thread() else None
 
 
+def _extract_math(completion: str) -> Extract | None:
+    from math_verify import parse
+
+    found = parse(completion, parsing_timeout=_seconds())
+    if not found:
+        return None
+    try:
+        text = f"{float(found[0]):.10g}"  # 1/2 and 0.5 are one answer
+    except (TypeError, ValueError, OverflowError):
+        text = str(found[0])
+    return Extract(text, any(_marked_numbers(completion)) or "\\boxed{" in completion)
+
+
+def _verify_final(completion: str, answer: Any) -> float:
+    found = _final_number(completion)
+    if found is None:
+        return 0.0
+    wanted = _value(str(answer))
+    return float(math.isclose(found[0], wanted, rel_tol=1e-6, abs_tol=1e-6))
+
+
+def _extract_final(completion: str) -> Extract | None:
+    found = _final_number(completion)
+    return None if found is None else Extract(f"{found[0]:.10g}", found[1])
+
+
+def _final_number(completion: str) -> tuple[float, bool] | None:
+    """The last number that is marked as the answer, or else the last one -> its value, whether it is marked."""
+    marked = _marked_numbers(completion)
+    every = marked or _NUMBER.findall(completion)
+    if not every or math.isnan(value := _value(every[-1])):
+        return None
+    return value, bool(marked)
+
+
+def _marked_numbers(completion: str) -> list[str]:
+    """The numbers that follow #### or stand first in \\boxed{}, in order."""
+    return [number for part in _MARK.split(completion)[1:] for number in _NUMBER.findall(part.partition("\n")[0])[:1]]
+
+
+def _value(number: str) -> float:
+    top, _, bottom = number.replace(",", "").replace("$", "").partition("/")
+    return float(top) / (float(bottom or 1) or math.nan)
+
+
 def _verify_exact(completion: str, answer: Any) -> float:
     return float(completion.strip() == str(answer).strip())
 
@@ -110,4 +205,18 @@ def _verify_regex(completion: str, answer: Any) -> float:
     return float(re.search(answer, completion) is not None)
 
 
-_BUILT_IN: dict[str, Verifier] = {"math": _verify_math, "exact": _verify_exact, "regex": _verify_regex}
+def _extract_exact(completion: str) -> Extract | None:
+    text = completion.strip()
+    return Extract(text, True) if text else None
+
+
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
+_MARK = re.compile(r"####\s*|\\boxed\{")
+
+_BUILT_IN: dict[str, Verifier] = {
+    "math": _verify_math,
+    "final": _verify_final,
+    "exact": _verify_exact,
+    "regex": _verify_regex,
+}
+_EXTRACTORS: dict[str, Extractor] = {"math": _extract_math, "final": _extract_final, "exact": _extract_exact}

@@ -3,20 +3,32 @@
 Slow and obvious: it sorts whole rows and keeps every intermediate. Both implementations are held against it.
 """
 
+from bisect import bisect_right
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.kernels.record import RANK_ORDER, StepInputs
+from trimtab.kernels.record import (
+    GATE_ALWAYS,
+    GATE_MARGIN,
+    GATE_RANDOM,
+    GATE_VARENTROPY,
+    HALVINGS,
+    RANK_ORDER,
+    StepInputs,
+)
 
 
 class Expected(NamedTuple):
     """One row's answer. `edges` are the values of u at which the drawn token changes: rounding may decide there."""
 
     entropy: float
+    statistic: float
     open: bool
     fired: bool
+    strength: float  # applied
+    kl: float
     base: Tensor  # float64 [vocab]: log softmax(z)
     steered: Tensor  # float64 [vocab]: log softmax(z')
     order: list[int]  # the kept tokens in the order of the draw
@@ -30,26 +42,35 @@ def rank(z: Tensor) -> list[int]:
 
 def expect(inputs: StepInputs, row: int) -> Expected | None:
     """The answer for one row, or None when it is dead."""
-    p: Any = type(inputs.params)(*(column[row].item() for column in inputs.params))
+    p = _row(inputs, row)
     z = inputs.logits[row].double()
     if z.isnan().any() or (z == float("inf")).any() or (z == float("-inf")).all():
         return None
     base = z.log_softmax(0)
-    entropy = float(-(base.exp() * base.masked_fill(base == float("-inf"), 0)).sum())
-    is_open = p.correction >= 0 and entropy > p.tau
+    surprise = -base.masked_fill(base == float("-inf"), 0)
+    entropy = float((base.exp() * surprise).sum())
+    statistic = entropy
+    if p.gate == GATE_VARENTROPY:
+        statistic = float((base.exp() * (surprise - entropy) ** 2).sum())
+    elif p.gate == GATE_MARGIN:
+        first, second = torch.cat([base.exp(), torch.zeros(1).double()]).topk(2).values
+        statistic = float(second - first)
+    elif p.gate == GATE_RANDOM:
+        statistic = p.chance
+    is_open = p.steered and (p.gate == GATE_ALWAYS or p.tau < statistic <= p.ceiling)
     fired = is_open and p.strength != 0
-    steered = z.clone()
-    if fired and inputs.corrections is not None:
-        c = inputs.corrections
-        A, B, b = (t[p.correction].double() for t in (c.A, c.B, c.b))
-        cap = float(c.cap[p.correction])
-        shift = B @ (A @ inputs.hidden[row].double()) + b
-        ids = rank(inputs.logits[row])[: int(c.top_k[p.correction])]
-        steered[ids] += p.strength * cap * torch.tanh(inputs.head[ids].double() @ shift / cap)
+    delta = _delta(inputs, row, p)
+    strength = p.strength if fired else 0.0
+    if fired and divergence(base, strength * delta) > p.kl_cap:
+        allowed = range(1, 2**HALVINGS)  # of them the last within the cap, by bisection
+        within = bisect_right(allowed, p.kl_cap, key=lambda n: divergence(base, p.strength * n / 2**HALVINGS * delta))
+        strength = p.strength * within / 2**HALVINGS
+    steered = z + strength * delta
+    kl = divergence(base, strength * delta)
     final = steered.clone() if fired and not p.shadow else z.clone()
     if inputs.edits is not None:
         e = inputs.edits
-        for i in range(int(e.offsets[row]), int(e.offsets[row + 1])):
+        for i in range(*e.spans[row].tolist()):
             token, count, bias = int(e.token[i]), int(e.counts[i]), float(e.bias[i])
             value = float(final[token])
             if count >= 0:
@@ -58,9 +79,9 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
     order = [i for i in rank(final) if final[i] > float("-inf")]
     if not order:
         return None
+    seen = (entropy, statistic, is_open, fired, strength, kl, base, steered.log_softmax(0))
     if p.temperature == 0:
-        order = order[:1]
-        return Expected(entropy, is_open, fired, base, steered.log_softmax(0), order, torch.ones(1).double())
+        return Expected(*seen, order[:1], torch.ones(1).double())
     weights = ((final - final.max()) / p.temperature).exp()
     if p.top_k:
         order = order[: p.top_k]
@@ -72,7 +93,36 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
     if len(order) > RANK_ORDER or (unfiltered and len(z) > RANK_ORDER):
         order = sorted(order)
     kept = weights[order]
-    return Expected(entropy, is_open, fired, base, steered.log_softmax(0), order, kept / kept.sum())
+    return Expected(*seen, order, kept / kept.sum())
+
+
+def _row(inputs: StepInputs, row: int) -> Any:
+    """The row's parameters as numbers; lists where a row has several."""
+    return type(inputs.params)(*(column[row].tolist() for column in inputs.params))
+
+
+def _delta(inputs: StepInputs, row: int, p: Any) -> Tensor:
+    """float64 [vocab]: what the row's corrections would add, at strength 1."""
+    total = torch.zeros(inputs.logits.shape[1], dtype=torch.float64)
+    for index, weight in zip(p.correction, p.weight, strict=True):
+        if index < 0 or inputs.corrections is None:
+            continue
+        c = inputs.corrections
+        inner = c.A[index].double() @ inputs.hidden[row].double()
+        if c.silu[index]:
+            inner = inner * torch.sigmoid(inner)
+        shift = c.B[index].double() @ inner + c.b[index].double()
+        cap = float(c.cap[index])
+        ids = rank(inputs.logits[row])[: int(c.top_k[index])]
+        total[ids] += weight * cap * torch.tanh(inputs.head[ids].double() @ shift / cap)
+    return total
+
+
+def divergence(base: Tensor, change: Tensor) -> float:
+    """KL(base || base changed), of log-probabilities [vocab] and what is added to the logits."""
+    log_q = (base + change).log_softmax(0)
+    possible = base > float("-inf")
+    return float((base.exp() * (base - log_q))[possible].sum())
 
 
 def draw(expected: Expected, uniform: float, slack: float = 1e-5) -> set[int]:

@@ -15,21 +15,23 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import httpx
+import torch
 import uvicorn
 from fastapi import FastAPI
 
 from tiny import tiny_tokenizer
-from trimtab.errors import NotFound
 from trimtab.server.app import create_app
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine import EngineStats
 from trimtab.server.request import Event, Receipt, Request
-from trimtab.steering.correction import BaseIdentity
+from trimtab.steering.adapter import Adapter, LoraLayer
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
-RECEIPT = Receipt(1.5, True, True, 65, 66, -2.0, -1.0, -0.5, -0.25)
+RECEIPT = Receipt(1.5, True, True, 65, 66, -2.0, -1.0, -0.5, -0.25, 1.5, 0.125, 1.25)
 
 Script = Callable[[Request, int], Sequence[Event]]
 
@@ -96,27 +98,23 @@ class ScriptedEngine:
         self.after_abort.set()
 
     def stats(self) -> EngineStats:
-        return EngineStats(2, 1, 8, self.alive, time.monotonic() - self.beat)
+        return EngineStats(2, 1, 3, 8, self.alive, time.monotonic() - self.beat)
 
 
-class ScriptedBank:
-    """Corrections by name, with nothing to compute."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = list(names)
-
-    def get(self, name: str) -> Any:
-        if name not in self.names:
-            raise NotFound(f"no correction is called {name!r}")
-        return SimpleNamespace(
-            name=name,
-            tier="head",
-            facts={"rank": 4, "top_k": 10, "cap": 3.0},
-            strength=1.25,
-            gate=Gate(tau=0.75),
-            provenance={},
-            report=None,
-        )
+def scripted_bank() -> Bank:
+    """Two heads, a LoRA and the built-in contrast, of a base of eight numbers."""
+    bank = Bank(8, "cpu")
+    for name in ("brief", "polite"):
+        gate = Gate(tau=0.75, calibration=((0.125, 2.0), (0.375, 1.0)) if name == "polite" else ())
+        head = HeadCorrection(
+            name=name, base=BASE.identity, gate=gate, strength=1.25, rank=4, top_k=10, hidden_scale=1.0, row_scale=1.0,
+            A=torch.zeros(4, 8), B=torch.zeros(8, 4), b=torch.zeros(8),
+        )  # fmt: skip
+        bank.add(head)
+    layers = {"model.layers.0.mlp.up_proj": LoraLayer(torch.zeros(2, 8), torch.zeros(16, 2), 2.0)}
+    bank.add(LoraCorrection(name="tuned", base=BASE.identity, adapter=Adapter(layers, {})))
+    bank.add(ContrastCorrection(name="contrast"))
+    return bank
 
 
 BASE: Any = SimpleNamespace(
@@ -126,8 +124,7 @@ BASE: Any = SimpleNamespace(
 
 def scripted_app(engine: ScriptedEngine, **options: Any) -> FastAPI:
     engine_: Any = engine
-    bank: Any = ScriptedBank("brief", "polite")
-    return create_app(engine_, BASE, bank, **options)
+    return create_app(engine_, BASE, scripted_bank(), **options)
 
 
 class Ask(Protocol):

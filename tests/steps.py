@@ -1,10 +1,11 @@
 """Random step inputs for the tests of both implementations."""
 
+import math
 from typing import Any
 
 import torch
 
-from trimtab.kernels.record import Corrections, Edits, RowParams, StepInputs
+from trimtab.kernels.record import GATE_ENTROPY, Corrections, Edits, RowParams, StepInputs
 
 HIDDEN, RANK = 24, 4
 
@@ -17,23 +18,43 @@ OFF: dict[str, Any] = {
     "repetition": 1.0,
     "presence": 0.0,
     "frequency": 0.0,
-    "correction": -1,
-    "strength": 1.0,
+    "steered": None,  # whether it has a correction
+    "gate": GATE_ENTROPY,
     "tau": 0.0,
+    "ceiling": math.inf,
+    "chance": 0.5,
+    "correction": -1,  # or a mapping of those that act together to their weights
+    "strength": 1.0,
+    "kl_cap": math.inf,
     "shadow": False,
 }
-_DTYPES = RowParams(
-    *([torch.float32, torch.int32] + [torch.float32] * 2 + [torch.float64] + [torch.float32] * 3),
-    *([torch.int32] + [torch.float32] * 2 + [torch.bool]),
-)
+_DTYPES = {
+    **dict.fromkeys(("top_k", "gate", "correction"), torch.int32),
+    **dict.fromkeys(("steered", "shadow"), torch.bool),
+    "uniform": torch.float64,
+}
 
 
 def make_params(rows: list[dict[str, Any]]) -> RowParams:
     """One row for each dict; what it leaves out is off."""
     filled = [{**OFF, **row} for row in rows]
+    width = max(1, *(len(_mix(row)) for row in filled))
+    for row in filled:
+        mix = [*_mix(row).items(), *[(-1, 1.0)] * width][:width]
+        if row["steered"] is None:
+            row["steered"] = bool(_mix(row))
+        row["correction"], row["weight"] = ([*column] for column in zip(*mix, strict=True))
     return RowParams(
-        *(torch.tensor([row[f] for row in filled], dtype=d) for f, d in zip(RowParams._fields, _DTYPES, strict=True))
+        *(torch.tensor([row[f] for row in filled], dtype=_DTYPES.get(f, torch.float32)) for f in RowParams._fields)
     )
+
+
+def _mix(row: dict[str, Any]) -> dict[int, float]:
+    """Its corrections -> their weights."""
+    chosen = row["correction"]
+    if isinstance(chosen, dict):
+        return chosen
+    return {chosen: 1.0} if chosen >= 0 else {}
 
 
 def make_edits(rows: list[dict[int, tuple[int, float]]]) -> Edits | None:
@@ -42,9 +63,10 @@ def make_edits(rows: list[dict[int, tuple[int, float]]]) -> Edits | None:
         return None
     entries = [(token, count, bias) for row in rows for token, (count, bias) in row.items()]
     token, counts, bias = zip(*entries, strict=True)
-    offsets = torch.tensor([0] + [len(row) for row in rows]).cumsum(0).int()
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+    spans = torch.stack([ends - ends.diff(prepend=ends.new_zeros(1)), ends], 1).int()
     integers = [torch.tensor(column, dtype=torch.int32) for column in (token, counts)]
-    return Edits(offsets, *integers, torch.tensor(bias, dtype=torch.float32))
+    return Edits(spans, *integers, torch.tensor(bias, dtype=torch.float32))
 
 
 def make_inputs(
@@ -58,7 +80,7 @@ def make_inputs(
     top_k: tuple[int, ...] = (5, 20),
     alternatives: int = 0,
 ) -> StepInputs:
-    """Random logits (quantised with `ties`), and one random correction for each entry of top_k."""
+    """Random logits (quantised with `ties`), and a random correction for each entry of top_k, every other with SiLU."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows), vocab, generator=g) * spread
     if ties:
@@ -69,6 +91,7 @@ def make_inputs(
         B=torch.randn(n, HIDDEN, RANK, generator=g),
         b=torch.randn(n, HIDDEN, generator=g) * 0.2,
         cap=torch.full((n,), 3.0),
+        silu=torch.arange(n) % 2 == 1,
         top_k=torch.tensor([min(k, vocab) for k in top_k], dtype=torch.int32),
         max_top_k=min(max(top_k), vocab),
     )

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from scripted import EOS, RECEIPT, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app
+from scripted import EOS, RECEIPT, TOKENIZER, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, Overloaded
 from trimtab.server.front_door import MAX_BODY
 from trimtab.server.prompt import Prompter
-from trimtab.server.request import Event, Request
+from trimtab.server.request import Budget, Event, Request
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
@@ -254,12 +254,15 @@ def test_naming_a_correction_steers_and_the_summary_says_so() -> None:
         "correction": "brief",
         "mode": "apply",
         "strength": 1.25,
+        "gate": "entropy",
         "tau": 0.75,
+        "ceiling": None,
         "steps": 4,
         "open": 4,
         "fired": 4,
         "flips": 4,
         "mean_entropy": 1.5,
+        "kl": 0.125,
     }
 
 
@@ -287,8 +290,83 @@ def test_steering_in_the_body_refines_it() -> None:
         "steered_logprob": -1.0,
         "base_token_logprob": -0.5,
         "steered_token_logprob": -0.25,
+        "statistic": 1.5,
+        "kl": 0.125,
+        "strength": 1.25,
     }
     assert [receipt["token"] for receipt in told["tokens"]] == ["a", "<|im_end|>"]
+
+
+def steering_of(steering: dict[str, Any], path: str = TEXT_PATH, **body: Any) -> tuple[Request, dict[str, Any]]:
+    """What the engine is asked, and what the answer says of it."""
+    engine = ScriptedEngine(say("a"))
+    subject = CHAT if path == CHAT_PATH else {"prompt": "ab"}
+    with in_memory(engine) as ask:
+        answer = ask("POST", path, json=subject | body | {"steering": steering})
+    assert answer.status_code == 200, answer.text
+    return engine.requests[0], answer.json()["choices"][0]["steering"]
+
+
+def test_corrections_act_together_with_weights() -> None:
+    request, told = steering_of({"corrections": {"polite": 0.5, "brief": -2}, "strength": 2})
+    asked = request.steering
+    assert (asked.correction, asked.weight, asked.also, asked.strength) == ("polite", 0.5, {"brief": -2.0}, 2)
+    assert (told["correction"], told["corrections"]) == ("polite", {"polite": 0.5, "brief": -2.0})
+    request, _ = steering_of({"corrections": {"polite": 1, "brief": 1}}, model="brief")
+    assert request.steering.correction == "polite"
+
+
+@pytest.mark.parametrize(
+    ("steering", "gate"),
+    [
+        ({"correction": "polite", "rate": 0.25}, ("entropy", 1.5, None)),
+        ({"correction": "polite", "tau": 0.5, "ceiling": 2}, ("entropy", 0.5, 2.0)),
+        ({"correction": "brief", "gate": "margin", "tau": -0.1}, ("margin", -0.1, None)),
+        ({"correction": "brief", "gate": "random", "rate": 0.25}, ("random", 0.75, None)),
+        ({"correction": "tuned", "gate": "always"}, ("always", None, None)),
+    ],
+)
+def test_the_gate_is_chosen_and_told(steering: dict[str, Any], gate: Any) -> None:
+    request, told = steering_of(steering)
+    assert (told["gate"], told["tau"], told["ceiling"]) == gate
+    asked = {"gate": None, "tau": None, "ceiling": None, "rate": None} | steering
+    assert {name: getattr(request.steering, name) for name in asked} == asked
+
+
+def test_a_budget_reaches_the_engine() -> None:
+    budget = {"max_steps": 5, "max_share": 0.5, "cooldown": 2, "kl": 0.25, "until": "####", "spans": [["<a>", "</a>"]]}
+    request, _ = steering_of({"correction": "brief", "budget": budget})
+    assert request.steering.budget == Budget(**budget | {"spans": (("<a>", "</a>"),)})
+    request, _ = steering_of({"correction": "brief", "budget": {"until": None, "spans": []}})
+    assert request.steering.budget == Budget(spans=())
+    request, _ = steering_of({"correction": "brief"})
+    assert request.steering.budget == Budget()
+
+
+@pytest.mark.parametrize(("negative", "read"), [(None, ""), ("", ""), ("be dull", "be dull")])
+def test_a_contrasts_companion_reads_another_last_message(negative: str | None, read: str) -> None:
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "two"},
+    ]
+    steering = {"correction": "contrast"} | ({} if negative is None else {"negative_prompt": negative})
+    request, told = steering_of(steering, CHAT_PATH, messages=messages)
+    decoded = TOKENIZER.decode(request.steering.companion_prompt)
+    assert decoded == str(TOKENIZER.decode(request.prompt)).replace("user\ntwo", f"user\n{read}")
+    assert (told["correction"], told["strength"], told["tau"]) == ("contrast", 0.5, 0.5)
+
+
+def test_a_completions_companion_reads_the_negative_prompt_or_the_prompts_last_token() -> None:
+    request, _ = steering_of({"negative_prompt": "xyz"}, model="contrast")
+    assert request.steering.companion_prompt == tuple(ids("xyz"))
+    engine = ScriptedEngine(say("a"))
+    with in_memory(engine) as ask:
+        ask("POST", TEXT_PATH, json={"prompt": ["abc", "de"], "model": "contrast"})
+    assert [r.steering.companion_prompt for r in engine.requests] == [tuple(ids("c")), tuple(ids("e"))]
+    off, _ = steering_of({"mode": "off"}, model="contrast")
+    assert off.steering.companion_prompt is None
 
 
 def test_off_needs_no_correction() -> None:
@@ -341,6 +419,27 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"steering": {"mode": "on"}}, "steering.mode"),
         ({"steering": {"strenght": 1}}, "steering.strenght"),
         ({"steering": {"report": "all"}}, "steering.report"),
+        ({"steering": {"gate": "margin"}}, "steering.gate"),
+        ({"steering": {"rate": 0.5}}, "steering.rate"),
+        ({"steering": {"budget": {}}}, "steering.budget"),
+        ({"steering": {"negative_prompt": "x"}}, "steering.negative_prompt"),
+        ({"steering": {"correction": "brief", "gate": "loud"}}, "steering.gate"),
+        ({"steering": {"correction": "brief", "gate": "margin"}}, "steering.gate"),
+        ({"steering": {"correction": "brief", "rate": 0.5}}, "steering.rate"),
+        ({"steering": {"correction": "polite", "rate": 0.5, "tau": 1}}, "steering.rate"),
+        ({"steering": {"correction": "brief", "ceiling": 0.5}}, "steering.ceiling"),
+        ({"steering": {"correction": "brief", "negative_prompt": "x"}}, "steering.negative_prompt"),
+        ({"steering": {"correction": "brief", "budget": {"max_share": 2}}}, "steering.budget.max_share"),
+        ({"steering": {"correction": "brief", "budget": {"max_stpes": 2}}}, "steering.budget.max_stpes"),
+        ({"steering": {"correction": "brief", "budget": {"spans": [["a"]]}}}, "steering.budget.spans[0][1]"),
+        ({"steering": {"correction": "brief", "corrections": {"polite": 1}}}, "steering.corrections"),
+        ({"steering": {"corrections": {}}}, "steering.corrections"),
+        ({"steering": {"corrections": {"polite": 101}}}, "steering.corrections.polite"),
+        ({"steering": {"corrections": {"polite": 1, "brief": -101}}}, "steering.corrections.brief"),
+        ({"steering": {"corrections": {"polite": 1, "tuned": 1}}}, "steering.corrections"),
+        ({"model": "brief", "steering": {"corrections": {"polite": 1}}}, "steering.corrections"),
+        ({"model": "contrast", "messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"model": "contrast", "steering": {"negative_prompt": "x" * 190}}, "steering.negative_prompt"),
         ({"model": "brief", "steering": {"correction": "polite"}}, "steering.correction"),
     ],
 )
@@ -384,6 +483,7 @@ def test_a_body_that_is_no_request_is_a_400(content: bytes) -> None:
     [
         ({"model": "gpt-4"}, "model", "model_not_found"),
         ({"steering": {"correction": "nobody"}}, "steering.correction", "correction_not_found"),
+        ({"steering": {"corrections": {"brief": 1, "nobody": 1}}}, "steering.corrections", "correction_not_found"),
     ],
 )
 def test_an_unknown_model_or_correction_is_a_404_that_names_the_field(body: Any, field: str, code: str) -> None:
@@ -510,20 +610,30 @@ def test_models_are_the_base_and_its_corrections() -> None:
         missing = ask("GET", "/v1/models/none")
         unknown = ask("GET", "/v1/corrections/none")
         correction = ask("GET", "/v1/corrections/polite").json()
+        tuned = ask("GET", "/v1/corrections/tuned").json()
+        contrast = ask("GET", "/v1/corrections/contrast").json()
         aliased = ask("POST", CHAT_PATH, json=CHAT | {"model": "alias"}).json()
     assert [(m["id"], m["parent"]) for m in listed] == [
         ("tiny", None),
         ("alias", None),
         ("brief", "tiny"),
         ("polite", "tiny"),
+        ("tuned", "tiny"),
+        ("contrast", "tiny"),
     ]
+    assert [m["tier"] for m in listed] == [None, None, "head", "head", "lora", "contrast"]
     assert one == listed[3]
     assert one["max_model_len"] == 200
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "model_not_found"
     assert unknown.status_code == 404
     assert (error_of(unknown)["param"], error_of(unknown)["code"]) == ("correction", "correction_not_found")
-    assert (correction["parent"], correction["gate"]["tau"]) == ("tiny", 0.75)
+    assert (correction["parent"], correction["tier"], correction["rank"]) == ("tiny", "head", 4)
+    gate = {"kind": "entropy", "tau": 0.75, "ceiling": None, "calibration": [[0.125, 2.0], [0.375, 1.0]]}
+    assert correction["gate"] == gate
+    assert (tuned["tier"], tuned["rank"], tuned["layers"], tuned["parameters"]) == ("lora", 2, ["up_proj"], 48)
+    assert (contrast["tier"], contrast["prompt"], contrast["strength"]) == ("contrast", "", 0.5)
+    assert [c["slots"] for c in (correction, tuned, contrast)] == [1, 2, 2]
     assert aliased["model"] == "alias"
 
 
@@ -551,6 +661,8 @@ def test_metrics_count_what_happened() -> None:
         'trimtab:request_success_total{finished_reason="stop",model_name="tiny"}': 4.0,
         'trimtab:steering_fired_total{correction="brief",mode="apply",model_name="tiny"}': 8.0,
         'trimtab:steering_fired_total{correction="polite",mode="shadow",model_name="tiny"}': 4.0,
+        'trimtab:steering_kl_nats_total{correction="brief",mode="apply",model_name="tiny"}': 1.0,
+        'trimtab:kv_cache_usage_perc{model_name="tiny"}': 0.375,
         'trimtab:steering_flips_total{correction="none",mode="off",model_name="tiny"}': 4.0,
         'trimtab:steering_entropy_nats_count{correction="brief",model_name="tiny"}': 8.0,
         'trimtab:time_to_first_token_seconds_count{model_name="tiny"}': 4.0,

@@ -17,6 +17,7 @@ from trimtab.clients import (
     Authentication,
     BadAnswer,
     BadRequest,
+    Budget,
     Client,
     ClientError,
     ConnectionFailed,
@@ -38,10 +39,12 @@ RECEIPT = {
     "token": " sky", "token_id": 7, "entropy": 1.25, "open": True, "fired": True, "flip": True,
     "base_token": " sea", "base_token_id": 8, "steered_token": " sky", "steered_token_id": 7,
     "base_logprob": -1.5, "steered_logprob": -0.25, "base_token_logprob": -0.5, "steered_token_logprob": -0.25,
+    "statistic": 1.25, "kl": 0.5, "strength": 1.0,
 }  # fmt: skip
 TOTALS = {
-    "correction": "brief", "mode": "apply", "strength": 1.0, "tau": 0.5,
-    "steps": 2, "open": 1, "fired": 1, "flips": 1, "mean_entropy": 0.75,
+    "correction": "brief", "corrections": {"brief": 1.0, "kind": 0.5}, "mode": "apply", "strength": 1.0,
+    "gate": "entropy", "tau": 0.5, "ceiling": None,
+    "steps": 2, "open": 1, "fired": 1, "flips": 1, "mean_entropy": 0.75, "kl": 0.5,
 }  # fmt: skip
 CHAT = {
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "demo", "shade": "new",
@@ -177,6 +180,29 @@ def test_a_full_chat(both: Both) -> None:
     assert server.requests[0].headers["authorization"] == "Bearer k"
 
 
+def test_all_that_steering_can_say_is_sent_as_it_is(both: Both) -> None:
+    server = Server(httpx.Response(200, json=COMPLETION))
+    steering = Steering(
+        corrections={"brief": 1.0, "kind": 0.5}, gate="margin", ceiling=-0.1, rate=0.2, negative_prompt="",
+        budget=Budget(max_steps=3, max_share=0.5, cooldown=0, kl=0.25, until="####", spans=[("<a>", "</a>")]),
+    )  # fmt: skip
+    both.call(server, "complete", "a", steering=steering)
+    assert server.body["steering"] == {
+        "corrections": {"brief": 1.0, "kind": 0.5}, "gate": "margin", "ceiling": -0.1, "rate": 0.2,
+        "negative_prompt": "",
+        "budget": {
+            "max_steps": 3, "max_share": 0.5, "cooldown": 0, "kl": 0.25, "until": "####", "spans": [["<a>", "</a>"]],
+        },
+    }  # fmt: skip
+
+
+def test_an_older_servers_receipts_are_read_too(both: Both) -> None:
+    old = {key: value for key, value in RECEIPT.items() if key not in ("statistic", "kl", "strength")}
+    answer = {**CHAT, "choices": [{**CHAT["choices"][0], "steering": {"tokens": [old]}}]}  # type: ignore[index]
+    receipt = both.call(Server(httpx.Response(200, json=answer)), "chat", "Why?").steering.tokens[0]
+    assert (receipt.entropy, receipt.statistic, receipt.kl) == (1.25, None, None)
+
+
 @pytest.mark.parametrize("prompt", ["The sky is", [1, 2, 3], ["a", "b"], [[1], [2]]])
 def test_a_completion_sends_the_prompt_as_it_is(both: Both, prompt: Any) -> None:
     server = Server(httpx.Response(200, json=COMPLETION))
@@ -223,6 +249,7 @@ def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
         ("Why?", {"extra": {"a": object()}}, "a"),
         ("Why?", {"extra": [1]}, "extra"),
         ("Why?", {"steering": 5}, "steering"),
+        ("Why?", {"steering": Steering("brief", budget={"kl": 1})}, "steering"),  # type: ignore[arg-type]
         ("half a pair: \ud800", {}, "messages"),
     ],
 )

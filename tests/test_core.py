@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_request_is_said_before_it_is_queued(base: Base) ->
         core.submit(Request("r", (VOCAB,)))
     with pytest.raises(InvalidRequest, match="logit_bias names token 999"):
         core.submit(Request("r", (1,), SamplingParams(logit_bias={999: 1.0})))
-    with pytest.raises(NotFound, match="no correction is called 'nope'; loaded: c0, c1"):
+    with pytest.raises(NotFound, match="no correction is called 'nope'; loaded: c0, c1, contrast"):
         core.submit(Request("r", (1,), steering=Steering("nope")))
     with pytest.raises(InvalidRequest, match="stop_token_ids names token -1"):
         core.submit(Request("r", (1,), SamplingParams(stop_token_ids=frozenset({-1}))))
@@ -257,7 +257,7 @@ def test_a_dead_row_fails_its_own_request_only(base: Base) -> None:
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(base: Base) -> None:
     core = Core(base, bank_for(base), EngineConfig(slots=2))
     core.submit(Request("doomed", (1, 2, 3)))
-    core._step = lambda inputs: (_ for _ in ()).throw(RuntimeError("boom"))
+    core._runner._step = lambda inputs: (_ for _ in ()).throw(RuntimeError("boom"))
     (event,) = core.step()
     assert (event.finish, event.error) == ("error", "the engine failed: boom")
     assert not core.busy

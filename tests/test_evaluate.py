@@ -1,17 +1,20 @@
 """Evaluation: intervals over problems, figures from counts, a verdict that follows from the intervals."""
 
+import itertools
 import random
+from pathlib import Path
 
 import pytest
 
 from trimtab.errors import InvalidRequest
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
-from trimtab.steering.evaluate import compare, summarise
+from trimtab.steering.evaluate import claim, compare, kept, pass_at, summarise, vote
 from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam, Judged, build, judge, policies, strengths, to_markdown
 from trimtab.steering.rollouts import Rollout, Sampling
+from trimtab.steering.verifiers import Extract
 
 PROBLEMS = [Problem(f"p{i}", None, prompt="x", kind="ab"[i % 2]) for i in range(200)]
 
@@ -68,6 +71,81 @@ def test_figures_are_shares_of_steps_and_completions() -> None:
     assert (figures.truncated, figures.open, figures.fired, figures.flips) == (0.5, 0.8, 0.6, 0.1)
 
 
+def test_divergence_is_told_per_fired_step_and_per_token() -> None:
+    figures = summarise("x", PROBLEMS, [r._replace(kl=0.9) for r in answers(1.0, 0)])
+    assert (figures.kl_fired, figures.kl_token) == (pytest.approx(0.15), pytest.approx(0.09))
+    still = [r._replace(fired=0, flips=0) for r in answers(1.0, 0)]
+    assert summarise("x", PROBLEMS, still).kl_fired == 0
+
+
+def group(rewards: str, texts: str = "") -> list[Rollout]:
+    """A problem's completions: a digit each, and a letter each for its answer."""
+    shown = texts or "-" * len(rewards)
+    return [
+        Rollout("p", i, [1], text, float(reward), "stop", 0, 0, 0)
+        for i, (reward, text) in enumerate(zip(rewards, shown, strict=True))
+    ]
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets() -> None:
+    for rewards in ("0000", "1000", "1100", "1110", "1111"):
+        for k in (1, 2, 3, 4):
+            subsets = [any(float(r) for r in some) for some in itertools.combinations(rewards, k)]
+            assert pass_at(k, group(rewards)) == pytest.approx(sum(subsets) / len(subsets))
+
+
+def read(text: str) -> Extract | None:
+    """A letter is an answer, a capital a marked one."""
+    return Extract(text.lower(), text.isupper()) if text.isalpha() else None
+
+
+@pytest.mark.parametrize(
+    ("rewards", "texts", "wanted"),
+    [
+        ("10000", "abbcc", 0.0),
+        ("11000", "aabcd", 1.0),
+        ("11000", "aAbB-", 0.5),
+        ("1000", "a---", 1.0),
+        ("000", "---", 0.0),
+    ],
+)
+def test_a_vote_goes_to_the_most_frequent_answer(rewards: str, texts: str, wanted: float) -> None:
+    voters = group(rewards, texts)
+    assert vote(voters, [read(r.text) for r in voters]) == wanted
+
+
+def test_answers_that_cannot_be_read_give_no_vote_and_no_rate() -> None:
+    one = [Problem("p", None, prompt="x")]
+    figures = summarise("x", one, group("1100", "Aab-"), read)
+    assert (figures.majority, figures.marked, figures.k) == (1.0, 0.25, 2)
+    assert figures.pass_at_k == pytest.approx(5 / 6)
+    for silent in (summarise("x", one, group("1100"), read), summarise("x", one, group("1100", "Aab-"))):
+        assert (silent.majority, silent.marked) == (None, None)
+    assert summarise("x", one, group("1"), read).pass_at_k is None
+
+
+def test_the_share_of_a_gain_needs_a_gain() -> None:
+    base = answers(0.5, 1)
+    whole = shifted(base, 0.4, 2)
+    half = [w if i % 2 else b for i, (w, b) in enumerate(zip(whole, base, strict=True))]
+    found = {"base": base, "whole": whole, "half": half, "none": base}
+    share = kept(found, "half", "whole", "base")
+    assert share is not None
+    assert share.low < share.mean < share.high
+    assert share.mean == pytest.approx(0.5, abs=0.15)
+    same = kept(found, "whole", "whole", "base")
+    assert same is not None
+    assert same[2:] == (1.0, 1.0, 1.0)
+    assert kept(found, "half", "none", "base") is None
+
+
+def test_a_folder_holds_completions_of_one_policy_only(tmp_path: Path) -> None:
+    claim(tmp_path, {"strength": 1.0, "samples": 2})
+    claim(tmp_path, {"samples": 2, "strength": 1.0})
+    with pytest.raises(InvalidRequest, match=r"strength = 1\.0, and this run has 1\.5: .* another --out"):
+        claim(tmp_path, {"strength": 1.5, "samples": 2})
+
+
 class Demo:
     """A task by name only."""
 
@@ -78,6 +156,8 @@ class Demo:
 
     def score(self, problem: Problem, completion: str) -> float:
         raise NotImplementedError
+
+    def extract(self, completion: str) -> None: ...
 
 
 def tiny(name: str, strength: float) -> HeadCorrection:

@@ -1,12 +1,14 @@
 """The trainer's function is the server's, and its ratios and divergences are those of the whole vocabulary."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.kernels.record import RowParams, StepInputs
+from trimtab.kernels.record import GATE_ALWAYS, RowParams, StepInputs
 from trimtab.kernels.reference import step
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import CANDIDATES
@@ -75,9 +77,15 @@ def test_the_head_and_the_step_kernel_agree(seed: int, dtype: torch.dtype, stren
                 repetition=column + 1,
                 presence=column,
                 frequency=column,
-                correction=column.int(),
+                steered=column == 0,
+                gate=column.int() + GATE_ALWAYS,
+                tau=column,
+                ceiling=column,
+                chance=column,
+                correction=column[:, None].int(),
+                weight=column[:, None] + 1,
                 strength=column + strength,
-                tau=column - 1,
+                kl_cap=column + math.inf,
                 shadow=column.bool(),
             ),
             edits=None,

@@ -65,7 +65,7 @@ def client(url: str) -> Iterator[OpenAI]:
 
 
 def test_models(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny-llama", "bold"]
+    assert [model.id for model in client.models.list()] == ["tiny-llama", "bold", "contrast"]
     assert client.models.retrieve("bold").owned_by == "trimtab"
 
 

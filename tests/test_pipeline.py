@@ -31,6 +31,8 @@ class Vowels:
     def score(self, problem: Problem, completion: str) -> float:
         return float(sum(map(ord, completion)) % 2)
 
+    def extract(self, completion: str) -> None: ...
+
 
 CONFIG = FitConfig(
     name="tiny",

@@ -34,6 +34,8 @@ class Vowels:
     def score(self, problem: Problem, completion: str) -> float:
         return float(sum(map(ord, completion)) % 2)
 
+    def extract(self, completion: str) -> None: ...
+
 
 CONFIG = FitConfig(
     name="tiny",
@@ -149,6 +151,8 @@ def test_a_teacher_that_is_given_needs_no_rewards_to_learn_from(base: Base, fini
     class Never(Vowels):
         def score(self, problem: Problem, completion: str) -> float:
             return 0.0
+
+        def extract(self, completion: str) -> None: ...
 
     config = dataclasses.replace(CONFIG, via="teacher", teacher="tuned")
     tuned = adapt(base, finished / "lora")

@@ -1,15 +1,17 @@
 """What the next step computes, without any model."""
 
-import math
+import pytest
 
+from trimtab.server.constants import gather
 from trimtab.server.request import Request
+from trimtab.server.rule import Rule
 from trimtab.server.scheduler import Scheduler
-from trimtab.server.sequence import Sequence
+from trimtab.server.sequence import Row, Sequence
 
 
-def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1) -> Sequence:
-    request = Request(name, tuple(prompt), n=n)
-    return Sequence(request, index, 0, 100, -1, 0.0, math.inf, frozenset(), list(prompt))
+def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1, beside: Row | None = None) -> Sequence:
+    request, rule = Request(name, tuple(prompt), n=n), Rule()
+    return Sequence(request, index, 0, 100, rule, gather(request, rule), frozenset(), Row(list(prompt)), beside)
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
@@ -93,3 +95,59 @@ def test_a_spoilt_slot_is_not_reused() -> None:
     scheduler.remove(spoilt, reusable=False)
     scheduler.add(sequence("next", [1, 2, 3]))
     assert run_step(scheduler) == [("next", 0, 3)]
+
+
+def test_a_pair_waits_for_two_slots_and_nobody_overtakes_it() -> None:
+    scheduler = Scheduler(slots=2, step_tokens=64, copy=lambda *_: None)
+    first, pair = sequence("a", [1, 2]), sequence("pair", [3, 4], beside=Row([3, 4], adapter=0))
+    for s in (first, pair, sequence("late", [5, 6])):
+        scheduler.add(s)
+    assert run_step(scheduler) == [("a", 0, 2)]
+    assert run_step(scheduler) == [("a", 2, 3)]
+    scheduler.remove(first)
+    assert run_step(scheduler) == [("pair", 0, 2), ("pair", 0, 2)]
+    scheduler.remove(pair)
+    assert scheduler.free_slots == 2
+    assert run_step(scheduler) == [("late", 0, 2)]
+
+
+@pytest.mark.parametrize("step_tokens", [2, 3, 4, 5, 7, 11, 64])
+@pytest.mark.parametrize(("own", "beside"), [(9, 3), (3, 9), (1, 9), (9, 1), (1, 1), (2, 2)])
+def test_both_rows_of_a_pair_always_sample_in_the_same_step(own: int, beside: int, step_tokens: int) -> None:
+    scheduler = Scheduler(slots=4, step_tokens=step_tokens, copy=lambda *_: None)
+    pair = sequence("pair", list(range(own)), beside=Row(list(range(50, 50 + beside))))
+    scheduler.add(sequence("other", [20, 21]))
+    scheduler.add(pair)
+    for _ in range(12):
+        work = scheduler.plan()
+        reached = {id(w.row) for w in work if w.sequence is pair and w.end == len(w.row.tokens)}
+        assert len(reached) in (0, 2)
+        assert sum(w.end - w.start for w in work) <= max(step_tokens, 4)
+        for w in work:
+            scheduler.computed(w)
+        for w in work:
+            if w.samples:
+                w.sequence.append(99)
+    assert pair.row.tokens[own:] == pair.companion.tokens[beside:] != []
+
+
+def test_samples_of_a_pair_prefill_both_prompts_once() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *args: copies.append(args))
+    for index in range(2):
+        scheduler.add(sequence("a", [1, 2, 3], index, n=2, beside=Row([1, 2, 3, 4, 5], adapter=7)))
+    assert run_step(scheduler) == [("a", 0, 3), ("a", 0, 5)]
+    assert run_step(scheduler) == [("a", 3, 4), ("a", 5, 6), ("a", 2, 3), ("a", 4, 5)]
+    assert copies == [(0, 2, 2), (1, 3, 4)]
+
+
+def test_an_adapters_prefix_is_its_own() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=2, step_tokens=64, copy=lambda *args: copies.append(args))
+    for name, adapter, computed in (("x", 0, 0), ("base", -1, 0), ("y", 1, 0), ("x", 0, 0), ("x", 0, 3)):
+        s = sequence(name, [1, 2, 3, 4])
+        s.row.adapter = adapter
+        scheduler.add(s)
+        assert run_step(scheduler) == [(name, computed, 4)]
+        scheduler.remove(s)
+    assert copies == []

@@ -9,12 +9,18 @@ import pytest
 import uvicorn
 
 from served import serving
-from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
+from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokenizer
 from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
+from trimtab.server.core import Core
 from trimtab.server.drain import DrainingServer
+from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.steering.adapter import adapter_files
+from trimtab.steering.atomic import write_bytes
 from trimtab.steering.folder import save
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def test_corrections_are_named_by_flag_or_folder(tmp_path: Path) -> None:
@@ -76,10 +82,32 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
         in told
     )
     assert "never evaluated" in told
+    Core(base, bank)
+    lines = serve.describe(base, bank, ["tiny"], 4, 128).splitlines()
+    said = 'contrast: contrast (prompt ""), strength 0.5 where entropy > 0.5 nats; two slots a choice'
+    assert lines[-1] == f"correction   {said}"
     with pytest.raises(InvalidRequest, match="the model itself is called tiny"):
         serve.load_bank(base, [("tiny", tmp_path / "made")], ["tiny"])
     with pytest.raises(CorrectionError, match="fitted to"):
         serve.load_bank(base, [("x", tmp_path / "foreign")], ["tiny"])
+
+
+def test_a_peft_folder_is_served_as_it_is_and_a_lora_tells_its_slots(tmp_path: Path) -> None:
+    base = tiny_base()
+    lora = tiny_lora(base, "mine")
+    save(lora, tmp_path / "mine")
+    for name, content in adapter_files(lora.adapter).items():
+        write_bytes(tmp_path / "peft" / name, content)
+    bank = serve.load_bank(base, [("mine", tmp_path / "mine"), ("theirs", tmp_path / "peft")], ["tiny"])
+    told = serve.describe(base, bank, ["tiny"], 4, 128)
+    facts = "rank 4, layers down_proj+gate_proj+k_proj+o_proj+q_proj+up_proj+v_proj, parameters 4096"
+    assert f"mine: lora ({facts}), strength 1 where entropy > 1 nats; two slots a choice" in told
+    assert f"theirs: lora ({facts}), strength 1 where always\n" in told
+    theirs, mine = (
+        [event.token for event in Core(base, bank).run([Request("r", (1, 2), GREEDY, steering)])]
+        for steering in (Steering("theirs"), Steering("mine", gate="always"))
+    )
+    assert theirs == mine
 
 
 def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from trimtab.clients import Client, Receipt, show
+from trimtab.clients import Client, Receipt, SteeringReport, show
 
 
 def receipt(token: str, fired: bool = False, flip: bool = False) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def run(
         choice: dict[str, Any] = {"message": {"content": "A plain answer."}, "finish_reason": finish}
         if "steering" in body:
             totals = {"correction": body["steering"]["correction"], "strength": 1.5, "tau": 0.5, "steps": len(tokens)}
-            choice["steering"] = {**totals, "open": 2, "fired": 2, "flips": 1, "mean_entropy": 1.25, "tokens": tokens}
+            counts = {"open": 2, "fired": 2, "flips": 1, "mean_entropy": 1.25, "kl": 0.25}
+            choice["steering"] = {**totals, **counts, "tokens": tokens}
         return httpx.Response(200, json={"choices": [choice]})
 
     transport = httpx.MockTransport(serve)
@@ -54,8 +55,8 @@ def test_both_answers_and_the_marks(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert code == 0
     assert "A plain answer." in printed
     assert "The[[ sky]][ is]" in printed
-    assert "brief at strength 1.5, gate open above 0.5 nats" in printed
-    assert "3 steps: open 2, fired 2, flips 1; mean entropy 1.25 nats" in printed
+    assert "brief at strength 1.5, where the entropy is above 0.5 nats" in printed
+    assert "3 steps: open 2, fired 2, flips 1; mean entropy 1.25 nats; KL where it fired 0.250 nats" in printed
     assert "step 2: ' sea' -> ' sky'" in printed
     assert bodies[1].pop("steering") == {"correction": "brief", "report": "tokens"}
     assert bodies[0] == bodies[1]  # the answers differ by the correction alone
@@ -77,7 +78,25 @@ def test_a_server_without_corrections(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_correction_may_be_required(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, [BASE], [], "--require-correction")[0] == 1
     assert "no correction loaded" in capsys.readouterr().err
+    contrast = {"id": "contrast", "parent": "demo", "tier": "contrast"}
+    assert run(monkeypatch, [BASE, contrast], [], "--require-correction")[0] == 1
+    assert run(monkeypatch, [BASE, contrast], [receipt("x")])[0] == 0
     assert run(monkeypatch, [BASE, BRIEF], [receipt("x")], "--require-correction")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"gate": "always"}, "brief, at every step"),
+        ({"gate": "random", "tau": 0.75}, "brief, at a random 25% of steps"),
+        ({"gate": "margin", "tau": -0.1}, "brief, where the two best tokens' probabilities are nearer than 0.1"),
+        ({"tau": 0.5, "ceiling": 2.0}, "brief, where the entropy is above 0.5 nats and up to 2 nats"),
+        ({"gate": "varentropy", "tau": 0.5}, "brief, where the varentropy is above 0.5 nats^2"),
+        ({}, "brief"),
+    ],
+)
+def test_each_gate_in_words(gate: dict[str, Any], said: str) -> None:
+    assert show.describe(SteeringReport.model_validate({"correction": "brief", **gate})) == said
 
 
 @pytest.mark.parametrize(("finish", "shown"), [("stop", "The[ end]"), ("length", "The[ end]<|im_end|>")])

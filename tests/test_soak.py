@@ -14,17 +14,27 @@ import pytest
 import torch
 
 from scripted import loopback
-from tiny import tiny_base, tiny_correction
+from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.server.app import create_app
 from trimtab.server.base import Base, load_base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.engine import Engine
 from trimtab.steering.bank import Bank
+from trimtab.steering.gate import Gate
 
 CLIENTS = 64
 CONFIG = EngineConfig(slots=16, step_tokens=128, max_model_len=256, max_queue=256)
 WORDS = ("river", "lamp", "piano", "winter", "bridge", "market", "dragon")
+STEERINGS: list[dict[str, Any]] = [
+    {},
+    {"correction": "c0", "tau": 1.0},
+    {"correction": "gated", "budget": {"max_share": 0.5}},
+    {"correction": "c1", "tau": 2.0, "mode": "shadow"},
+    {"correction": "always"},
+    {"correction": "contrast", "tau": 1.0, "negative_prompt": "Say nothing."},
+    {"corrections": {"c0": 0.5, "c1": 1.0}, "gate": "margin", "tau": -0.5},
+]
 
 
 class Server(NamedTuple):
@@ -41,13 +51,16 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         correction = tiny_correction(base, f"c{i}", seed=i)
         correction.B.mul_(scale)
         bank.add(correction)
+    size = 0.3 if request.param == "tiny" else 0.03
+    bank.add(tiny_lora(base, "gated", size=size))
+    bank.add(tiny_lora(base, "always", seed=1, gate=Gate("always"), size=size))
     engine = Engine(base, bank, CONFIG)
     with loopback(create_app(engine, base, bank), engine) as url:
         yield Server(url, engine, engine._core)
 
 
 def body(i: int) -> dict[str, Any]:
-    """Client i's request: mixed corrections, mixed sampling, every other one greedy."""
+    """Client i's request: every tier, mixed sampling, every other one greedy."""
     word = WORDS[i % len(WORDS)]
     greedy = {"temperature": 0}
     sampled = {
@@ -58,11 +71,12 @@ def body(i: int) -> dict[str, Any]:
         "logprobs": True,
         "top_logprobs": 3,
     }
-    steering = [{}, {"correction": "c0", "tau": 1.0}, {"correction": "c1", "tau": 2.0, "mode": "shadow"}][i % 3]
+    steering = STEERINGS[i // 3 % len(STEERINGS)]
     return {
         "model": "",
         "messages": [{"role": "user", "content": f"Write one sentence, number {i}, about a {word}."}],
         "max_tokens": 60 if leaves(i) else 12 + i % 7,
+        "min_tokens": 3,
         "stream": True,
         "steering": {**steering, "report": "tokens"},
         **(greedy if i % 2 == 0 else sampled),
@@ -126,6 +140,7 @@ def test_64_streams_a_third_leaving_the_rest_as_if_alone(server: Server) -> None
     asyncio.run(settle(server))
     assert live_tensors() <= before, "a rush leaves tensors behind"
     assert server.core.free_slots == CONFIG.slots
+    assert not server.core.running + server.core.waiting
     assert [first[i] for i in staying] == [second[i] for i in staying]
     greedy = [i for i in staying if i % 2 == 0]
     assert [first[i] for i in greedy] == asyncio.run(one_by_one(server, greedy))

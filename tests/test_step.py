@@ -56,7 +56,7 @@ def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
     """The step of some of the rows, in this order."""
     edits = inputs.edits
     if edits is not None:
-        spans = [range(int(edits.offsets[r]), int(edits.offsets[r + 1])) for r in rows]
+        spans = [range(*edits.spans[r].tolist()) for r in rows]
         edits = make_edits(
             [{int(edits.token[i]): (int(edits.counts[i]), float(edits.bias[i])) for i in s} for s in spans]
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.verifiers import load_verifier
+from trimtab.steering.verifiers import Extract, load_extractor, load_verifier
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,52 @@ def test_a_function_of_the_users_is_imported_from_the_current_folder(
 def test_a_verifier_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(TaskError, match="verifier"):
         load_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("2 + 2 = 4\n#### 4", "4", True),
+        ("#### $1,200 in all", 1200, True),
+        ("So \\boxed{-3}. I used 7 steps.", "-3", True),
+        ("#### 5\nCheck: 3 + 3", "6", False),
+        ("It takes 8 packs.", "8", True),
+        ("#### 3/4", "0.75", True),
+        ("####\n12", "12", True),
+        ("#### none, as 1/0 is no number", "1", False),
+        ("eight", "8", False),
+        ("", "8", False),
+    ],
+)
+def test_final_takes_the_marked_number_or_else_the_last(completion: str, answer: object, right: bool) -> None:
+    assert load_verifier("final")(completion, answer) == float(right)
+
+
+def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, maths, exact = (load_extractor(name) for name in ("final", "math", "exact"))
+    assert final is not None
+    assert maths is not None
+    assert exact is not None
+    assert final("#### 1,200.0") == final("so #### 1200 ") == Extract("1200", True)
+    assert final("It is 7.") == Extract("7", False)
+    assert final("I do not know.") is None
+    assert maths("\\boxed{\\frac{1}{2}}") == Extract("0.5", True)
+    assert maths("The answer is 0.5") == Extract("0.5", False)
+    assert maths("\\boxed{x+1}") == maths("\\boxed{1+x}")
+    assert maths("no idea") is None
+    assert exact(" yes\n") == Extract("yes", True)
+    assert exact(" ") is None
+    assert load_extractor("regex") is None
+    (tmp_path / "reading.py").write_text(
+        "def right(completion, answer): return True\ndef extract(completion): return completion[0]\n"
+    )
+    (tmp_path / "blind.py").write_text("def right(completion, answer): return True\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_extractor("blind:right") is None
+    reading = load_extractor("reading:right")
+    assert reading is not None
+    assert reading("b c") == Extract("b", True)
+    with pytest.raises(TaskError, match="extract of verifier 'reading:right' failed on ''"):
+        reading("")

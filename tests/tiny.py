@@ -13,10 +13,12 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from trimtab.server.attention import IMPLEMENTATION
 from trimtab.server.base import Base, prepare
-from trimtab.steering.correction import HeadCorrection
+from trimtab.steering.adapter import Adapter, LoraLayer
+from trimtab.steering.correction import HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate
 
 SPECIAL = ["<|im_end|>", "<|im_start|>"]  # ids 256 (end-of-text) and 257
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 256 + len(SPECIAL)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,3 +95,21 @@ def tiny_correction(
         row_scale=1.0,
         gate=Gate(tau=tau),
     )
+
+
+def tiny_lora(
+    base: Base, name: str = "lora", seed: int = 0, rank: int = 4, gate: Gate | None = None, size: float = 0.3
+) -> LoraCorrection:
+    """A random LoRA on every linear layer of the decoder, strong enough to change most tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS}
+    layers = {
+        path: LoraLayer(
+            torch.randn(rank, layer.in_features, generator=generator) * size,
+            torch.randn(layer.out_features, rank, generator=generator) * size,
+            2.0,
+        )
+        for path, layer in base.model.named_modules()
+        if path.rpartition(".")[2] in LORA_TARGETS
+    }
+    return LoraCorrection(name=name, base=base.identity, gate=gate or Gate(tau=1.0), adapter=Adapter(layers, config))

@@ -1,0 +1,130 @@
+"""How one request steers: what it asked for, with its correction's defaults filled in, tier by tier.
+
+Invariant: a Rule that exists can be carried out by a bank that has these corrections; all that is wrong with the
+request's numbers together (a rate without a calibration, another gate without a threshold) was said before.
+
+    rule = rule_for(steering, bank)
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.server.request import Budget, GateKind, Steering
+from trimtab.server.slots import NO_ADAPTER
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import ContrastCorrection, Correction, HeadCorrection, LoraCorrection
+from trimtab.steering.gate import Gate
+
+
+class Beside(NamedTuple):
+    """The companion of each choice: it reads what was sampled after a prompt of its own or the choice's."""
+
+    adapter: int
+    own_prompt: bool  # Steering.companion_prompt
+    share: float  # b in z' = (1 - b) z + b z_companion
+
+
+@dataclass(frozen=True)
+class Rule:
+    """None of it changes while the request runs. Without a correction, all of it is off."""
+
+    steered: bool = False  # a correction may act
+    strength: float = 0.0
+    gate: GateKind = "always"
+    tau: float = math.inf
+    ceiling: float = math.inf
+    heads: tuple[tuple[int, float], ...] = ()  # rows of the bank's tensors, and their weights
+    adapter: int = NO_ADAPTER  # of the choice's own row
+    beside: Beside | None = None
+
+    @property
+    def rows(self) -> int:
+        """Slots that a choice takes."""
+        return 1 if self.beside is None else 2
+
+
+def rule_for(steering: Steering, bank: Bank) -> Rule:
+    """Raises NotFound for a correction that the bank has not; InvalidRequest."""
+    if steering.correction is None:
+        return Rule()
+    chosen = _find(steering.correction, bank, "steering.correction")
+    strength = chosen.strength if steering.strength is None else steering.strength
+    kind, tau, ceiling = _choose_gate(chosen.gate, steering)
+    if steering.also and not isinstance(chosen, HeadCorrection):
+        raise _not_a_head(chosen)
+    if steering.mode == "off":
+        return Rule(False, strength, kind, tau, ceiling)
+    heads: tuple[tuple[int, float], ...] = ()
+    adapter, beside = NO_ADAPTER, None
+    if isinstance(chosen, HeadCorrection):
+        heads = _heads({chosen.name: steering.weight, **steering.also}, bank)
+    elif isinstance(chosen, LoraCorrection) and kind == "always" and strength == 1 and _is_plain(steering):
+        adapter = bank.adapter_index(chosen.name)  # what a companion would give, at half the work
+    elif strength != 0 and isinstance(chosen, LoraCorrection):
+        beside = Beside(bank.adapter_index(chosen.name), False, strength)
+    elif strength != 0 and isinstance(chosen, ContrastCorrection):
+        beside = Beside(NO_ADAPTER, True, -strength)
+    return Rule(True, strength, kind, tau, ceiling, heads, adapter, beside)
+
+
+def _is_plain(steering: Steering) -> bool:
+    """Nothing but the default budget, which a LoRA that is always on does not heed: it acts in tool calls too."""
+    return steering.mode == "apply" and steering.budget == Budget()
+
+
+def _heads(weights: dict[str, float], bank: Bank) -> tuple[tuple[int, float], ...]:
+    for name in weights:
+        found = _find(name, bank, "steering.corrections")
+        if not isinstance(found, HeadCorrection):
+            raise _not_a_head(found)
+    return tuple((bank.head_index(name), weight) for name, weight in weights.items())
+
+
+def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float]:
+    """(kind, tau, ceiling): the correction's own, save what the request sets."""
+    kind: GateKind = steering.gate or gate.kind  # type: ignore[assignment]  # Gate checks its kind
+    asked = {"rate": steering.rate, "tau": steering.tau, "ceiling": steering.ceiling}
+    field = next((name for name, value in asked.items() if value is not None), None)
+    if kind == "always":
+        if field is not None:
+            message = f"steering.{field}: the gate is always open: leave {field} out, or name another gate"
+            raise InvalidRequest(message, f"steering.{field}")
+        return kind, math.inf, math.inf
+    own = kind == gate.kind
+    if steering.rate is not None:
+        tau = _tau_for(gate if own else Gate(kind), steering.rate)
+    elif steering.tau is not None:
+        tau = steering.tau
+    elif own:
+        tau = gate.tau
+    else:
+        wants = "steering.rate" if kind == "random" else "steering.tau"
+        message = f"steering.gate: the correction's own is {gate.kind}; for {kind}, send {wants}"
+        raise InvalidRequest(message, "steering.gate")
+    ceiling = steering.ceiling if steering.ceiling is not None else gate.ceiling if own else math.inf
+    if ceiling <= tau < math.inf:
+        field = "ceiling" if steering.ceiling is not None else field
+        message = f"the gate opens above tau ({tau:g}) and up to its ceiling ({ceiling:g}), which must be larger"
+        raise InvalidRequest(f"steering.{field}: {message}", f"steering.{field}")
+    return kind, tau, ceiling
+
+
+def _tau_for(gate: Gate, rate: float) -> float:
+    try:
+        return gate.tau_for(rate)
+    except CorrectionError as error:
+        raise InvalidRequest(f"steering.rate: {error}", "steering.rate") from error
+
+
+def _not_a_head(found: Correction) -> InvalidRequest:
+    message = f"steering.corrections: {found.name} is of the tier {found.tier}, and only heads act together"
+    return InvalidRequest(message, "steering.corrections")
+
+
+def _find(name: str, bank: Bank, field: str) -> Correction:
+    try:
+        return bank.get(name)
+    except NotFound as error:
+        raise NotFound(str(error), field) from None

@@ -1,0 +1,166 @@
+"""`trimtab eval`: what a correction does on held-out problems, against its controls or on the whole ladder.
+
+Invariant: as in commands.py, building the parser imports neither torch nor a model. With --out, finished completions
+are kept: the same command goes on where it was, and one that asks for more rows makes only those.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import InvalidRequest
+from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, settle
+
+if TYPE_CHECKING:
+    from trimtab.server.base import Base
+    from trimtab.steering.correction import Correction
+    from trimtab.steering.gate import Gate
+    from trimtab.steering.ladder import Entrants
+    from trimtab.steering.report import Exam
+
+Subparsers = Any  # argparse's own type is private
+
+
+def add_eval(subparsers: Subparsers) -> None:
+    """trimtab eval --correction DIR [--ladder]: judged on any base, task and number of problems."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="compare a correction with its base and its controls on held-out problems, with paired seeds",
+        description="Options left out are those the correction was fitted with.",
+    )
+    parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
+    add_what(parser)
+    parser.add_argument("--problems", type=positive, default=200, help="held-out problems (default: 200)")
+    parser.add_argument(
+        "--skip", type=count, default=0, help="leave out the first so many: others than the fit's report"
+    )
+    parser.add_argument("--samples", type=positive, default=2, help="completions a problem and policy (default: 2)")
+    parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
+    parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
+    parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="also: how likely this plain text is to both")
+    ladder = parser.add_argument_group("the ladder: every tier, beside what is simpler")
+    ladder.add_argument("--ladder", action="store_true", help="all rows, in one table and one picture")
+    ladder.add_argument("--lora", type=Path, metavar="DIR", help="a LoRA to compare with (default: the fit's own)")
+    ladder.add_argument("--also", type=Path, action="append", default=[], metavar="DIR", help="a further correction")
+    ladder.add_argument("--control-prompt", default="", metavar="TEXT", help="a system message for the base")
+    ladder.add_argument("--few-shot", type=count, default=0, metavar="N", help="solved examples for the base")
+    parser.set_defaults(func=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Prints the report on stdout. With --out, FOLDER also holds it: report.json, report.md and ladder.svg."""
+    from trimtab.steering.atomic import write_json, write_text
+    from trimtab.steering.folder import load
+    from trimtab.steering.machine import describe_run
+
+    correction = load(args.correction)
+    setting = settle(args, correction)
+    skipped = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
+    exam = setting.exam(skipped, args.samples)
+    with keep_in(args.out) as folder:
+        report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)
+        if args.text is not None:
+            read, words = _read_text(args, correction, setting.base)
+            report, shown = report | {"text": read}, f"{shown}\n{words}"
+        report |= {"model": setting.base.name, "machine": describe_run("trimtab")}
+        if args.out is not None:
+            write_json(args.out / "report.json", report)
+            write_text(args.out / "report.md", shown)
+    print(json.dumps(report) if args.json else shown)
+
+
+Told = tuple[dict[str, Any], str]  # JSON values, Markdown
+
+
+def _judge(args: argparse.Namespace, correction: "Correction", setting: Setting, exam: "Exam", folder: Path) -> Told:
+    """The report that a fit ends with."""
+    from trimtab.steering.report import Judged, make, to_markdown
+    from trimtab.steering.teacher import adapt
+
+    lora = args.correction / "lora"
+    teacher = adapt(setting.base, lora) if lora.is_dir() else None
+    controls = _controls(args.correction, setting.base)
+    report = make(setting.base, exam, Judged(correction, controls, teacher, args.strength, args.tau), folder)
+    own = correction.report or {}
+    seen = own["problems"] - args.skip if own.get("task") == exam.task.name else 0
+    known = max(0, min(seen, args.problems))
+    return report | {"benchmark": "eval", "problems_of_the_fits_report": known}, to_markdown(report)
+
+
+def _climb(args: argparse.Namespace, correction: "Correction", setting: Setting, exam: "Exam", folder: Path) -> Told:
+    from trimtab.steering import ladder_report
+    from trimtab.steering.atomic import write_text
+    from trimtab.steering.ladder import climb
+
+    entrants = _entrants(args, correction, setting.base)
+    report = ladder_report.build(setting.base, exam, entrants, climb(setting.base, exam, entrants, folder))
+    if args.out is not None:
+        write_text(args.out / "ladder.svg", ladder_report.to_svg(report))
+    return report | {"benchmark": "ladder"}, ladder_report.to_markdown(report)
+
+
+def _read_text(args: argparse.Namespace, correction: "Correction", base: "Base") -> Told:
+    """How likely a plain text is to the base, and under the correction."""
+    import hashlib
+
+    from trimtab.steering.correction import LoraCorrection
+    from trimtab.steering.teacher import adapt
+    from trimtab.steering.text import read_text, to_markdown
+
+    try:
+        content = args.text.read_bytes()
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--text {args.text}: cannot be read: {error}", "text") from error
+    lora = adapt(base, args.correction) if isinstance(correction, LoraCorrection) else None
+    measured = read_text(base, correction, text, lora, args.strength, _gate(args, correction))
+    measured |= {"file": args.text.name, "sha256": hashlib.sha256(content).hexdigest()}
+    return measured, to_markdown(measured)
+
+
+def _gate(args: argparse.Namespace, correction: "Correction") -> "Gate | None":
+    """With the tau that was asked for; None: the correction's own."""
+    if args.tau is None:
+        return None
+    gate = correction.gate
+    kind = "entropy" if gate.kind == "always" else gate.kind
+    return dataclasses.replace(gate, kind=kind, tau=args.tau, calibration=())
+
+
+def _entrants(args: argparse.Namespace, correction: "Correction", base: "Base") -> "Entrants":
+    from trimtab.steering.correction import LoraCorrection, check
+    from trimtab.steering.folder import load
+    from trimtab.steering.ladder import Entrants
+
+    own = args.correction / "lora"
+    lora = load(args.lora or own) if args.lora or own.is_dir() else None
+    if lora is not None and not isinstance(lora, LoraCorrection):
+        raise InvalidRequest(f"--lora {args.lora} is of the tier {lora.tier}: give it with --also", "lora")
+    others = [load(folder) for folder in args.also]
+    for one in (*([lora] if lora else []), *others):
+        check(one, base.identity)
+    return Entrants(
+        correction=correction,
+        controls=_controls(args.correction, base),
+        lora=lora,
+        others=others,
+        system=args.control_prompt,
+        few_shot=args.few_shot,
+        strength=args.strength,
+        gate=_gate(args, correction),
+    )
+
+
+def _controls(folder: Path, base: "Base") -> "list[Correction]":
+    from trimtab.steering.controls import CONTROLS
+    from trimtab.steering.correction import check
+    from trimtab.steering.folder import load
+
+    found = [load(folder / "controls" / kind) for kind in CONTROLS if (folder / "controls" / kind).is_dir()]
+    for control in found:
+        check(control, base.identity)
+    return found

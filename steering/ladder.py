@@ -1,0 +1,205 @@
+"""The ladder: what each way of steering gives, beside everything simpler that might give as much.
+
+    sharpening   the base at lower temperatures, at open steps only, and greedy: part of any gain is being more decided
+    format       the base after a system message or solved examples: part of any gain is the form of the answer
+    tiers        contrast (nothing learned), head, lora gated, lora always, and whatever else is brought
+    controls     learned from shuffled rewards, pushing as hard; at random positions; the head under a random gate
+
+Invariant: every row answers the same held-out problems with the same random numbers. A control of what was learned is
+brought to the correction's own KL from the base, at the base's own open steps. Rows are kept in the folder as they end,
+so a killed ladder goes on, and one that is asked for more rows makes only those.
+
+    report = climb(base, exam, Entrants(correction, controls, lora), folder);  ladder_report.to_markdown(report)
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.base import Base
+from trimtab.server.core import CONTRAST, Core
+from trimtab.server.request import GateKind
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import Correction, LoraCorrection
+from trimtab.steering.evaluate import Policy, answer
+from trimtab.steering.gate import Gate
+from trimtab.steering.lockstep import answer_sharpened
+from trimtab.steering.match import Matched, match_kl
+from trimtab.steering.prompted import Example, Preface, examples, preface
+from trimtab.steering.report import Exam
+from trimtab.steering.rollouts import Rollout, open_core
+
+Role = Literal["base", "sharpening", "format", "tier", "control"]
+
+BASE, GREEDY = "base", "base-greedy"
+LORA_GATED, LORA_ALWAYS, RANDOM_GATE = "lora-gated", "lora-always", "random-gate"
+COOLER = (1.5, 2.0)  # the base's temperature is divided by these
+
+
+class Entrants(NamedTuple):
+    """Who is compared."""
+
+    correction: Correction
+    controls: Sequence[Correction] = ()  # learned like the correction, from what should teach nothing
+    lora: LoraCorrection | None = None
+    others: Sequence[Correction] = ()  # further tiers, by their names
+    system: str = ""  # a system message for the base
+    few_shot: int = 0  # solved examples for the base
+    strength: float | None = None  # of the correction; None: its own
+    gate: Gate | None = None  # of every tier and control; None: the correction's
+
+
+class Row(NamedTuple):
+    """A policy, and what it is there for."""
+
+    policy: Policy
+    role: Role
+    what: str  # for people
+    of: str = ""  # a control's: the row it controls
+    measured: bool = True  # receipts tell how far it is from the base: not where no base row ran, nor of a temperature
+
+
+class Climbed(NamedTuple):
+    """All that was found."""
+
+    rows: list[Row]
+    found: dict[str, list[Rollout]]
+    matched: list[Matched]
+
+
+def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
+    """Let every row answer. Finished files in the folder are kept. Raises InvalidRequest for two rows of one name."""
+    _refuse_namesakes(exam, entrants)
+    core = _open(base, exam, entrants)
+    shots = examples(core, exam.task, exam.sampling, entrants.few_shot, folder / "examples")
+    if shots:  # they need room
+        core = _open(base, exam, entrants, Preface(examples=shots))
+    climbed = Climbed([], {}, [])
+
+    def add(rows: Sequence[Row]) -> None:
+        policies = [row.policy for row in rows]
+        climbed.found.update(answer(core, exam.task, exam.problems, exam.sampling, policies, folder))
+        climbed.rows.extend(rows)
+
+    add(_of_the_base(exam, entrants, shots))
+    cooler = exam.sampling.temperature / COOLER[-1]
+    if cooler > 0:
+        row = Row(
+            Policy(f"base-open-t{cooler:.2g}"), "sharpening", f"at T {cooler:.2g} where the gate opens", "", False
+        )
+        climbed.found[row.policy.name] = answer_sharpened(exam, base, _gate(entrants), cooler, folder / row.policy.name)
+        climbed.rows.append(row)
+    tiers = _of_tiers(entrants)
+    add(tiers)
+    first = _first_tier(entrants)
+    for control in entrants.controls:
+        matched = match_kl(core, exam, first, control, folder / "matching")
+        climbed.matched.append(matched)
+        policy = first._replace(name=control.name, correction=control.name, strength=matched.strength)
+        add(
+            [Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, as far from the base", first.name)]
+        )
+    rate = _share_fired(climbed.found[first.name])
+    if 0 < rate < 1:
+        policy = first._replace(name=RANDOM_GATE, gate="random", tau=1 - rate, ceiling=None)
+        add([Row(policy, "control", f"{first.name} at {rate:.1%} of steps, drawn at random", first.name)])
+    return climbed
+
+
+def _refuse_namesakes(exam: Exam, entrants: Entrants) -> None:
+    rows = [*_of_the_base(exam, entrants, ()), *_of_tiers(entrants)]
+    names = [row.policy.name for row in rows] + [control.name for control in entrants.controls]
+    twice = sorted(name for name in set(names) if names.count(name) > 1)
+    if twice:
+        raise InvalidRequest(f"two rows would be called {twice[0]}: rename one correction in its correction.json")
+
+
+def _open(base: Base, exam: Exam, entrants: Entrants, *prefaces: Preface) -> Core:
+    """An engine with every correction, and room for every prompt."""
+    bank = Bank(base.hidden, base.device)
+    for correction in _corrections(entrants):
+        bank.add(correction)
+    befores = (Preface(), Preface(entrants.system), *prefaces)
+    problems = [preface(problem, before) for before in befores for problem in exam.problems]
+    return open_core(base, bank, problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+
+
+def _corrections(entrants: Entrants) -> Iterator[Correction]:
+    yield entrants.correction
+    yield from entrants.controls
+    if entrants.lora is not None and entrants.lora is not entrants.correction:
+        yield dataclasses.replace(entrants.lora, name=_LORA)
+    yield from entrants.others
+
+
+_LORA = "the-lora"  # in the bank: a folder's own name may be taken
+
+
+def _of_the_base(exam: Exam, entrants: Entrants, shots: Sequence[Example]) -> list[Row]:
+    rows = [Row(Policy(BASE), "base", "the base as it is")]
+    temperature = exam.sampling.temperature
+    rows += [
+        Row(Policy(f"base-t{cooler:.2g}", temperature=cooler), "sharpening", f"the base at T {cooler:.2g}")
+        for cooler in (temperature / by for by in COOLER if temperature > 0)
+    ]
+    rows.append(Row(Policy(GREEDY, greedy=True), "sharpening", "the base, greedy"))
+    if entrants.system:
+        rows.append(Row(Policy("base-prompted", preface=Preface(entrants.system)), "format", "after a system message"))
+    if shots:
+        policy = Policy("base-few-shot", preface=Preface(examples=tuple(shots)))
+        rows.append(Row(policy, "format", f"after {len(shots)} training problems that it solved itself"))
+    return rows
+
+
+def _of_tiers(entrants: Entrants) -> list[Row]:
+    gate = _gate(entrants)
+    contrast = _gated(Policy("contrast", CONTRAST), gate)
+    rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
+    first = _first_tier(entrants)
+    if not isinstance(entrants.correction, LoraCorrection):
+        rows.append(Row(first, "tier", f"{entrants.correction.name}, where {gate} opens"))
+        greedy = first._replace(name=f"{first.name}-greedy", greedy=True)
+        rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
+    loras = [(LORA_GATED, LORA_ALWAYS, _LORA)] if entrants.lora and entrants.lora is not entrants.correction else []
+    for other in (entrants.correction, *entrants.others):
+        if isinstance(other, LoraCorrection):
+            prefix = "lora" if other is entrants.correction else other.name
+            loras.append((f"{prefix}-gated", f"{prefix}-always", other.name))
+        elif other is not entrants.correction:
+            own = Policy(other.name, other.name)
+            rows.append(Row(own, "tier", f"{other.name}, where {other.gate} opens"))
+    for gated, always, name in loras:
+        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, where {gate} opens"))
+        on = Policy(always, name, gate="always")
+        rows.append(Row(on, "tier", "a LoRA, at every step", measured=False))
+        greedy = on._replace(name=f"{always}-greedy", greedy=True)
+        rows.append(Row(greedy, "tier", "the same, greedy", measured=False))
+    return rows
+
+
+def _first_tier(entrants: Entrants) -> Policy:
+    """The row of the correction itself."""
+    correction = entrants.correction
+    name = LORA_GATED if isinstance(correction, LoraCorrection) else correction.tier
+    return _gated(Policy(name, correction.name, strength=entrants.strength), _gate(entrants))
+
+
+def _gate(entrants: Entrants) -> Gate:
+    """Of every tier. A LoRA that is always on says nothing about where else it might be."""
+    own = entrants.correction.gate
+    silent = own.kind == "always" and isinstance(entrants.correction, LoraCorrection)
+    return entrants.gate or (Gate() if silent else own)
+
+
+def _gated(policy: Policy, gate: Gate) -> Policy:
+    kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
+    if kind == "always":
+        return policy._replace(gate=kind)
+    return policy._replace(gate=kind, tau=gate.tau, ceiling=gate.ceiling if math.isfinite(gate.ceiling) else None)
+
+
+def _share_fired(rollouts: Sequence[Rollout]) -> float:
+    return sum(r.fired for r in rollouts) / max(1, sum(len(r.tokens) for r in rollouts))

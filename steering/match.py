@@ -1,0 +1,56 @@
+"""Matching a control to what it controls: the strength at which both are as far from the base.
+
+Any push at the head shortens and sharpens what a model writes, so a control that pushes less is no control. The measure
+is KL(base || steered) in nats a fired step, in shadow: over the base's own completions, so at the same steps for both.
+Invariant: no reward is looked at.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from trimtab.server.core import Core
+from trimtab.steering.correction import Correction
+from trimtab.steering.evaluate import Policy, answer
+from trimtab.steering.progress import say
+from trimtab.steering.report import Exam
+
+PROBLEMS = 32  # of the exam's, with a completion each
+ROUNDS = 5
+NEAR = 0.03  # relative
+LIMIT = 32.0  # of a strength: cap * tanh saturates long before
+
+
+class Matched(NamedTuple):
+    """A control at the strength that was found."""
+
+    control: str
+    strength: float
+    kl: float  # of the control, nats a fired step
+    wanted: float  # of the correction
+
+
+def match_kl(core: Core, exam: Exam, policy: Policy, control: Correction, folder: Path) -> Matched:
+    """policy: the correction's. The control is served by the same gate; it starts at its own strength, scaled as the
+    correction's is, and KL grows about as a strength's square."""
+    wanted = _divergence(core, exam, policy, folder)
+    assert policy.correction is not None
+    own = core.bank.get(policy.correction).strength
+    factor = 1.0 if policy.strength is None or own == 0 else policy.strength / own
+    strength = max(-LIMIT, min(LIMIT, control.strength * factor))
+    kl = 0.0
+    for turn in range(ROUNDS):
+        tried = policy._replace(name=f"{control.name}-{turn}", correction=control.name, strength=strength)
+        kl = _divergence(core, exam, tried, folder)
+        if kl == 0 or wanted == 0 or abs(kl / wanted - 1) < NEAR or turn == ROUNDS - 1:
+            break
+        strength = max(-LIMIT, min(LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
+    say("matching", f"{control.name}: {kl:.3f} nats a fired step at strength {strength:g}; wanted {wanted:.3f}")
+    return Matched(control.name, strength, kl, wanted)
+
+
+def _divergence(core: Core, exam: Exam, policy: Policy, folder: Path) -> float:
+    shadow = policy._replace(mode="shadow")
+    sampling = exam.sampling._replace(samples=1)
+    found = answer(core, exam.task, exam.problems[:PROBLEMS], sampling, [shadow], folder)[policy.name]
+    return sum(r.kl for r in found) / max(1, sum(r.fired for r in found))

@@ -1,0 +1,112 @@
+"""What the commands of evidence.py and studies.py run on: a base, a task and how completions are drawn.
+
+Invariant: importing this imports neither torch nor a model. Options left out are those that a correction was fitted
+with, or else `trimtab fit`'s own.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trimtab.errors import InvalidRequest
+from trimtab.steering.config import FitConfig
+
+if TYPE_CHECKING:
+    from trimtab.server.base import Base
+    from trimtab.steering.correction import Correction
+    from trimtab.steering.problem import Problem
+    from trimtab.steering.report import Exam
+    from trimtab.steering.rollouts import Sampling
+    from trimtab.steering.tasks import Task
+
+
+class Setting(NamedTuple):
+    """What a command runs on."""
+
+    base: "Base"
+    task: "Task"
+    sampling: "Sampling"
+    slots: int
+    threads: int
+
+    def exam(self, problems: "Sequence[Problem]", samples: int) -> "Exam":
+        """These problems, so many completions each."""
+        from trimtab.steering.report import Exam
+
+        return Exam(self.task, problems, self.sampling._replace(samples=samples), self.slots, self.threads)
+
+
+def add_what(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    """The options that `settle` reads, but for those that only some commands have."""
+    if model:
+        parser.add_argument("--model", help="the base (default: as fitted)")
+    parser.add_argument("--task", help="instructions, or a JSONL file (default: as fitted)")
+    parser.add_argument("--verifier", help="for a file: math, final, exact, regex or module:function")
+    parser.add_argument("--held-out", help="for a file: a second JSONL file to judge on")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--max-tokens", type=positive)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--slots", type=positive, default=32, help="completions sampled at once")
+    parser.add_argument("--threads", type=positive, default=1, help="torch threads")
+
+
+_AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
+
+
+def settle(args: argparse.Namespace, correction: "Correction | None", needs_task: bool = True) -> Setting:
+    """Load the base and the task that the arguments name, or the correction was fitted with; check that they fit."""
+    from trimtab.server.base import load_base
+    from trimtab.steering.correction import check
+    from trimtab.steering.rollouts import Sampling
+    from trimtab.steering.tasks import load_task
+
+    fitted: dict[str, Any] = dict(correction.provenance.get("config", {})) if correction else {}
+    if args.task:  # another task brings its own verifier and held-out file
+        fitted |= {"verifier": None, "held_out": None}
+    asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
+    if correction is not None and not fitted and args.model is None:
+        raise InvalidRequest(f"{correction.name} does not say which model it was made for: give --model", "model")
+    task = load_task(*_task_of(asked if needs_task else {"task": "instructions"}), int(fitted.get("seed", 0)))
+    base = load_base(asked["model"], args.dtype, args.device, args.threads)
+    if correction is not None:
+        check(correction, base.identity)
+    sampling = Sampling(1, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
+    return Setting(base, task, sampling, args.slots, args.threads)
+
+
+def _task_of(asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    return asked["task"], asked.get("verifier"), asked.get("held_out")
+
+
+@contextmanager
+def keep_in(out: Path | None) -> Iterator[Path]:
+    """Where completions are kept: there, or nowhere for long."""
+    if out is not None:
+        yield out / "completions"
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / "eval"
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := count(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, not 0")
+    return value

@@ -1,0 +1,129 @@
+"""Lockstep: who is taken writes what it would alone, whoever it is, and the other sees the same text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import tiny_base, tiny_correction
+from trimtab.server.base import Base
+from trimtab.server.core import Core
+from trimtab.server.request import Steering
+from trimtab.steering.bank import Bank
+from trimtab.steering.gate import Gate
+from trimtab.steering.lockstep import Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
+from trimtab.steering.problem import Problem, Split
+from trimtab.steering.report import Exam
+from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core, request_for
+
+PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
+SAMPLING = Sampling(2, 0, 1.0, 0.95, 20)
+
+
+class Odd:
+    """Right by chance."""
+
+    name = "odd"
+
+    def problems(self, split: Split, count: int) -> list[Problem]:
+        raise NotImplementedError
+
+    def score(self, problem: Problem, completion: str) -> float:
+        return float(sum(map(ord, completion)) % 2)
+
+    def extract(self, completion: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    torch.set_num_threads(1)
+    return tiny_base(eos_token_id=list(range(8)))  # ends now and then
+
+
+@pytest.fixture(scope="module")
+def other() -> Base:
+    return tiny_base(seed=1, eos_token_id=list(range(8)))
+
+
+def together(one: Base, two: Base, choose: Choose, gate: Gate) -> list[Written]:
+    bank, steering = watched(one, gate)
+    cores = (engine(one, bank), engine(two, Bank(two.hidden, two.device)))
+    pairs = [
+        (request_for(cores[0], p, SAMPLING, steering, 20), request_for(cores[1], p, SAMPLING, Steering()))
+        for p in PROBLEMS
+    ]
+    return sorted(write(*cores, pairs, choose), key=lambda w: (w.problem, w.sample))
+
+
+def engine(base: Base, bank: Bank) -> Core:
+    return open_core(base, bank, PROBLEMS, SAMPLING.max_tokens, 4, 1)
+
+
+def alone(base: Base, folder: Path) -> list[Rollout]:
+    return collect(engine(base, Bank(base.hidden, base.device)), Odd(), PROBLEMS, SAMPLING, folder, "alone")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_one_that_is_always_taken_writes_what_it_would_alone(
+    base: Base, other: Base, tmp_path: Path, taken: bool
+) -> None:
+    found = together(base, other, lambda turn: taken, Gate())
+    wanted = alone(other if taken else base, tmp_path)
+    assert {r.finish for r in wanted} == {"stop", "length"}
+    assert [(w.problem, w.sample, w.tokens, w.finish) for w in found] == [
+        (r.problem, r.sample, r.tokens, r.finish) for r in wanted
+    ]
+    assert all([t.position for t, _ in w.turns] == list(range(len(w.tokens))) for w in found)
+
+
+def test_both_see_the_same_text(base: Base) -> None:
+    """The base against itself: at every position they draw the same token and rank it alike, whoever is taken."""
+    for written in together(base, base, lambda turn: turn.position % 2 == 0, Gate()):
+        for turn, _ in written.turns:
+            assert turn.token == turn.other
+            assert turn.best == turn.own.base_token == turn.top[0]
+
+
+def test_tokens_come_from_whom_the_rule_takes(base: Base, other: Base) -> None:
+    def odd(turn: Turn) -> bool:
+        return turn.own.statistic > 3.5
+
+    for written in together(base, other, odd, Gate(tau=3.5)):
+        for token, (turn, taken) in zip(written.tokens, written.turns, strict=True):
+            assert taken == turn.own.open
+            assert token == (turn.other if taken else turn.token)
+        rollout = rollout_of(base, Odd(), PROBLEMS[0], written)
+        assert rollout.open == rollout.fired == sum(taken for _, taken in written.turns)
+        assert rollout.flips <= rollout.fired
+
+
+def test_a_base_sharpened_nowhere_is_the_base_and_everywhere_the_cooler_base(base: Base, tmp_path: Path) -> None:
+    exam = Exam(Odd(), PROBLEMS, SAMPLING, 4, 1)
+    never = answer_sharpened(exam, base, Gate(tau=100.0), 0.5, tmp_path / "never")
+    always = answer_sharpened(exam, base, Gate("always"), 0.5, tmp_path / "always")
+    cooler = collect(
+        engine(base, Bank(base.hidden, base.device)),
+        Odd(),
+        PROBLEMS,
+        SAMPLING._replace(temperature=0.5),
+        tmp_path / "cooler",
+        "cooler",
+    )
+    assert [r.tokens for r in never] == [r.tokens for r in alone(base, tmp_path / "base")]
+    assert [r.tokens for r in always] == [r.tokens for r in cooler]
+    assert answer_sharpened(exam, base, Gate("always"), 0.5, tmp_path / "always") == always
+
+
+def test_a_correction_may_be_the_other(base: Base, tmp_path: Path) -> None:
+    bank, steering = watched(base, Gate())
+    its = Bank(base.hidden, base.device)
+    its.add(tiny_correction(base, "mine", tau=3.0))
+    cores = (engine(base, bank), engine(base, its))
+    pairs = [
+        (request_for(cores[0], p, SAMPLING, steering), request_for(cores[1], p, SAMPLING, Steering("mine")))
+        for p in PROBLEMS
+    ]
+    found = sorted(write(*cores, pairs, lambda turn: True), key=lambda w: (w.problem, w.sample))
+    wanted = collect(cores[1], Odd(), PROBLEMS, SAMPLING, tmp_path, "mine", Steering("mine"))
+    assert [w.tokens for w in found] == [r.tokens for r in wanted]
+    assert any(turn.best != turn.own.base_token for w in found for turn, _ in w.turns)
