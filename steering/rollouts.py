@@ -36,6 +36,7 @@ from trimtab.steering.tasks import Task
 # Completions a file, for each slot. At a file's end slots idle: with 16, steps are 7 % more, which is the cost where a
 # full step takes no longer than an empty one; on a CPU it is 3 % (lengths of 256 completions of the demo's).
 FILE_ROUNDS = 16
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}  # computed at once, by the device's type
 
 
 class Sampling(NamedTuple):
@@ -174,7 +175,13 @@ def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: i
     if longest >= base.max_len:
         raise TaskError(f"problem {problem!r} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
     length = max(2, min(base.max_len, longest + max_tokens))
-    config = EngineConfig(slots=slots, max_model_len=length, threads=threads, max_queue=slots + MAX_SAMPLES)
+    config = EngineConfig(
+        slots=slots,
+        max_model_len=length,
+        step_tokens=STEP_TOKENS[base.device.type],
+        threads=threads,
+        max_queue=slots + MAX_SAMPLES,
+    )
     return Core(base, bank, config)
 
 
