@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.finish import finish_rows
-from trimtab.kernels.record import Corrections, RowParams, StepInputs
+from trimtab.kernels.record import GATE_ENTROPY, Corrections, RowParams, StepInputs
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
 from trimtab.kernels.step import _new_record, step
@@ -184,6 +184,7 @@ def corrections() -> Corrections:
         B=torch.randn(CORRECTIONS, HIDDEN, RANK, device="cuda") / RANK**0.5,
         b=torch.zeros(CORRECTIONS, HIDDEN, device="cuda"),
         cap=torch.full((CORRECTIONS,), 3.0, device="cuda"),
+        silu=torch.zeros(CORRECTIONS, dtype=torch.bool, device="cuda"),
         top_k=torch.full((CORRECTIONS,), TOP_K, dtype=torch.int32, device="cuda"),
         max_top_k=TOP_K,
     )
@@ -204,9 +205,15 @@ def row_params(rows: int, opened: bool, temperature: float, top_p: float) -> Row
         repetition=column(1.0),
         presence=column(0.0),
         frequency=column(0.0),
-        correction=torch.arange(rows, dtype=torch.int32, device="cuda") % CORRECTIONS,
-        strength=column(1.0),
+        steered=column(True, torch.bool),
+        gate=column(GATE_ENTROPY, torch.int32),
         tau=column(-1.0 if opened else math.inf),
+        ceiling=column(math.inf),
+        chance=column(0.5),
+        correction=torch.arange(rows, dtype=torch.int32, device="cuda")[:, None] % CORRECTIONS,
+        weight=column(1.0)[:, None],
+        strength=column(1.0),
+        kl_cap=column(math.inf),
         shadow=column(False, torch.bool),
     )
 

@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimtab.kernels import finish, resolve, stats
+from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats
 from trimtab.kernels.record import MAX_ALTERNATIVES
 
 TARGETS = (80, 90)
@@ -34,6 +34,12 @@ _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
     "uniform": "*fp64",
     "ranked": "*i64",
     "steered_keys": "*i64",
+    "slot": "*i64",
+    "position": "*i64",
+    "eps": "fp32",
+    "scale": "fp32",
+    "window": "i32",
+    "tiles": "*i32",
 }
 _ALIGNED = {
     "logits_stride",
@@ -42,9 +48,22 @@ _ALIGNED = {
     "hidden_stride",
     "size",
     "head_stride",
+    "query_row",
+    "query_head",
+    "key_row",
+    "key_head",
+    "value_row",
+    "value_head",
+    "slot_stride",
+    "position_stride",
+    "width",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"rank", "alternatives"}
-_OF_DTYPE = {"logits", "hidden", "head"}
+_INTEGERS = _ALIGNED | {"rank", "alternatives", "heads", "kv_heads"}
+_FLOATS = (
+    "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
+    "x residual weight summed gate_up"
+)
+_OF_DTYPE = set(_FLOATS.split())
 
 
 class Build(NamedTuple):
@@ -82,6 +101,34 @@ def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
         sizes = shape | {"BLOCK": resolve.BLOCK}
         result.append(Build(f"resolve {d}", resolve.resolve_kernel, d, sizes, resolve.LAUNCH))
+        result += _decoding(d, itemsize)
+    return result
+
+
+def _decoding(dtype: str, itemsize: int) -> list[Build]:
+    """What a captured decode step launches for each layer, at the sizes of 7B models."""
+    result = []
+    for size, splits in ((64, 32), (128, 1), (128, 8)):
+        tile = decode_attention.tile_for(size, itemsize)
+        launch = {name: value for name, value in tile.items() if name != "BLOCK"}
+        shape: dict[str, int | bool] = {"GROUP": 7, "SIZE": size, "M": 16, "WIDTH": size, "BLOCK": tile["BLOCK"]}
+        shape |= {"SPLITS": splits, "ROTARY": True, "NORM": splits == 8}
+        name = f"attend {dtype}, {size} wide, {splits} splits"
+        result.append(Build(name, decode_attention.attend_kernel, dtype, shape, launch))
+        if splits == 1:
+            continue
+        tile = chunk_attention.tile_for(size, itemsize)
+        launch = {name: value for name, value in tile.items() if name != "BLOCK"}
+        shape = {"GROUP": 7, "SIZE": size, "M": chunk_attention.tile_rows(7, itemsize), "WIDTH": size}
+        name, shape = f"chunk {dtype}, {size} wide", shape | {"BLOCK": tile["BLOCK"]}
+        result.append(Build(name, chunk_attention.chunk_kernel, dtype, shape, launch))
+    shape = {"HEADS": 32, "KV_HEADS": 4, "SIZE": 128, "WIDTH": 128, "ROTARY": True, "NORM": True}
+    result.append(Build(f"store {dtype}", chunk_attention.store_kernel, dtype, shape, chunk_attention.STORE))
+    sizes = {"SIZE": 128, "WIDTH": 128, "SPLITS": 32}
+    result.append(Build(f"combine {dtype}", decode_attention.combine_kernel, dtype, sizes, decode_attention.COMBINE))
+    block = {"BLOCK": layer.norm_block(3584), "ADD": True}
+    result.append(Build(f"norm {dtype}", layer.add_norm_kernel, dtype, block, layer.norm_launch(3584)))
+    result.append(Build(f"silu {dtype}", layer.silu_kernel, dtype, {"BLOCK": layer.SILU_BLOCK}, layer.SILU_LAUNCH))
     return result
 
 

@@ -1,10 +1,21 @@
-"""The one place that chooses how a step runs: Triton on CUDA, plain torch elsewhere."""
+"""The one place that chooses what a device runs: Triton and CUDA graphs on CUDA, plain torch elsewhere."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from trimtab.kernels.record import StepInputs, StepRecord
+
+
+class LayerKernels(NamedTuple):
+    """What the layers of a decoder are run with; signatures in slot_attention.py and layer.py."""
+
+    attend: Callable[..., Tensor]
+    tokens_a_tile: Callable[[int, int], int]
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    silu_mul: Callable[[Tensor], Tensor]
 
 
 def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:
@@ -14,3 +25,21 @@ def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:
     else:
         from trimtab.kernels.reference import step
     return step
+
+
+def layers_for(device: torch.device) -> LayerKernels | None:
+    """The layers' kernels; None where torch's own attention over runs of slots is faster."""
+    if device.type != "cuda":
+        return None
+    from trimtab.kernels import layer, slot_attention
+
+    return LayerKernels(slot_attention.attend, slot_attention.tokens_a_tile, layer.add_norm, layer.silu_mul)
+
+
+def capture_for(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+    """What makes a function over fixed tensors replayable without the host; None where nothing is gained by it."""
+    if device.type != "cuda":
+        return None
+    from trimtab.kernels.capture import Capture
+
+    return Capture()

@@ -26,15 +26,21 @@ def philox(counter: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.
     return np.stack([c0, c1, c2, c3])
 
 
-def uniform(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) -> npt.NDArray[np.float64]:
+def uniform(
+    seeds: Sequence[int] | npt.NDArray[np.uint64],
+    positions: Sequence[int] | npt.NDArray[np.int64],
+    stream: int = 0,
+) -> npt.NDArray[np.float64]:
     """seeds (any int; taken modulo 2^64) and positions (>= 0), n each -> float64 [n] in the open interval (0, 1).
 
     Streams (0..2^32 - 1) are independent of one another: tokens are drawn with stream 0, random gates with 1.
 
     52 random bits, so that a rare token keeps its probability and the midpoints are exact in float64.
     """
-    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
-    position = np.array(positions, dtype=np.uint64)
+    if not isinstance(seeds, np.ndarray):
+        seeds = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
+    seed = seeds.astype(np.uint64)
+    position = np.asarray(positions).astype(np.uint64)
     zero = np.zeros_like(seed)
     counter = np.stack([position & _LOW, position >> _SHIFT, zero + np.uint64(stream), zero])
     words = philox(counter, np.stack([seed & _LOW, seed >> _SHIFT]))

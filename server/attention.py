@@ -9,14 +9,18 @@ implementation that registers none, and hands the forward's extra keyword (`kv_b
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from trimtab.errors import UnsupportedModel
+from trimtab.kernels.places import Places
 from trimtab.server.adapters import Placed, group_tokens
 from trimtab.server.kv import KVCache
+from trimtab.server.staging import stage
 
 IMPLEMENTATION = "trimtab"
 
@@ -49,10 +53,18 @@ class KVBatch:
         self.decode = next((i for i, span in enumerate(spans) if span.end - span.start > 1), len(spans))
         self.chunks = spans[self.decode :]
         self.runs = _group_runs(spans[: self.decode])
-        lengths = torch.tensor([span.end - span.start for span in spans])
-        self.position = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(device)
-        self.slot = torch.tensor([span.slot for span in spans]).repeat_interleave(lengths).to(device)
-        self.last = (lengths.cumsum(0) - 1).to(device)  # [spans]: index of each span's last token
+        slots, starts, ends = np.array([span[:3] for span in spans]).T
+        lengths = ends - starts
+        first = lengths.cumsum() - lengths  # [spans]: index of each span's first token
+        position = np.arange(lengths.sum()) + (starts - first).repeat(lengths)
+        columns = [position, slots.repeat(lengths), first + lengths - 1]
+        if cache.kernels is not None:
+            chunks = [column[self.decode :] for column in (slots, first, starts, lengths)]
+            columns.append(_tiles(cache.tokens_a_tile, *chunks))
+        self.position, self.slot, self.last, *tiles = stage(columns, device)  # last: of each span, its last token
+        self.places: Places | None = None
+        if cache.kernels is not None:
+            self.places = Places(self.slot, self.position, self.decode, tiles[0] if self.chunks else None)
         adapters = [span.adapter for span in spans]
         self.adapted = group_tokens(adapters, lengths.tolist(), placed, device) if max(adapters) >= 0 else []
         self._masks: dict[tuple[int, int | None], Tensor] = {}
@@ -67,6 +79,35 @@ class KVBatch:
                 mask &= seen > queries[:, None] - window
             self._masks[key, window] = mask
         return mask
+
+
+class FixedBatch(NamedTuple):
+    """A step whose places are tensors that stay where they are, for a captured graph. Adapters do not act in it."""
+
+    cache: KVCache
+    places: Places
+    adapted: tuple[()] = ()
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [tokens]"""
+        return self.places.position
+
+
+def _tiles(
+    tokens: int,
+    slots: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int32]:
+    """Chunks cut into tiles of up to `tokens` tokens, as Places.tiles wants them."""
+    counts = -(-lengths // tokens)
+    number = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)  # of a tile within its chunk
+    done = number * tokens
+    sizes = np.minimum(lengths.repeat(counts) - done, tokens)
+    columns = (slots.repeat(counts), first.repeat(counts) + done, sizes, starts.repeat(counts) + done)
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 def _group_runs(spans: list[Span]) -> list[_Run]:
@@ -88,7 +129,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    kv_batch: KVBatch | None = None,
+    kv_batch: KVBatch | FixedBatch | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Write the new keys and values to the cache and attend. -> [1, tokens, heads, head_dim]."""
@@ -97,6 +138,13 @@ def attend(
         raise UnsupportedModel("this model's attention uses logit soft-capping or sinks, which are not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = kv_batch.cache.keys[layer], kv_batch.cache.values[layer]
+    kernels = kv_batch.cache.kernels
+    if kernels is not None or isinstance(kv_batch, FixedBatch):
+        assert kernels is not None
+        assert kv_batch.places is not None
+        packed = [t[0].transpose(0, 1) for t in (query, key, value)]  # [tokens, heads, head_dim]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernels.attend(*packed, keys, values, kv_batch.places, scale, sliding_window)[None], None
     keys[kv_batch.slot, kv_batch.position] = key[0].transpose(0, 1)
     values[kv_batch.slot, kv_batch.position] = value[0].transpose(0, 1)
     grouped = query.shape[1] != key.shape[1]

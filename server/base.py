@@ -11,20 +11,27 @@ loaded, so that a family our attention does not cover is refused instead of serv
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UnsupportedModel
+from trimtab.kernels.dispatch import LayerKernels, layers_for
 from trimtab.server.adapters import AdaptedLayers
-from trimtab.server.attention import IMPLEMENTATION, KVBatch, Span
+from trimtab.server.attention import IMPLEMENTATION, FixedBatch, KVBatch, Span
+from trimtab.server.fused import FusedDecoder, can_fuse
 from trimtab.server.kv import KVCache
 from trimtab.server.linear import pack_linears
+from trimtab.server.staging import stage
 from trimtab.server.weights import locate
 from trimtab.steering.correction import BaseIdentity
+
+log = logging.getLogger(__name__)
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 DEVICES = ("cpu", "cuda")
@@ -50,6 +57,7 @@ class Base:
         self.identity = identify(model, tokenizer, name)
         self.adapted = AdaptedLayers(model)
         self._decoder = decoder
+        self._fused: FusedDecoder | None = None  # the decoder's layers in fewer launches, where that was shown equal
 
     def new_cache(self, slots: int, length: int) -> KVCache:
         """An empty cache for `slots` sequences of up to `length` tokens."""
@@ -58,9 +66,15 @@ class Base:
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], batch: KVBatch) -> Tensor:
         """The packed tokens of one step -> h after the last norm, [tokens, hidden]. Writes their keys and values."""
-        ids = torch.tensor([token_ids], device=self.device)
+        return self.run(stage([np.asarray(token_ids, dtype=np.int64)], self.device)[0], batch)
+
+    @torch.inference_mode()
+    def run(self, ids: Tensor, batch: KVBatch | FixedBatch) -> Tensor:
+        """`forward` of ids int64 [tokens] that are on the device. Here it is chosen what computes the layers."""
+        if self._fused is not None and batch.places is not None and not batch.adapted:
+            return self._fused(ids, batch.places, batch.cache)
         with self.adapted.acting(batch.adapted):
-            out = self._decoder(ids, position_ids=batch.position[None], use_cache=False, kv_batch=batch)
+            out = self._decoder(ids[None], position_ids=batch.position[None], use_cache=False, kv_batch=batch)
         states: Tensor = out.last_hidden_state[0]
         return states
 
@@ -68,6 +82,26 @@ class Base:
     def logits(self, states: Tensor) -> Tensor:
         """h [n, hidden] -> base logits [n, vocab] in the model's dtype, with the family's own soft-cap."""
         return read_logits(self.model, states)
+
+    @torch.inference_mode()
+    def logits_into(self, states: Tensor, out: Tensor) -> None:
+        """`logits`, written to `out`: without a copy where the head is a plain product."""
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear and head.bias is None and _soft_cap(self.model) is None:
+            torch.mm(states, head.weight.T, out=out)
+        else:
+            out.copy_(self.logits(states))
+
+    def fuse(self, kernels: LayerKernels) -> None:
+        """Run the layers in fewer launches from now on, if they are of a known kind and come out the same."""
+        if not can_fuse(self._decoder):
+            return
+        self._fused = FusedDecoder(self._decoder, kernels)
+        try:
+            _check_parity(self)
+        except UnsupportedModel as error:
+            log.warning("%s; its layers run as transformers has them", error)
+            self._fused = None
 
     def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced h of whole sequences, [length, hidden] each: position t's h predicts token t + 1."""
@@ -82,8 +116,13 @@ class Base:
 def read_logits(model: Any, states: Tensor) -> Tensor:
     """h [n, hidden] -> the logits of a transformers model [n, vocab]. Gradients pass through."""
     logits: Tensor = model.get_output_embeddings()(states)
-    soft_cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    soft_cap = _soft_cap(model)
     return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+
+def _soft_cap(model: Any) -> float | None:
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
 
 
 def load_base(model: str, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:
@@ -123,6 +162,8 @@ def prepare(model: Any, tokenizer: Any, name: str) -> Base:
     try:
         base = Base(model, tokenizer, name)
         _check_parity(base)
+        if (kernels := layers_for(base.device)) is not None:
+            base.fuse(kernels)
     except UnsupportedModel:
         raise
     except Exception as error:  # a family that does something else with its cache or head fails anywhere in here

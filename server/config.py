@@ -13,6 +13,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens a sequence may hold; None: the model's own, at most 4096
     step_tokens: int = 512  # tokens computed a step: decode rows first, then prompt chunks
     max_queue: int = 512  # choices that may wait; beyond it, Overloaded
+    graphs: bool = True  # on CUDA, decode steps are captured at start and replayed; without, they are far slower
     threads: int = 1  # torch threads: more than the free cores is far slower than one
 
     def __post_init__(self) -> None:

@@ -19,7 +19,6 @@ from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
-from trimtab.server.constants import Constants, gather
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request
 from trimtab.server.rule import Beside, Rule, rule_for
@@ -46,7 +45,7 @@ class Core:
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
-        self._runner = Runner(base, bank, self.config.slots, self.max_len)
+        self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
 
     @property
@@ -113,9 +112,8 @@ class Core:
         """Queue a request that `check` has passed."""
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         rule = rule_for(request.steering, self.bank)
-        fixed = gather(request, rule)
         for index in range(request.n):
-            self._scheduler.add(self._start(request, rule, fixed, index, philox.derive(seed, index)))
+            self._scheduler.add(self._start(request, rule, index, philox.derive(seed, index)))
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
@@ -159,7 +157,7 @@ class Core:
                     self.submit(request)
             yield from self.step()
 
-    def _start(self, request: Request, rule: Rule, fixed: Constants, index: int, seed: int) -> Sequence:
+    def _start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
         """Choice `index`, with every default resolved."""
         sampling, budget = request.sampling, request.steering.budget
         companion = None
@@ -173,7 +171,6 @@ class Core:
             seed=seed,
             limit=min(room, sampling.max_tokens or room),
             rule=rule,
-            constants=fixed,
             stops=sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self.base.eos),
             row=Row(list(request.prompt), rule.adapter),
             companion=companion,
@@ -186,32 +183,23 @@ class Core:
 
     def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take their tokens and leave when they end."""
-        columns = zip(*(column.tolist() for column in record), strict=True)
+        told = [column.numpy().tolist() for column in record]
         events = []
-        for sequence, row in zip(sequences, columns, strict=True):
-            token, status, base_token, steered_token, entropy, *floats, top_ids, top_lps = row
+        for sequence, token, status, *receipt, top_ids, top_lps in zip(sequences, *told, strict=True):
             if status & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))
                 continue
-            opened, fired = bool(status & OPEN), bool(status & FIRED)
-            receipt = Receipt(entropy, opened, fired, base_token, steered_token, *floats)
-            first = sequence.sampled == 0
-            shadow = sequence.request.steering.mode == "shadow"
-            wanted = sequence.request.sampling.alternatives
+            request = sequence.request
+            base_token, steered_token, entropy, *floats = receipt
+            opened, fired = status & OPEN != 0, status & FIRED != 0
+            found = Receipt(entropy, opened, fired, base_token, steered_token, *floats)
+            wanted = request.sampling.alternatives
+            top = tuple(zip(top_ids[:wanted], top_lps[:wanted], strict=True)) if wanted else ()
+            logprob = found.base_logprob if request.steering.mode == "shadow" else found.steered_logprob
+            cached = 0 if sequence.sampled else sequence.row.cached
             finish = sequence.append(token, fired)
-            events.append(
-                Event(
-                    request_id=sequence.request.id,
-                    index=sequence.index,
-                    token=token,
-                    logprob=receipt.base_logprob if shadow else receipt.steered_logprob,
-                    top=tuple(zip(top_ids[:wanted], top_lps[:wanted], strict=True)),
-                    receipt=receipt,
-                    finish=finish,
-                    cached=sequence.row.cached if first else 0,
-                )
-            )
+            events.append(Event(request.id, sequence.index, token, logprob, top, found, finish, None, cached))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import InvalidRequest
+from trimtab.kernels.dispatch import layers_for
 
 
 class KVCache:
@@ -24,6 +25,9 @@ class KVCache:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.num_hidden_layers, slots, length, heads, head_dim)
         self.length = length
+        self.kernels = layers_for(device)  # what reads the cache, if not torch's own attention
+        group = config.num_attention_heads // heads
+        self.tokens_a_tile = self.kernels.tokens_a_tile(group, dtype.itemsize) if self.kernels else 0
         self.keys, self.values = (_reserve(shape, dtype, device) for _ in range(2))
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -164,7 +164,7 @@ class Receipt(NamedTuple):
         return self.fired and self.base_token != self.steered_token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: thousands are made a step, and freezing triples what one costs
 class Event:
     """One sampled token of one choice, or its end without one (token None: abort or error)."""
 

@@ -52,7 +52,7 @@ class Scheduler:
         singles: list[Work] = []
         filling: list[Sequence] = []
         for s in self.running.values():
-            if all(row.left == 1 for row in s.rows):
+            if s.row.left == 1 and (s.companion is None or s.companion.left == 1):
                 singles += [Work(s, row, row.computed, row.computed + 1) for row in s.rows]
             else:
                 filling.append(s)

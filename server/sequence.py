@@ -8,7 +8,6 @@ every token that was sampled, as its sequence's own row does, and comes to its l
 from dataclasses import dataclass, field
 
 from trimtab.server.budget import Allowance
-from trimtab.server.constants import Constants
 from trimtab.server.request import FinishReason, Request
 from trimtab.server.rule import Rule
 from trimtab.server.slots import NO_ADAPTER
@@ -43,32 +42,24 @@ class Sequence:
     seed: int
     limit: int  # tokens it may sample
     rule: Rule
-    constants: Constants
     stops: frozenset[int]  # tokens that end it
     row: Row
     companion: Row | None = None
     allowance: Allowance | None = None  # None where nothing bounds the steering
+    sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
     rows: tuple[Row, ...] = field(init=False)
+    penalised: bool = field(init=False)  # its logits are edited by what it has seen
 
     def __post_init__(self) -> None:
+        s = self.request.sampling
+        self.penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
         self.rows = (self.row,) if self.companion is None else (self.row, self.companion)
-
-    @property
-    def sampled(self) -> int:
-        """How many tokens it has sampled: the position of the next draw."""
-        return len(self.row.tokens) - self.row.prompt
 
     @property
     def steered(self) -> bool:
         """Whether a correction may act at the next step, if the gate opens."""
         return self.rule.steered and (self.allowance is None or self.allowance.open)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether its logits are edited by what it has seen."""
-        s = self.request.sampling
-        return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
 
     @property
     def edits(self) -> dict[int, tuple[int, float]]:
@@ -90,6 +81,7 @@ class Sequence:
         """Take the sampled token. fired: a correction acted. -> why the sequence ends here, or None."""
         for row in self.rows:
             row.tokens.append(token)
+        self.sampled += 1
         if self.penalised:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.allowance is not None:

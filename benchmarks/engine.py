@@ -1,0 +1,278 @@
+"""Decoding speed of the engine on random weights of real shapes, against the time that reading the weights once takes.
+
+    python benchmarks/engine.py [--shapes 0.5B 1.5B 7B] [--batches 1 8 32 64 128 256] [--device cuda]
+
+Three kinds of requests take turns, round by round, in a shuffled order, on one engine: steering off; on, one correction
+for all; on, another correction for each row of up to 256. On is the worst case: the gate is always open. Its strength
+is tiny, so that all draw alike (see step.py). A figure is the wall time of whole steps, host included, per step: the
+median of the rounds. `floor` is the bytes of the layers' and the head's weights over the rate of a large device copy;
+`graph` is the model alone, replayed without host.
+
+The last line of the card says whether rows without steering, in a batch whose other rows are steered, came out bit for
+bit as from an engine without corrections.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from typing import Any, ClassVar
+
+import machine
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from trimtab.server.attention import IMPLEMENTATION
+from trimtab.server.base import Base, prepare
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import Core
+from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import BaseIdentity, HeadCorrection
+from trimtab.steering.gate import Gate
+
+SHAPES: dict[str, dict[str, Any]] = {  # of Qwen2.5
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": True},
+}  # fmt: skip
+CORRECTIONS, RANK, TOP_K, STRENGTH = 256, 16, 32, 1e-6
+KINDS = ("off", "on", "on 256")
+SPREAD = 9.0
+
+
+class NoTokenizer:
+    """Random weights say nothing: every token is its number."""
+
+    chat_template = eos_token_id = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_ids: ClassVar[list[int]] = []
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f" {token}"
+
+    def convert_tokens_to_string(self, pieces: list[str]) -> str:
+        return "".join(pieces)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure decoding on random weights.")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "7B"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of prompt")
+    parser.add_argument("--steps", type=int, default=16, help="counted steps of a kind in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compare", default="1.5B", help="the shape to compare rows without steering on")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rate = copy_rate(args.device)
+    here = machine.describe()
+    facts = {
+        "copy of 1 GiB": f"{rate / 1e12:.3f} TB/s, read and written",
+        "weights": "random, bf16",
+        "corrections": f"rank {RANK}, {TOP_K} candidates",
+        "prompt": f"{args.prompt} tokens",
+        "seed": args.seed,
+    }
+    print(machine.card(here, **facts))
+    print(f"\n{'':6} {'rows':>5}  {'floor':>7}  {'graph':>7}  " + "  ".join(f"{kind:>7}" for kind in KINDS), end="")
+    print("   ms a step   of floor   tokens/s        on   on 256", flush=True)
+    results, same = [], None
+    for shape in args.shapes:
+        base = make_base(shape, args)
+        floor = 1000 * weight_bytes(base) / rate
+        bank = make_bank(base, args.seed)
+        core = Core(base, bank, EngineConfig(slots=max(args.batches), max_model_len=args.prompt + 8 * args.steps,
+                                             step_tokens=8192))  # fmt: skip
+        for batch in args.batches:
+            results.append({"shape": shape, "floor_ms": round(floor, 4), **measure(core, batch, args)})
+            print(line(results[-1]), flush=True)
+        del core
+        if shape == args.compare:
+            same = compare(base, bank, max(args.batches), args)
+            print(f"{shape}: rows without steering are bit for bit those of an engine without: {same}", flush=True)
+        del base, bank
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    run = {"benchmark": "engine", **facts, "steps": args.steps, "rounds": args.rounds, "off_rows_identical": same}
+    print(json.dumps({**run, "machine": here, "results": results}))
+
+
+def line(r: dict[str, Any]) -> str:
+    graph = f"{r['graph_ms']:7.3f}" if r["graph_ms"] else f"{'':7}"
+    times = "  ".join(f"{r['ms'][kind]:7.3f}" for kind in KINDS)
+    costs = "  ".join(f"{r['cost'][kind]:+7.1%}" for kind in KINDS[1:])
+    return (
+        f"{r['shape']:6} {r['batch']:5}  {r['floor_ms']:7.3f}  {graph}  {times}             {r['of_floor']:8.0%}  "
+        f"{r['tokens_per_s']:9.0f}   {costs}"
+    )
+
+
+def measure(core: Core, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a decode step of each kind, and what steering adds to it within a round."""
+    draw, order = random.Random(args.seed), list(KINDS)
+    rounds: list[dict[str, float]] = []
+    for number in range(args.rounds + 1):
+        draw.shuffle(order)
+        rounds.append({kind: decode(core, requests(core, kind, batch, number, args), args.steps)[0] for kind in order})
+    rounds = rounds[1:]  # the first warms up
+    ms = {kind: round(statistics.median(r[kind] for r in rounds), 4) for kind in KINDS}
+    cost = {kind: round(statistics.median(r[kind] / r["off"] - 1 for r in rounds), 5) for kind in KINDS[1:]}
+    floor = weight_bytes(core.base) / copy_rate(args.device) * 1000
+    return {
+        "batch": batch,
+        "graph_ms": time_graph(core, batch, args.prompt),
+        "ms": ms,
+        "cost": cost,
+        "of_floor": round(floor / ms["off"], 4),
+        "tokens_per_s": round(1000 * batch / ms["off"], 1),
+    }
+
+
+def requests(core: Core, kind: str, batch: int, number: int, args: argparse.Namespace) -> list[Request]:
+    """Prompts of their own for each round, the same for all kinds of it."""
+    made = []
+    for row in range(batch):
+        draw = random.Random(f"{args.seed} {number} {row}")
+        prompt = tuple(draw.randrange(core.base.vocab) for _ in range(args.prompt))
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=row, max_tokens=4 * args.steps, ignore_eos=True)
+        name = {"off": None, "on": "c0", "on 256": f"c{row % CORRECTIONS}"}[kind]
+        made.append(Request(f"r{row}", prompt, sampling, Steering(name, strength=STRENGTH if name else None)))
+    return made
+
+
+def decode(core: Core, asked: list[Request], steps: int) -> tuple[float, list[Event]]:
+    """Milliseconds of each of the `steps` decode steps that follow the prompts, and all events."""
+    events: list[Event] = []
+    for request in asked:
+        core.submit(request)
+    while len(found := core.step()) < len(asked):
+        events += found
+        assert core.busy
+    for _ in range(3):
+        events += core.step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        events += core.step()
+    took = 1000 * (time.perf_counter() - began) / steps
+    for request in asked:
+        core.abort(request.id, 0)
+    wrong = [event.error for event in events if event.error]
+    assert not wrong, wrong[0]
+    return took, events
+
+
+def compare(base: Base, bank: Bank, batch: int, args: argparse.Namespace) -> bool:
+    """Half of the rows steered with strength 1: are the others those of an engine that has no corrections?"""
+    told = []
+    for corrections, steering in ((bank, Steering("c1")), (Bank(base.hidden, base.device), Steering())):
+        config = EngineConfig(slots=batch, max_model_len=args.prompt + 8 * args.steps, step_tokens=8192)
+        core = Core(base, corrections, config)
+        asked = requests(core, "off", batch, 0, args)
+        asked = [Request(r.id, r.prompt, r.sampling, steering if i % 2 else Steering()) for i, r in enumerate(asked)]
+        events = decode(core, asked, args.steps)[1]
+        plain = [event for event in events if int(event.request_id[1:]) % 2 == 0]
+        told.append([(e.request_id, e.token, e.logprob, e.receipt and e.receipt.entropy) for e in plain])
+    return told[0] == told[1]
+
+
+def time_graph(core: Core, batch: int, position: int) -> float | None:
+    """Milliseconds of the base and its head alone, replayed back to back; None without graphs."""
+    graphs = core._runner._graphs
+    if graphs is None or core.base.device.type != "cuda":
+        return None
+    graphs.run([1] * batch, range(batch), [position] * batch)
+    replay = graphs._graphs[next(size for size in graphs._sizes if size >= batch)][1]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(10):
+        replay()
+    end.record()
+    end.synchronize()
+    return round(begin.elapsed_time(end) / 10, 4)
+
+
+def make_base(shape: str, args: argparse.Namespace) -> Base:
+    """Random weights, their logits spread with a deviation of SPREAD: about a nat of entropy, as real models have."""
+    config = AutoConfig.for_model(
+        "qwen2", **SHAPES[shape], max_position_embeddings=32768, bos_token_id=None, eos_token_id=None
+    )
+    torch.manual_seed(args.seed)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION)
+        model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+        base = prepare(model, NoTokenizer(), shape)
+    with torch.no_grad():
+        base.head_weight.normal_(std=config.initializer_range)
+        model.get_decoder().norm.weight.fill_(SPREAD / (config.initializer_range * config.hidden_size**0.5))
+    return base
+
+
+def make_bank(base: Base, seed: int) -> Bank:
+    """Random corrections c0, c1, .. whose gates are always open."""
+    draw = torch.Generator().manual_seed(seed)
+    heads = [
+        HeadCorrection(
+            name=f"c{i}",
+            base=BaseIdentity("random", "", "", ""),
+            gate=Gate(kind="always"),
+            rank=RANK,
+            top_k=TOP_K,
+            A=torch.randn(RANK, base.hidden, generator=draw) / base.hidden**0.5,
+            B=torch.randn(base.hidden, RANK, generator=draw) / RANK**0.5,
+            b=torch.zeros(base.hidden),
+            hidden_scale=1.0,
+            row_scale=1.0,
+        )
+        for i in range(CORRECTIONS)
+    ]
+    bank = Bank(base.hidden, base.device)
+    # One by one they would be stacked 256 times.
+    bank._heads, bank._corrections = heads, {head.name: head for head in heads}
+    bank._tensors = bank._stack(heads)
+    return bank
+
+
+def weight_bytes(base: Base) -> int:
+    """What a decode step must read: every weight but the embedding, of which it reads a row a token."""
+    decoder: nn.Module = base.model.get_decoder()
+    read = {id(p): p.nbytes for name, p in decoder.named_parameters() if not name.startswith("embed_tokens")}
+    return sum(read.values()) + base.head_weight.nbytes
+
+
+def copy_rate(device: str, size: int = 1 << 30) -> float:
+    """Bytes a second, read and written, of a copy from one buffer to another."""
+    if device not in _RATES:
+        size = size if device == "cuda" else 1 << 24
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        seconds = []
+        for _ in range(10):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            target.copy_(source)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        _RATES[device] = 2 * size / statistics.median(seconds)
+    return _RATES[device]
+
+
+_RATES: dict[str, float] = {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the choice in each slot asks of every step, as arrays over the slots: written once, gathered at each step.
+
+Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, the draw)
+is asked of the few choices that have it.
+
+    slate.note(sequences);  columns = slate.gather(slots, sampled)
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
+from trimtab.server.request import GateKind
+from trimtab.server.sequence import Sequence
+
+_DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_ACTS = ("strength", "tau", "ceiling", "kl_cap")
+GATES: dict[GateKind, int] = {
+    "entropy": GATE_ENTROPY,
+    "varentropy": GATE_VARENTROPY,
+    "margin": GATE_MARGIN,
+    "random": GATE_RANDOM,
+    "always": GATE_ALWAYS,
+}
+
+Slots = npt.NDArray[np.int64]
+
+
+class Slate:
+    """Arrays [slots], but for `correction` and `weight`, [slots, mix]."""
+
+    def __init__(self, slots: int) -> None:
+        self._owner: list[Sequence | None] = [None] * slots
+        self._floats = np.zeros((slots, len(_DRAWS + _ACTS)), dtype=np.float32)
+        self._top_k = np.zeros(slots, dtype=np.int32)
+        self._gate = np.zeros(slots, dtype=np.int32)
+        self._shadow = np.zeros(slots, dtype=np.bool_)
+        self._steered = np.zeros(slots, dtype=np.bool_)  # by its rule; a budget may shut its gate
+        self._correction = np.full((slots, 1), -1, dtype=np.int32)
+        self._weight = np.ones((slots, 1), dtype=np.float32)
+        self.seed = np.zeros(slots, dtype=np.uint64)
+        self.prompt = np.zeros(slots, dtype=np.int64)  # tokens
+        self.alternatives = np.zeros(slots, dtype=np.int64)
+        self.bounded = np.zeros(slots, dtype=np.bool_)  # has an allowance
+        self.edited = np.zeros(slots, dtype=np.bool_)  # its logits may be edited
+        self.paired = np.zeros(slots, dtype=np.bool_)  # has a companion
+
+    def note(self, sequences: list[Sequence]) -> None:
+        """They hold their slots now."""
+        owner = self._owner
+        for sequence in sequences:
+            if owner[sequence.row.slot] is not sequence:
+                self._write(sequence)
+
+    def mix(self, slots: Slots) -> int:
+        """The most corrections that act together."""
+        return int((self._correction[slots] >= 0).sum(axis=1).max(initial=0))
+
+    def gather(self, slots: Slots) -> dict[str, npt.NDArray[Any]]:
+        """RowParams of the choices in `slots`, without those of the draw. `steered` is a copy."""
+        mix = max(1, self.mix(slots))
+        return {
+            **dict(zip(_DRAWS + _ACTS, self._floats[slots].T, strict=True)),
+            "top_k": self._top_k[slots],
+            "gate": self._gate[slots],
+            "steered": self._steered[slots],
+            "shadow": self._shadow[slots],
+            "correction": self._correction[slots, :mix],
+            "weight": self._weight[slots, :mix],
+        }
+
+    def _write(self, sequence: Sequence) -> None:
+        slot, request, rule = sequence.row.slot, sequence.request, sequence.rule
+        s, cap = request.sampling, request.steering.budget.kl
+        draws = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+        self._owner[slot] = sequence
+        self._floats[slot] = (*draws, rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
+        self._top_k[slot], self._gate[slot] = s.top_k, GATES[rule.gate]
+        self._shadow[slot], self._steered[slot] = request.steering.mode == "shadow", rule.steered
+        more = len(rule.heads) - self._correction.shape[1]
+        if more > 0:
+            self._correction = np.pad(self._correction, ((0, 0), (0, more)), constant_values=-1)
+            self._weight = np.pad(self._weight, ((0, 0), (0, more)), constant_values=1)
+        self._correction[slot], self._weight[slot] = -1, 1
+        for place, (head, weight) in enumerate(rule.heads):
+            self._correction[slot, place], self._weight[slot, place] = head, weight
+        self.seed[slot] = sequence.seed & 0xFFFFFFFFFFFFFFFF
+        self.prompt[slot], self.alternatives[slot] = sequence.row.prompt, s.alternatives
+        self.bounded[slot], self.paired[slot] = sequence.allowance is not None, sequence.companion is not None
+        self.edited[slot] = sequence.penalised or bool(s.logit_bias) or s.min_tokens > 0

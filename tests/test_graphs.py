@@ -1,0 +1,101 @@
+"""What a GPU runs, on the CPU: the kernels' references in the layers, and a capture that just calls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import FAMILIES, tiny_base, tiny_correction
+from trimtab.kernels import layer_reference, slot_attention_reference
+from trimtab.kernels.dispatch import LayerKernels
+from trimtab.server import base as base_module
+from trimtab.server import kv, runner
+from trimtab.server.base import Base
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import Core
+from trimtab.server.graphs import batch_sizes
+from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.steering.bank import Bank
+
+REFERENCE = LayerKernels(
+    slot_attention_reference.attend,
+    lambda group, itemsize: 7,
+    layer_reference.add_norm,
+    layer_reference.silu_mul,
+)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Everything made from now on takes the GPU's path. -> one entry for every replay."""
+    replayed: list[int] = []
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            replayed.append(1)
+            run()
+
+        run()
+        return replay
+
+    monkeypatch.setattr(base_module, "layers_for", lambda device: REFERENCE)
+    monkeypatch.setattr(kv, "layers_for", lambda device: REFERENCE)
+    monkeypatch.setattr(runner, "capture_for", lambda device: capture)
+    return replayed
+
+
+def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:
+    """Everything but the floats: greedy and sampled, steered and not, of several lengths."""
+    bank = Bank(base.hidden, "cpu")
+    bank.add(tiny_correction(base, "c0"))
+    requests = [
+        Request(
+            str(i),
+            tuple(range(3 + i, 8 + 7 * i)),
+            SamplingParams(temperature=(0, 0.8)[i % 2], top_p=0.9, seed=i, max_tokens=9, ignore_eos=True),
+            Steering((None, "c0")[i // 2 % 2], strength=2.0, tau=1.0),
+            n=1 + (i == 3),
+        )
+        for i in range(6)
+    ]
+    core = Core(base, bank, EngineConfig(slots=5, step_tokens=24, max_model_len=80, **config))
+    events = [(e.request_id, e.index, e.token, e.receipt and e.receipt.fired, e.error) for e in core.run(requests)]
+    return sorted(events, key=lambda event: event[:2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gpus_path_answers_as_the_cpus(family: str, on_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = tiny_base(family)
+    assert (fast._fused is not None) == (family != "gemma3_text")
+    found = answers(fast)
+    steps = len(on_gpu)
+    assert steps > 5
+    assert answers(fast, graphs=False) == found
+    assert len(on_gpu) == steps
+    monkeypatch.undo()
+    assert answers(tiny_base(family)) == found
+
+
+def test_fusing_changes_no_weight_and_holds_none_twice(on_gpu: list[int]) -> None:
+    base = tiny_base("qwen2")
+    attention = base.model.get_decoder().layers[0].self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert base._fused is not None
+    torch.testing.assert_close(torch.cat(parts), base._fused._layers[0].qkv.weight, rtol=0, atol=0)
+
+
+def test_layers_that_come_out_otherwise_are_not_used(on_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = REFERENCE._replace(silu_mul=lambda gate_up: gate_up.chunk(2, -1)[1])
+    monkeypatch.setattr(base_module, "layers_for", lambda device: broken)
+    assert tiny_base()._fused is None
+
+
+def test_batch_sizes_end_at_the_slots_and_waste_less_than_a_third() -> None:
+    for rows in (1, 2, 3, 8, 48, 100, 256, 2048):
+        sizes = batch_sizes(rows)
+        assert sizes == sorted(set(sizes))
+        assert (sizes[0], sizes[-1]) == (1, rows)
+        for asked in range(9, rows):
+            assert next(size for size in sizes if size >= asked) <= 1.5 * asked
