@@ -46,7 +46,11 @@ class Core:
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
         self._runner = Runner(base, bank, self.config, self.max_len)
-        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
+        self._scheduler = self._new_scheduler()
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self.config
+        return Scheduler(config.slots, config.step_tokens, self._runner.cache.copy, config.refill)
 
     @property
     def busy(self) -> bool:
@@ -129,7 +133,7 @@ class Core:
     def forget(self) -> None:
         """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
         assert not self.busy, "a core that is busy cannot forget"
-        self._scheduler = Scheduler(self.config.slots, self.config.step_tokens, self._runner.cache.copy)
+        self._scheduler = self._new_scheduler()
 
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it."""

@@ -3,7 +3,9 @@
 Invariant: decode rows go first, one token each in slot order, then prompt chunks in order of arrival, as many tokens as
 the step's budget leaves. A sequence with a companion is admitted with both slots or not at all, and neither of its rows
 computes its last token without the other. The other samples of a request wait until the first has computed their common
-prompt, then start from a copy of it. Nothing here touches a tensor but the row copy it asks the cache for.
+prompt, then start from a copy of it. With a refill of more than 1, who waits is admitted in batches: from when so many
+slots are free, or nothing runs, until the slots are taken. Nothing here touches a tensor but the row copy it asks the
+cache for.
 """
 
 from collections.abc import Callable
@@ -30,13 +32,15 @@ class Work(NamedTuple):
 class Scheduler:
     """Waiting and running sequences over the slots."""
 
-    def __init__(self, slots: int, step_tokens: int, copy: Callable[[int, int, int], None]) -> None:
+    def __init__(self, slots: int, step_tokens: int, copy: Callable[[int, int, int], None], refill: int = 1) -> None:
         """copy(source slot, target slot, length) copies KV rows."""
         self.waiting: dict[tuple[str, int], Sequence] = {}  # by (request id, choice), in order of arrival
         self.running: dict[tuple[str, int], Sequence] = {}
         self._slots = Slots(slots)
         self._step_tokens = max(step_tokens, slots)
         self._copy = copy
+        self._refill = min(refill, slots)
+        self._filling = False  # a batch is being admitted
 
     @property
     def free_slots(self) -> int:
@@ -89,8 +93,12 @@ class Scheduler:
             self.remove(sequence)
 
     def _admit(self) -> None:
+        self._filling = self._filling or self._slots.free >= self._refill or not self.running
+        if not self._filling:
+            return
         for key, sequence in list(self.waiting.items()):
             if self._slots.free < len(sequence.rows):
+                self._filling = False
                 return
             if self._sibling_is_prefilling(sequence):
                 continue

@@ -33,6 +33,7 @@ from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.tasks import Task
 
+GPU_STEP_TOKENS = 16384  # computed in a step
 FILE_ROUNDS = 8  # completions a file, for each slot: at its end slots idle, the less the more rounds there were
 
 
@@ -173,6 +174,8 @@ def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: i
         raise TaskError(f"problem {problem!r} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
     length = max(2, min(base.max_len, longest + max_tokens))
     config = EngineConfig(slots=slots, max_model_len=length, threads=threads, max_queue=slots + MAX_SAMPLES)
+    if base.device.type == "cuda":  # a step costs its launches, however much it computes
+        config = dataclasses.replace(config, step_tokens=GPU_STEP_TOKENS, refill=max(1, slots // 4))
     return Core(base, bank, config)
 
 

@@ -150,3 +150,21 @@ def test_an_adapters_prefix_is_its_own() -> None:
         assert run_step(scheduler) == [(name, computed, 4)]
         scheduler.remove(s)
     assert copies == []
+
+
+def test_with_a_refill_choices_are_admitted_in_batches() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None, refill=2)
+    for i in range(7):
+        scheduler.add(sequence(f"r{i}", [i + 1]))
+    first = scheduler.plan()
+    assert len(first) == 4
+    for work in first:
+        scheduler.computed(work)
+        work.row.tokens.append(9)
+    scheduler.remove(first[0].sequence)
+    assert len(scheduler.plan()) == 3  # one slot is free: not yet
+    scheduler.remove(first[1].sequence)
+    assert len(scheduler.plan()) == 4
+    for work in list(scheduler.running.values()):
+        scheduler.remove(work)
+    assert len(scheduler.plan()) == 1  # nothing runs: whoever is left is admitted
