@@ -2,7 +2,6 @@
 
 import pytest
 
-from trimtab.server.constants import gather
 from trimtab.server.request import Request
 from trimtab.server.rule import Rule
 from trimtab.server.scheduler import Scheduler
@@ -11,7 +10,7 @@ from trimtab.server.sequence import Row, Sequence
 
 def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1, beside: Row | None = None) -> Sequence:
     request, rule = Request(name, tuple(prompt), n=n), Rule()
-    return Sequence(request, index, 0, 100, rule, gather(request, rule), frozenset(), Row(list(prompt)), beside)
+    return Sequence(request, index, 0, 100, rule, frozenset(), Row(list(prompt)), beside)
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
