@@ -117,4 +117,5 @@ class Runner:
             return None
         rows, shares = zip(*beside, strict=True)
         device = logits.device
-        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device))
+        capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
+        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)

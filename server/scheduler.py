@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from trimtab.server.sequence import Row, Sequence
-from trimtab.server.slots import Held, Slots
+from trimtab.server.slots import Slots
 
 
 class Work(NamedTuple):
@@ -78,7 +78,7 @@ class Scheduler:
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work."""
         work.row.computed = work.end
-        self._slots.held[work.row.slot].tokens.extend(work.row.tokens[work.start : work.end])
+        self._slots.extend(work.row.slot, work.row.tokens[work.start : work.end])
 
     def remove(self, sequence: Sequence, reusable: bool = True) -> None:
         """A sequence has ended or was aborted: free its slots, which keep what they hold if that is reusable."""
@@ -113,7 +113,7 @@ class Scheduler:
         row.slot = self._slots.take(prefer=donor)
         if length and donor != row.slot:
             self._copy(donor, row.slot, length)
-        self._slots.held[row.slot] = Held(row.adapter, row.tokens[:length])
+        self._slots.hold(row.slot, row.tokens[:length], row.adapter)
         row.computed = row.cached = length
 
     def _sibling_is_prefilling(self, sequence: Sequence) -> bool:

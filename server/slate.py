@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.server.constants import GATES
 from trimtab.server.sequence import Sequence
 
 _DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _ACTS = ("strength", "tau", "ceiling", "kl_cap")
+GATES: dict[GateKind, int] = {
+    "entropy": GATE_ENTROPY,
+    "varentropy": GATE_VARENTROPY,
+    "margin": GATE_MARGIN,
+    "random": GATE_RANDOM,
+    "always": GATE_ALWAYS,
+}
 
 Slots = npt.NDArray[np.int64]
 

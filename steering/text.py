@@ -22,8 +22,8 @@ from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import FIRED, Edits, RowParams, StepInputs
 from trimtab.server.base import Base
-from trimtab.server.constants import GATES
 from trimtab.server.request import GateKind
+from trimtab.server.slate import GATES
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.evaluate import bootstrap

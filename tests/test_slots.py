@@ -1,29 +1,53 @@
 """Prefix search and slot order, on token lists alone."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.server.slots import NO_ADAPTER, Held, Slots
+from trimtab.server import slots as slots_module
+from trimtab.server.slots import Slots
 
-tokens = st.lists(st.integers(0, 2), max_size=12)
+tokens = st.lists(st.integers(0, 1), max_size=14)
+histories = st.lists(st.tuples(st.integers(-1, 1), tokens, st.integers(0, 14)), min_size=1, max_size=5)
 
 
-@given(st.lists(st.tuples(st.integers(-1, 1), tokens), min_size=1, max_size=5), st.integers(-1, 1), tokens)
+@pytest.mark.parametrize("block", [1, 3, 16])
+@given(histories, st.integers(-1, 1), tokens)
 def test_the_longest_prefix_that_the_same_adapter_made_is_found(
-    held: list[tuple[int, list[int]]], adapter: int, wanted: list[int]
+    block: int, histories: list[tuple[int, list[int], int]], adapter: int, wanted: list[int]
 ) -> None:
-    slots = Slots(len(held))
-    slots.held = [Held(*one) for one in held]
-    slot, length = slots.find_prefix(wanted, adapter)
-    pairs = [list(zip(h, wanted, strict=False)) if made_by == adapter else [] for made_by, h in held]
-    lengths = [next((i for i, (a, b) in enumerate(p) if a != b), len(p)) for p in pairs]
-    assert length == max(lengths)
-    assert slot == -1 if length == 0 else lengths[slot] == length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots_module, "BLOCK", block)
+        slots = Slots(len(histories))
+        for slot, (made_by, held, first) in enumerate(histories):
+            slots.hold(slot, [0, 1, 0, 1, 0], adapter)  # what another held before is never found
+            slots.hold(slot, held[:first], made_by)
+            for token in held[first:]:
+                slots.extend(slot, [token])
+        found, length = slots.find_prefix(wanted, adapter)
+        lengths = [common(h, wanted) if made_by == adapter else 0 for made_by, h, _ in histories]
+        assert length == max(lengths)
+        assert found == -1 if length == 0 else lengths[found] == length
+        for slot in range(len(histories)):
+            slots.forget(slot)
+        assert slots.find_prefix(wanted, adapter) == (-1, 0)
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_equal_hashes_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "_links", lambda before, tokens: iter([1] * (len(tokens) // 16)))
+    slots = Slots(1)
+    slots.hold(0, list(range(32)))
+    assert slots.find_prefix([*range(100, 132)]) == (-1, 0)
+    assert slots.find_prefix([*range(32)]) == (0, 32)
 
 
 def test_what_is_forgotten_is_not_found() -> None:
     slots = Slots(2)
-    slots.held[1] = Held(NO_ADAPTER, [1, 2, 3])
+    slots.hold(1, [1, 2, 3])
     assert slots.find_prefix([1, 2]) == (1, 2)
     slots.forget(1)
     assert slots.find_prefix([1, 2]) == (-1, 0)

@@ -1,0 +1,123 @@
+"""What each tier costs: decode steps of the base, head, contrast, lora gated and lora always, in one process, in turns.
+
+    python benchmarks/tiers.py [MODEL] [--correction FOLDER] [--lora FOLDER] [--batches 1 8 32]
+
+Five engines on one base take turns, in an order shuffled at each round, so that a slow moment of the machine hits all
+alike; what counts is the ratio within a round. Every gate is open at every step, the worst case: shut, a head costs
+nothing, and a companion as much as open, as it must keep up. There is no top_p, so that all draw by the same work.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from typing import Any
+
+import machine
+import torch
+from step import WARM_UP, choose_correction, spread, start
+
+from trimtab.server.base import Base, load_base
+from trimtab.server.core import Core
+from trimtab.server.request import Steering
+from trimtab.steering.adapter import Adapter, LoraLayer
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import HeadCorrection, LoraCorrection, check
+from trimtab.steering.folder import load
+from trimtab.steering.gate import Gate
+
+OPEN = -1e6  # a tau below every statistic
+RANK, LAYER = 8, "o_proj"  # of the LoRA that stands in for a learned one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what each tier costs.")
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--correction", metavar="FOLDER", help="of the head tier; default: a random one")
+    parser.add_argument("--lora", metavar="FOLDER", help="a PEFT folder; default: a random one")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of prompt")
+    parser.add_argument("--steps", type=int, default=60, help="counted decode steps of each kind")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    base = load_base(args.model, args.dtype, args.device, args.threads)
+    head, lora = choose_correction(base, args.correction, args.seed), choose_lora(base, args.lora, args.seed)
+    results = [measure(base, head, lora, batch, args) for batch in args.batches]
+    here = machine.describe()
+    facts: dict[str, Any] = {
+        "model": base.name,
+        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "head": f"{head.name}: rank {head.rank}, {head.top_k} candidates",
+        "lora": f"{lora.name}: rank {lora.adapter.rank} on {', '.join(lora.facts['layers'])}",
+        "prompt": f"{args.prompt} tokens",
+        "steps": args.steps,
+        "seed": args.seed,
+    }
+    print(machine.card(here, **facts))
+    print(f"\n{'batch':>16}  {'tier':>12}  {'ms':>9}  {'tokens/s':>10}  {'of the base':>24}")
+    for r in results:
+        for tier, found in r["tiers"].items():
+            share = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**found["of_base"])
+            print(f"{r['batch']:>16}  {tier:>12}  {found['ms']:>9.3f}  {found['tokens_s']:>10.1f}  {share:>24}")
+    print(json.dumps({"benchmark": "tiers", **facts, "machine": here, "results": results}))
+
+
+def choose_lora(base: Base, folder: str | None, seed: int) -> LoraCorrection:
+    """The LoRA to time; without a folder a random one, small enough to change little."""
+    if folder is not None:
+        loaded = load(folder)
+        assert isinstance(loaded, LoraCorrection), f"{folder} is of the tier {loaded.tier}"
+        check(loaded, base.identity)
+        return loaded
+    draw = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path, module in base.model.named_modules():
+        if path.rpartition(".")[2] == LAYER:
+            A = torch.randn(RANK, module.in_features, generator=draw) / module.in_features**0.5
+            layers[path] = LoraLayer(A, torch.randn(module.out_features, RANK, generator=draw) * 1e-3, 1.0)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": [LAYER]}
+    return LoraCorrection(name="random-lora", base=base.identity, gate=Gate("always"), adapter=Adapter(layers, config))
+
+
+def measure(
+    base: Base, head: HeadCorrection, lora: LoraCorrection, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Milliseconds of a decode step by tier, and the tier's tokens/s as a share of the base's within a round."""
+    bank = Bank(base.hidden, base.device)
+    for correction in (head, lora):
+        bank.add(correction)
+    asked = {
+        "base": Steering(),
+        "head": Steering(head.name, tau=OPEN),
+        "contrast": Steering("contrast", tau=OPEN, companion_prompt=(0,)),
+        "lora gated": Steering(lora.name, gate="entropy", tau=OPEN),
+        "lora always": Steering(lora.name, gate="always"),
+    }
+    cores: dict[str, Core] = {tier: start(base, bank, steering, batch, args) for tier, steering in asked.items()}
+    order, draw = list(cores), random.Random(args.seed)
+    rounds: list[dict[str, float]] = []
+    for _ in range(WARM_UP + args.steps):
+        draw.shuffle(order)
+        took = {}
+        for tier in order:
+            began = time.perf_counter()
+            events = cores[tier].step()
+            took[tier] = 1000 * (time.perf_counter() - began)
+            assert len(events) == batch, "a step must be a decode step of the whole batch"
+            assert all(event.receipt and event.receipt.fired == (tier != "base") for event in events)
+        rounds.append(took)
+    rounds = rounds[WARM_UP:]
+    tiers = {}
+    for tier in cores:
+        ms = statistics.median(r[tier] for r in rounds)
+        of_base = spread([r["base"] / r[tier] for r in rounds], args.seed)
+        tiers[tier] = {"ms": round(ms, 4), "tokens_s": round(1000 * batch / ms, 2), "of_base": of_base}
+    return {"batch": batch, "tiers": tiers}
+
+
+if __name__ == "__main__":
+    main()
