@@ -26,11 +26,13 @@ from trimtab.kernels.record import MAX_ALTERNATIVES
 TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
-    "top_k correction edit_offsets edit_token edit_count correction_top_k task "
+    "top_k gate correction edit_spans edit_token edit_count correction_top_k task "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
+    "steered": "*i8",
     "shadow": "*i8",
+    "silu": "*i8",
     "uniform": "*fp64",
     "ranked": "*i64",
     "steered_keys": "*i64",
@@ -58,10 +60,10 @@ _ALIGNED = {
     "position_stride",
     "width",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"rank", "alternatives", "heads", "kv_heads"}
+_INTEGERS = _ALIGNED | {"mix", "rank", "alternatives", "heads", "kv_heads"}
 _FLOATS = (
     "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
-    "x residual weight summed gate_up"
+    "x residual scales summed gate_up"
 )
 _OF_DTYPE = set(_FLOATS.split())
 

@@ -4,8 +4,7 @@ Invariant: it never guesses. A row whose token needs more than the best few toke
 filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know. Numbers do not
 depend on how many tokens the rest of the batch asks for: sums over tokens are float64, and extra picks are ignored.
 
-The best tokens are found by a tournament: the group with the best remaining token gives it up and is read again. A row
-reads as many groups as it needs tokens: one where the gate is shut and nothing filters.
+Its parts: the gate (gate.py), the best tokens (contest.py), the corrections (tilt.py), the draws (chance.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from trimtab.kernels import record as rules
 from trimtab.kernels.chance import RANK_ORDER, draw_grouped, draw_ranked
+from trimtab.kernels.contest import find_best
+from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
     GROUP,
     INF,
@@ -31,7 +32,7 @@ from trimtab.kernels.keys import (
 )
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.stats import Groups
-from trimtab.kernels.tilt import correct, weigh_rest
+from trimtab.kernels.tilt import bound, compose, count_candidates, weigh_rest
 
 OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
@@ -49,14 +50,16 @@ class Tasks(NamedTuple):
     norms: Tensor  # float32 [rows, 4]: best logit and log-mass above it, of z and of z'
 
 
-@triton.jit(do_not_specialize=["alternatives", "rank"])
+@triton.jit(do_not_specialize=["mix", "rank", "alternatives"])
 def finish_kernel(
-    logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, strength, tau, shadow, edit_offsets,
-    hidden, hidden_stride, size, head, head_stride, A, B, b, cap, correction_top_k, rank, alternatives,
+    logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
+    temperature, top_k, top_p, min_p, uniform,
+    steered, gate, tau, ceiling, chance, correction, weight, mix, strength, kl_cap, shadow, edit_spans,
+    hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
     amended, ranked, task, steered_keys, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
-    base_token_logprob_out, steered_token_logprob_out, top_ids_out, top_logprobs_out,
+    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
+    top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups, RANK a correction's rank."""
@@ -79,28 +82,28 @@ def finish_kernel(
         tl.store(steered_logprob_out + row, 0.0)
         tl.store(base_token_logprob_out + row, 0.0)
         tl.store(steered_token_logprob_out + row, 0.0)
+        tl.store(statistic_out + row, 0.0)
+        tl.store(kl_out + row, 0.0)
+        tl.store(applied_strength_out + row, 0.0)
         tl.store(top_ids_out + row * alternatives + slot, -1, mask=slot < alternatives)
         tl.store(top_logprobs_out + row * alternatives + slot, NEG_INF, mask=slot < alternatives)
         return
 
-    # Merge the groups; entropy in shifted coordinates keeps its digits as |z| grows.
     mass1 = tl.load(group_mass + at, mask=exists, other=0.0)
-    moment = tl.load(group_moment + at, mask=exists, other=0.0)
-    gap = tl.maximum(peak - best, -200.0)  # exp is 0 long before; 0 * -inf would be NaN
-    weight = tl.exp(gap)
-    mass = tl.sum((weight * mass1).to(tl.float64), axis=0)
-    dot = tl.sum((weight * (moment + mass1 * gap)).to(tl.float64), axis=0)
-    log_mass = tl.log(mass.to(tl.float32))
-    entropy = tl.maximum(log_mass - (dot / mass).to(tl.float32), 0.0)
-
-    index = tl.load(correction + row).to(tl.int64)
+    mass, log_mass, mean = merge(peak, mass1, tl.load(group_moment + at, mask=exists, other=0.0), best)
+    entropy = tl.maximum(log_mass - mean, 0.0)
+    kind = tl.load(gate + row)
+    moment, spread = group_moment + row * stride, group_spread + row * stride
+    statistic = look(kind, entropy, chance + row, logits, vocab, peak, mass1, moment, spread, group, best, mass, mean)
+    opened = (tl.load(steered + row) != 0) & opens(kind, statistic, tl.load(tau + row), tl.load(ceiling + row))
     force = tl.load(strength + row)
-    opened = (index >= 0) & (entropy > tl.load(tau + row))
     fired = opened & (force != 0.0)
-    applied = fired & (tl.load(shadow + row) == 0)
     candidates = tl.full([], 0, tl.int32)
     if fired:
-        candidates = tl.minimum(tl.load(correction_top_k + index), vocab)
+        candidates = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
+    acts = candidates > 0
+    applied = acts & (tl.load(shadow + row) == 0)
+    force = tl.where(fired, force, 0.0)
 
     t = tl.load(temperature + row)
     inverse = inverse_temperature(t)
@@ -109,7 +112,7 @@ def finish_kernel(
     least = tl.load(min_p + row)
     edited = False
     if HAS_EDITS:
-        edited = tl.load(edit_offsets + row + 1) > tl.load(edit_offsets + row)
+        edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
     filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
     ranks = filtered & (t > 0.0) & (edited == 0)  # this kernel may draw in rank order
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
@@ -118,49 +121,25 @@ def finish_kernel(
         tempered = tl.load(group_tempered + at, mask=exists, other=0.0)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
 
-    # The tournament. `own` picks settle the row; the alternatives may ask for more.
-    own = tl.where(fired, candidates + 1, 1)
+    # Enough of the best tokens to settle the row; the alternatives may ask for more.
+    own = tl.where(acts, candidates + 1, 1)
     own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
     own = tl.minimum(tl.minimum(own, vocab), SLOTS)
     wanted = alternatives + tl.where(applied, candidates, 0)
-    end = tl.minimum(tl.maximum(own, wanted), vocab)
-    enough = tl.maximum(tl.where(fired, candidates + 1, 1), wanted)
     early = ranks & (k <= 0) & (applied == 0)  # may stop as soon as the nucleus closes
-    bound = tl.where(exists, to_key(peak, group * GROUP), LOWEST)  # no token of the group has a higher key
-    touched = group < 0
-    keys = tl.full([SLOTS], LOWEST, tl.int64)
-    last = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    gathered = tl.full([], 0.0, tl.float64)
-    beyond = tl.full([], NEG_INF, tl.float32)  # the best logit after `own` picks
-    picks = tl.full([], 0, tl.int32)
-    while picks < end:
-        chosen = key_token(tl.max(bound, axis=0)) // GROUP
-        lane = chosen * GROUP + tl.arange(0, GROUP)
-        lane_keys = tl.where(lane < vocab, to_key(load_logits(logits, lane, vocab), lane), LOWEST)
-        last = tl.max(tl.where(lane_keys < last, lane_keys, LOWEST), axis=0)
-        keys = tl.where(slot == picks, last, keys)
-        bound = tl.where(group == chosen, tl.max(tl.where(lane_keys < last, lane_keys, LOWEST), axis=0), bound)
-        if picks < candidates:
-            touched = touched | (group == chosen)
-        if picks == own:
-            beyond = key_value(last)
-        picks += 1
-        if early:
-            e = tl.exp((key_value(last) - best) * inverse)
-            gathered += e.to(tl.float64)
-            if ((p < 1.0) & (gathered >= mass_t * p)) | (e < least):
-                end = tl.minimum(end, tl.maximum(picks, enough))
-    if picks <= own:
-        beyond = key_value(tl.max(bound, axis=0))
+    keys, picks, beyond, touched = find_best(
+        logits, vocab, peak, group, slot, candidates, own, wanted, early, best, inverse, mass_t, p, least, SLOTS
+    )
     held = slot < picks
     tokens = key_token(keys)
     values = key_value(keys)
     base_token = tl.max(tl.where(slot == 0, tokens, -1), axis=0)
 
-    # The correction. Where it did not fire nothing of it is read, and z' is z bit for bit.
+    # The corrections. Where they did not fire nothing of them is read, and z' is z bit for bit.
     member = slot < candidates
     lowest = tl.max(tl.where(slot == candidates - 1, keys, LOWEST), axis=0)  # the last candidate's key
-    steered = values
+    lifted = values  # z'
+    kl = tl.full([], 0.0, tl.float32)
     steered_token = base_token
     steered_best = best
     steered_log_mass = log_mass
@@ -168,13 +147,15 @@ def finish_kernel(
     start_log_mass = log_mass
     order = keys  # of its best tokens
     known = held
-    if fired:
-        delta = correct(
-            index, tokens, member, hidden + row * hidden_stride, size, head, head_stride, A, B, b, cap, rank,
-            SLOTS, RANK, BLOCK,
+    if acts:
+        delta = compose(
+            correction + row * mix, weight + row * mix, mix, tokens, slot, vocab, hidden + row * hidden_stride, size,
+            head, head_stride, A, B, b, cap, silu, correction_top_k, rank, SLOTS, RANK, BLOCK,
         )  # fmt: skip
-        steered = tl.where(member, values + force * delta, values) + 0.0
-        steered_order = tl.where(held, to_key(steered, tokens), LOWEST)
+        share = tl.where(member, tl.exp(values - best - log_mass), 0.0).to(tl.float64)
+        force, kl = bound(share, delta, force, tl.load(kl_cap + row))
+        lifted = tl.where(member, values + force * delta, values) + 0.0
+        steered_order = tl.where(held, to_key(lifted, tokens), LOWEST)
         tl.store(steered_keys + row * SLOTS + slot, steered_order)
         first = tl.max(steered_order, axis=0)
         steered_token = key_token(first)
@@ -183,7 +164,7 @@ def finish_kernel(
         home = tl.where(member, tokens // GROUP, -1)
         same = home[:, None] == home[None, :]
         leader = member & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), axis=1) == 0)
-        shifted = tl.where(member, steered - steered_best, NEG_INF)
+        shifted = tl.where(member, lifted - steered_best, NEG_INF)
         left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, 1.0).to(tl.float64)
         away = tl.where(touched, NEG_INF, peak - steered_best)
         far_mass = tl.sum((mass1 * tl.exp(away)).to(tl.float64), axis=0)
@@ -218,7 +199,7 @@ def finish_kernel(
                 away2 = tl.where(touched, NEG_INF, peak - start_best)
                 w = (tempered * tl.exp(away2 * inverse)).to(tl.float64)
                 w += tl.load(amended + at, mask=touched, other=0.0).to(tl.float64)
-            token = draw_grouped(logits, vocab, w, group, tokens, steered, lowest, applied, start_best, inverse, u)
+            token = draw_grouped(logits, vocab, w, group, tokens, lifted, lowest, applied, start_best, inverse, u)
 
     tl.store(task + row * 2, tl.where(token < 0, PENDING + tl.where(applied, APPLIED, 0), 0))
     tl.store(task + row * 2 + 1, candidates)
@@ -228,7 +209,7 @@ def finish_kernel(
     tl.store(norms + row * 4 + 3, steered_log_mass)
     base_logit = load_logits(logits, tl.maximum(token, 0), vocab)
     corrected = (tokens == token) & member
-    steered_logit = tl.max(tl.where(corrected, steered, NEG_INF), axis=0)
+    steered_logit = tl.max(tl.where(corrected, lifted, NEG_INF), axis=0)
     steered_logit = tl.where(tl.sum(corrected.to(tl.int32), axis=0) > 0, steered_logit, base_logit)
     tl.store(token_out + row, token)
     tl.store(status_out + row, tl.where(opened, OPEN, 0) + tl.where(fired, FIRED, 0))
@@ -239,6 +220,9 @@ def finish_kernel(
     tl.store(steered_logprob_out + row, steered_logit - steered_best - steered_log_mass)
     tl.store(base_token_logprob_out + row, -log_mass)
     tl.store(steered_token_logprob_out + row, -steered_log_mass)
+    tl.store(statistic_out + row, statistic)
+    tl.store(kl_out + row, kl)
+    tl.store(applied_strength_out + row, force)
     top = row * alternatives + slot
     tl.store(top_ids_out + top, key_token(order), mask=slot < alternatives)
     tl.store(top_logprobs_out + top, key_value(order) - start_best - start_log_mass, mask=slot < alternatives)
@@ -262,10 +246,14 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks
     params, bank = inputs.params, inputs.corrections
     device = inputs.logits.device
     slots = slots_for(bank.max_top_k if bank else 0, inputs.alternatives)
-    rank = bank.A.shape[1] if bank else 1
-    unread = params.tau  # stands for a bank's tensors where no row may open its gate
-    tables = (bank.A, bank.B, bank.b, bank.cap, bank.top_k) if bank else (unread,) * 4 + (params.top_k,)
-    padded_rank = triton.next_power_of_2(rank)
+    rank = bank.A.shape[1] if bank else 0
+    unread = params.tau  # stands for a bank's tensors where no row has one of its corrections: then the mix is none
+    tables = (
+        (bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k)
+        if bank
+        else (*(unread,) * 4, params.shadow.view(torch.int8), params.top_k)
+    )
+    padded_rank = triton.next_power_of_2(max(rank, 1))
     stride = groups.peak.stride(0)
     tasks = Tasks(
         torch.empty(rows, 2, dtype=torch.int32, device=device),
@@ -274,12 +262,13 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks
     )
     amended = torch.empty_like(groups.peak)
     ranked = torch.empty_like(tasks.steered)
-    correction = params.correction if bank else torch.full_like(params.correction, -1)
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
-        correction, params.strength, params.tau, params.shadow.view(torch.int8),
-        inputs.edits.offsets if inputs.edits else params.top_k,
+        params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
+        params.correction, params.weight, params.correction.shape[1] if bank else 0,
+        params.strength, params.kl_cap, params.shadow.view(torch.int8),
+        inputs.edits.spans if inputs.edits else params.top_k,
         inputs.hidden, inputs.hidden.stride(0), inputs.hidden.shape[1], inputs.head, inputs.head.stride(0),
         *tables, rank, inputs.alternatives, amended, ranked, *tasks, *record,
         HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride), RANK=padded_rank,

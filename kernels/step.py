@@ -10,7 +10,7 @@ Invariant: no word from the device is needed between the launches, so a step nev
 import torch
 
 from trimtab.kernels.finish import finish_rows
-from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.record import FIELDS, StepInputs, StepRecord
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
 
@@ -19,8 +19,9 @@ from trimtab.kernels.stats import measure_groups
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. All tensors on one device, rows contiguous within themselves."""
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
+    assert all(column.is_contiguous() for column in inputs.params)
     record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
-    groups = measure_groups(inputs.logits, inputs.params.temperature)
+    groups = measure_groups(inputs.logits, inputs.params)
     tasks = finish_rows(inputs, groups, record)
     resolve_rows(inputs, tasks, record)
     return record
@@ -29,6 +30,6 @@ def step(inputs: StepInputs) -> StepRecord:
 def _new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
     """Unwritten: the kernels write every field of every row."""
     integers = torch.empty(4, rows, dtype=torch.int32, device=device).unbind(0)
-    floats = torch.empty(5, rows, dtype=torch.float32, device=device).unbind(0)
+    floats = torch.empty(FIELDS - 4, rows, dtype=torch.float32, device=device).unbind(0)
     top_ids = torch.empty(rows, alternatives, dtype=torch.int32, device=device)
     return StepRecord._make([*integers, *floats, top_ids, torch.empty_like(top_ids, dtype=torch.float32)])

@@ -1,4 +1,4 @@
-"""The head-tier correction of one row, inside its program: what it adds to its candidates, and the mass it leaves be.
+"""The head-tier corrections of one row, inside its program: what they add to its candidates, and how far that may go.
 
 Invariant: only a row whose gate fired reads any of this; every sum is over one candidate or one group.
 """
@@ -7,12 +7,44 @@ Invariant: only a row whose gate fired reads any of this; every sum is over one 
 import triton
 import triton.language as tl
 
+from trimtab.kernels import record as rules
 from trimtab.kernels.keys import GROUP, NEG_INF, key_token, key_value
+
+HALVINGS = tl.constexpr(rules.HALVINGS)
+
+
+@triton.jit
+def count_candidates(correction, mix, top_k, vocab):
+    """How many of the best tokens the row's corrections act on: the most that one of them does; 0 without any."""
+    most = tl.full([], 0, tl.int32)
+    for column in range(mix):
+        index = tl.load(correction + column)
+        if index >= 0:
+            most = tl.maximum(most, tl.minimum(tl.load(top_k + index), vocab))
+    return most
+
+
+@triton.jit
+def compose(
+    correction, weight, mix, token, slot, vocab, hidden, size, head, head_stride, A, B, b, cap, silu, top_k, rank,
+    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta [SLOTS] of the row's corrections together, each on its own candidates; correction, weight: its [mix]."""
+    total = tl.zeros([SLOTS], tl.float32)
+    for column in range(mix):
+        index = tl.load(correction + column).to(tl.int64)
+        if index >= 0:
+            member = slot < tl.minimum(tl.load(top_k + index), vocab)
+            delta = correct(
+                index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, SLOTS, RANK, BLOCK
+            )
+            total += tl.where(member, tl.load(weight + column) * delta, 0.0)
+    return total
 
 
 @triton.jit
 def correct(
-    index, token, member, hidden, size, head, head_stride, A, B, b, cap, rank,
+    index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank,
     SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """delta [SLOTS] of correction `index` on the members' tokens."""
@@ -25,6 +57,8 @@ def correct(
         inner += tl.sum(
             tl.load(A + (index * rank + r[:, None]) * size + d[None, :], mask=inside, other=0.0) * h, axis=1
         )
+    if tl.load(silu + index) != 0:
+        inner = inner / (1.0 + tl.exp(-inner))
     raw = tl.zeros([SLOTS], tl.float32)
     for start in range(0, size, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -36,6 +70,38 @@ def correct(
         raw += tl.sum(w.to(tl.float32) * shift[None, :], axis=1)
     limit = tl.load(cap + index)
     return limit * (1.0 - 2.0 / (tl.exp(2.0 * (raw / limit)) + 1.0))  # limit * tanh(raw / limit)
+
+
+@triton.jit
+def bound(share, delta, force, cap):
+    """The strength that a cap on the divergence allows, and the divergence that it brings.
+
+    share: the candidates' probabilities, float64 [SLOTS], 0 for others; delta float32 [SLOTS]; force: the strength.
+    """
+    kl = diverge(share, delta, force)
+    if kl > cap:
+        low = tl.full([], 0.0, tl.float32)
+        step = tl.full([], 1.0, tl.float32)
+        kl = tl.full([], 0.0, tl.float64)
+        for _ in range(HALVINGS):
+            step *= 0.5
+            further = diverge(share, delta, force * (low + step))
+            if further <= cap:
+                low += step
+                kl = further
+        force *= low
+    return force, kl.to(tl.float32)
+
+
+@triton.jit
+def diverge(share, delta, force):
+    """KL(p || q), float64, where q is p with force * delta added to the candidates' logits; see heads.divergence."""
+    change = (force * delta).to(tl.float64)
+    held = tl.sum(share, axis=0)
+    total = tl.maximum(held, 1.0)
+    peak = tl.maximum(tl.max(change, axis=0), 0.0)
+    mass = (total - held) * tl.exp(-peak) + tl.sum(share * tl.exp(change - peak), axis=0)
+    return tl.maximum(peak + tl.log(mass / total) - tl.sum(share * change, axis=0) / total, 0.0)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
+from trimtab.server.request import GateKind
 from trimtab.server.sequence import Sequence
 
 _DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
