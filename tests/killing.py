@@ -16,6 +16,7 @@ from pathlib import Path
 
 import peft  # noqa: F401 (imported here, inherited by every child)
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
@@ -88,6 +89,7 @@ def kept_rollouts() -> set[str]:
 
 def harness(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    TqdmDefaultWriteLock.mp_lock = None  # shared with all children: one killed while it held it would stop the others
     os.chdir(folder)
     prepare(folder)
     began = time.monotonic()
