@@ -107,7 +107,7 @@ def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor
     raw = (directions * shift[:, None, :]).sum(-1)
     cap = bank.cap[at, None]
     within = torch.arange(raw.shape[1]) < bank.top_k[at, None]
-    return torch.where(within, cap * torch.tanh(raw / cap), 0.0)
+    return torch.where(within & (raw == raw), cap * torch.tanh(raw / cap), 0.0)
 
 
 class _Line:
