@@ -431,7 +431,7 @@ def test_a_crowd_that_leaves_at_random_moments_leaves_nothing(base: Base, bank: 
             if sequence.request.id in leaving and torch.rand((), generator=generator) < 0.3:
                 core.abort(sequence.request.id, sequence.index)
     assert core.free_slots == 6
-    assert not (core._scheduler.running or core._scheduler.waiting)
+    assert not core.busy
     for request in requests:
         if request.id not in leaving:
             for choice, events in run(base, bank, [request], slots=4).items():
