@@ -1,22 +1,26 @@
 """Writes RESULTS.md, and the table between the README's markers, from what was measured. Nobody writes them by hand.
 
-    python benchmarks/step.py | tee runs/step.txt;  python benchmarks/serve.py | tee runs/serve.txt
-    trimtab eval --correction corrections/smollm2-135m-instructions --skip 200 --json > runs/eval.txt
-    python benchmarks/results.py runs/*.txt --correction corrections/smollm2-135m-instructions
+    python benchmarks/step.py | tee results/step.txt
+    trimtab eval --correction corrections/smollm2-135m-instructions --skip 200 --ladder --out results/demo
+    python benchmarks/results.py
 
-Inputs: the outputs of benchmarks and of `trimtab eval --json` (the last line is JSON), and corrections' folders (the
-report is in correction.json).
+Inputs: all outputs in results/ (a benchmark's or a command's, whose last line or whole content is JSON, and the
+report.json of a command's --out), and the corrections in corrections/ (their report is in correction.json). Each kind
+has its renderer; one without makes a table of its rows as they are.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.steering import analyze_report, ladder_report, text
 from trimtab.steering.config import FitConfig
+from trimtab.steering.gate import Gate
 from trimtab.steering.machine import hardware, versions
 from trimtab.steering.report import to_markdown
 
@@ -31,19 +35,28 @@ table with one another: machines differ, and so do their moments.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write RESULTS.md and the README's table.")
-    parser.add_argument("outputs", nargs="*", type=Path, help="what benchmarks printed")
+    parser.add_argument("outputs", nargs="*", type=Path, help="what was measured (default: all in results/)")
     parser.add_argument("--correction", action="append", default=[], type=Path, metavar="DIR")
     args = parser.parse_args()
-    runs = [json.loads(path.read_text().strip().splitlines()[-1]) for path in args.outputs]
-    fits = [json.loads((folder / "correction.json").read_text()) for folder in args.correction]
-    steps, serves, evals = ([run for run in runs if run["benchmark"] == kind] for kind in ("step", "serve", "eval"))
-    sections = [HEAD]
-    sections += [write_fit(fit, folder) for fit, folder in zip(fits, args.correction, strict=True)]
-    sections += [write_eval(run) for run in evals]
-    sections += [write_run("Steering's share of a decode step", run, step_table(run)) for run in steps]
-    sections += [write_run("Serving speed", run, serve_table(run)) for run in serves]
+    found = [path for pattern in ("*.txt", "*.json", "*/report.json") for path in (ROOT / "results").glob(pattern)]
+    paths = args.outputs or sorted(found)
+    folders = args.correction or sorted(path.parent for path in (ROOT / "corrections").glob("*/correction.json"))
+    runs = [read(path) for path in paths]
+    fits = [json.loads((folder / "correction.json").read_text()) for folder in folders]
+    sections = [HEAD, *(write_fit(fit, folder) for fit, folder in zip(fits, folders, strict=True))]
+    for kind in (*RENDERERS, *sorted({run["benchmark"] for run in runs} - set(RENDERERS))):
+        for run, path in zip(runs, paths, strict=True):
+            if run["benchmark"] == kind:
+                sections.append(RENDERERS.get(kind, write_plain)(run, path))
     (ROOT / "RESULTS.md").write_text("\n".join(sections))
-    fill_readme(ROOT / "README.md", headline(fits, steps))
+    fill_readme(ROOT / "README.md", headline(fits, runs))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """JSON, or lines for people of which the last is JSON."""
+    text = path.read_text().strip()
+    found: dict[str, Any] = json.loads(text if text.startswith("{") else text.splitlines()[-1])
+    return found
 
 
 def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
@@ -53,17 +66,19 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     route = {name: config[name] for name in ("tier", "via", "teacher", "gate", "lora_preset") if name in config}
     plain, defaults = (dataclasses.asdict(FitConfig(**chosen)) for chosen in ({}, route))
     defaults |= {name: plain[name] for name in route}
-    command = ["trimtab", "fit", "--out", str(folder)]
+    command = ["trimtab", "fit", "--out", str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)]
     for name, value in config.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):
             values = value if isinstance(value, list) else [value]
             command += [f"--{name.replace('_', '-')}", *map(str, values)]
     here = made.get("machine")
+    gate = Gate(fit["gate"]["kind"], fit["gate"]["tau"], fit["gate"].get("ceiling") or math.inf)
+    head = f", rank {fit['rank']}, {fit['top_k']} candidates" if fit["tier"] == "head" else ""
     facts = {
         "command": f"`{shlex.join(command)}`",
         "base": fit["base"]["model"],
-        "correction": f"{fit['tier']}, rank {fit['rank']}, {fit['top_k']} candidates, strength {fit['strength']:g}, "
-        f"gate above {fit['gate']['tau']:g} nats",
+        "correction": f"{fit['tier']}{head}, strength {fit['strength']:g}, gate {gate}",
+        "problems sha256": made.get("problems_sha256"),
         "seed": config.get("seed"),
         "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads" if here else None,
         **(_machine(here) if here else {}),
@@ -72,21 +87,80 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     return f"## The correction {fit['name']}\n\n{_list(facts)}\n\n{body}"
 
 
-def write_eval(run: dict[str, Any]) -> str:
+def write_eval(run: dict[str, Any], path: Path) -> str:
     """A correction judged again, on other problems than the fit's or with other options: a table of its own."""
-    here, known = run["machine"], run["problems_of_the_fits_report"]
+    known = run["problems_of_the_fits_report"]
     which = f"problems, {known} of them in the fit's own report" if known else "further problems"
-    facts = {"command": f"`{here['command']}`", "base": run["model"], "seed": run["sampling"]["seed"]}
-    facts |= {**_machine(here), "when": here["when"]}
-    return f"## The correction {run['correction']} on {run['problems']} {which}\n\n{_list(facts)}\n\n{to_markdown(run)}"
+    title = f"The correction {run['correction']} on {run['problems']} {which}"
+    return _section(title, {"base": run["model"], "seed": run["sampling"]["seed"]}, run, to_markdown(run) + _text(run))
 
 
-def write_run(title: str, run: dict[str, Any], table: str) -> str:
-    """One benchmark: the command, the machine and the figures."""
-    here = run["machine"]
-    known = {name: value for name, value in run.items() if name not in ("benchmark", "machine", "results")}
-    facts = {"command": f"`{here['command']}`", **known, **_machine(here)}
-    return f"## {title}: {run['model']}\n\n{_list({**facts, 'when': here['when']})}\n\n{table}\n"
+def write_ladder(run: dict[str, Any], path: Path) -> str:
+    """All rows, and the picture beside the report."""
+    picture = path.parent / "ladder.svg"
+    shown = f"![gains over the base]({picture.relative_to(ROOT)})\n\n" if picture.exists() else ""
+    name = run["corrections"][0]["name"]
+    title = f"The ladder: {name}, {run['problems']} problems of {run['task']}"
+    facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"]}
+    return _section(title, facts, run, shown + ladder_report.to_markdown(run) + _text(run))
+
+
+def write_analyze(run: dict[str, Any], path: Path) -> str:
+    facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"]}
+    return _section(f"What tuning changed: {run['tuned']}", facts, run, analyze_report.to_markdown(run))
+
+
+def write_step(run: dict[str, Any], path: Path) -> str:
+    return _section(f"Steering's share of a decode step: {run['model']}", _facts(run), run, step_table(run))
+
+
+def write_serve(run: dict[str, Any], path: Path) -> str:
+    return _section(f"Serving speed: {run['model']}", _facts(run), run, serve_table(run))
+
+
+def write_tiers(run: dict[str, Any], path: Path) -> str:
+    return _section(f"What each tier costs: {run['model']}", _facts(run), run, tiers_table(run))
+
+
+def write_fit_time(run: dict[str, Any], path: Path) -> str:
+    """Fits timed one by one, and the stages of the run whose features they read."""
+    told = run["fit"]
+    rows = [["stage of the fit", "seconds"], *([stage, f"{seconds:.1f}"] for stage, seconds in told["stages"])]
+    body = f"{plain_table(run['results'])}\n\nBy the fit itself, on {told['hardware']}:\n\n{_table(rows)}"
+    return _section(f"How long fitting takes: {run['model']}", _facts(run), run, body)
+
+
+def write_plain(run: dict[str, Any], path: Path) -> str:
+    """A kind that needs no table of its own."""
+    title = f"{run['benchmark'].replace('_', ' ').capitalize()}: {run.get('model') or path.stem}"
+    return _section(title, _facts(run), run, plain_table(run["results"]))
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
+    "ladder": write_ladder,
+    "eval": write_eval,
+    "analyze": write_analyze,
+    "fit_time": write_fit_time,
+    "tiers": write_tiers,
+    "step": write_step,
+    "serve": write_serve,
+}
+
+
+def plain_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as they are: a column for each name."""
+    names = list(dict.fromkeys(name for row in results for name in row))
+    rows = [[_cell(row.get(name)) for name in names] for row in results]
+    return _table([[name.replace("_", " ") for name in names], *rows])
+
+
+def tiers_table(run: Mapping[str, Any]) -> str:
+    rows = [["batch", "tier", "ms a step", "tokens/s", "tokens/s of the base's"]]
+    for r in run["results"]:
+        for tier, found in r["tiers"].items():
+            share = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**found["of_base"])
+            rows.append([str(r["batch"]), tier, f"{found['ms']:.2f}", f"{found['tokens_s']:.1f}", share])
+    return _table(rows) + "\n\nMedians of rounds in which all took turns; 95 % bootstrap intervals of the ratio."
 
 
 def step_table(run: Mapping[str, Any]) -> str:
@@ -105,8 +179,8 @@ def serve_table(run: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
-def headline(fits: Sequence[Mapping[str, Any]], steps: Sequence[dict[str, Any]]) -> str:
-    """The README's one table: what the corrections gained, against their controls, and what steering costs."""
+def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[dict[str, Any]]) -> str:
+    """The README's one table: what was gained, against what is simpler, and what steering costs."""
     rows = [["what", "figure", "measured on"]]
     for fit in fits:
         report = fit.get("report")
@@ -115,14 +189,26 @@ def headline(fits: Sequence[Mapping[str, Any]], steps: Sequence[dict[str, Any]])
         rates = {policy["policy"]: policy["pass_at_1"] for policy in report["policies"]}
         on = f"{fit['base']['model']}, {report['problems']} {report['split']} problems of `{report['task']}`"
         rows.append([f"`{fit['name']}`, pass@1", f"base {rates['base']:.3f}, correction {rates['correction']:.3f}", on])
-        for d in report["differences"]:
-            if d["policy"] == "correction":
-                figure = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-                rows.append([f"correction minus {d['against']}", figure, "the same, paired seeds"])
-    for run in steps:
-        shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
+        differences = [d for d in report["differences"] if d["policy"] == "correction"]
+        rows += [[f"correction minus {d['against']}", _gain(d), "the same, paired seeds"] for d in differences]
+    for run in (run for run in runs if run["benchmark"] == "ladder"):
+        on = f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
+        for row in run["rows"]:
+            if row["policy"] == "base":
+                rows.append([f"`{run['corrections'][0]['name']}`, the ladder: base", f"{row['pass_at_1']:.3f}", on])
+            elif row["role"] in ("tier", "control"):
+                shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
+                rows.append([f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"])
+    for run in (run for run in runs if run["benchmark"] in ("step", "tiers")):
         where = f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
-        rows.append(["steering's share of a decode step, gate always open", shares, where])
+        if run["benchmark"] == "step":
+            shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
+            rows.append(["steering's share of a decode step, gate always open", shares, where])
+            continue
+        for tier in (tier for tier in run["results"][0]["tiers"] if tier != "base"):
+            medians = [(r["batch"], r["tiers"][tier]["of_base"]["median"]) for r in run["results"]]
+            shares = ", ".join(f"{median:.1%} at batch {batch}" for batch, median in medians)
+            rows.append([f"tokens/s of the base's, {tier}, gate always open", shares, where])
     return _table(rows)
 
 
@@ -131,6 +217,38 @@ def fill_readme(readme: Path, table: str) -> None:
     assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
     before, rest = text.split(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+def _section(title: str, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:
+    """A run: its command, what was asked, the machine, the time, and the figures."""
+    here = run["machine"]
+    listed = {"command": f"`{here['command']}`", **facts, **_machine(here), "when": here["when"]}
+    return f"## {title}\n\n{_list(listed)}\n\n{body.rstrip()}\n"
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a benchmark says of itself in a word or a number."""
+    return {name: value for name, value in run.items() if name != "benchmark" and isinstance(value, str | int | float)}
+
+
+def _text(run: Mapping[str, Any]) -> str:
+    """How likely plain text was, where that was asked."""
+    if "text" not in run:
+        return ""
+    return f"\n{text.to_markdown(run['text'])}The text: {run['text']['file']}, sha256 {run['text']['sha256']}.\n"
+
+
+def _gain(d: Mapping[str, Any]) -> str:
+    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+
+
+def _cell(value: Any) -> str:
+    """Four significant digits; a spread as its median and interval."""
+    if isinstance(value, Mapping):
+        if set(value) >= {"median", "low", "high"}:
+            return f"{value['median']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _machine(here: Mapping[str, Any]) -> dict[str, str]:

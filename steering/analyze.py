@@ -31,6 +31,7 @@ from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.report import Exam
 from trimtab.steering.rollouts import Rollout, gather, open_core, request_for
+from trimtab.steering.tasks import fingerprint
 
 NEAR = 5  # a token among the base's best so many is reranked, not shifted
 RANKED = 20  # of the base's best tokens that are known a step
@@ -74,6 +75,7 @@ def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[flo
     return {
         "task": exam.task.name,
         "problems": len(exam.problems),
+        "problems_sha256": fingerprint(exam.problems),
         "sampling": exam.sampling._asdict(),
         "hardware": f"{hardware(describe())} ({ran})",
         "model": base.name,

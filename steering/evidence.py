@@ -58,13 +58,14 @@ def run_eval(args: argparse.Namespace) -> None:
     from trimtab.steering.machine import describe_run
 
     correction = load(args.correction)
+    text = None if args.text is None else _read_file(args.text)
     setting = settle(args, correction)
-    skipped = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
-    exam = setting.exam(skipped, args.samples)
+    problems = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
+    exam = setting.exam(problems, args.samples)
     with keep_in(args.out) as folder:
         report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)
-        if args.text is not None:
-            read, words = _read_text(args, correction, setting.base)
+        if text is not None:
+            read, words = _read_text(args, correction, setting.base, text)
             report, shown = report | {"text": read}, f"{shown}\n{words}"
         report |= {"model": setting.base.name, "machine": describe_run("trimtab")}
         if args.out is not None:
@@ -103,7 +104,14 @@ def _climb(args: argparse.Namespace, correction: "Correction", setting: Setting,
     return report | {"benchmark": "ladder"}, ladder_report.to_markdown(report)
 
 
-def _read_text(args: argparse.Namespace, correction: "Correction", base: "Base") -> Told:
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--text {path}: cannot be read: {error}", "text") from error
+
+
+def _read_text(args: argparse.Namespace, correction: "Correction", base: "Base", text: str) -> Told:
     """How likely a plain text is to the base, and under the correction."""
     import hashlib
 
@@ -111,14 +119,9 @@ def _read_text(args: argparse.Namespace, correction: "Correction", base: "Base")
     from trimtab.steering.teacher import adapt
     from trimtab.steering.text import read_text, to_markdown
 
-    try:
-        content = args.text.read_bytes()
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--text {args.text}: cannot be read: {error}", "text") from error
     lora = adapt(base, args.correction) if isinstance(correction, LoraCorrection) else None
     measured = read_text(base, correction, text, lora, args.strength, _gate(args, correction))
-    measured |= {"file": args.text.name, "sha256": hashlib.sha256(content).hexdigest()}
+    measured |= {"file": args.text.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return measured, to_markdown(measured)
 
 

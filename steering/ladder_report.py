@@ -17,6 +17,7 @@ from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climb
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.plot import Bar, gains_svg
 from trimtab.steering.report import Exam
+from trimtab.steering.tasks import fingerprint
 
 NOTE = (
     "`marked`: completions that mark their answer (#### or \\boxed{}); `KL`: of steered from base distribution, nats, "
@@ -39,6 +40,7 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
         "task": exam.task.name,
         "split": "held-out",
         "problems": len(exam.problems),
+        "problems_sha256": fingerprint(exam.problems),
         "sampling": exam.sampling._asdict(),
         "hardware": f"{hardware(describe())} ({ran})",
         "model": base.name,

@@ -74,10 +74,100 @@ def test_a_fit_states_its_device_and_hardware(
     folder.mkdir()
     made = {"config": {"rank": 4, "seed": 7}, "device": "cuda", "dtype": "bfloat16", "threads": 2, "machine": MACHINE}
     fit = {"name": "mine", "base": {"model": "tiny"}, "tier": "head", "rank": 4, "top_k": FitConfig().top_k}
-    fit |= {"strength": 1.0, "gate": {"tau": 0.5}, "provenance": made, "report": REPORT}
+    fit |= {
+        "strength": 1.0,
+        "gate": {"kind": "entropy", "tau": 0.5, "ceiling": None},
+        "provenance": made,
+        "report": REPORT,
+    }
     (folder / "correction.json").write_text(json.dumps(fit))
     text = write(results, monkeypatch, "--correction", str(folder))
     assert "--rank 4 --seed 7`\n" in text
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
     assert "correction minus base" in (tmp_path / "README.md").read_text()
+
+
+GAIN = {"policy": "head", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}
+ROW = {"k": 2, "samples": 2, "pass_at_k": 0.7, "majority": None, "marked": None, "kl_fired": 0.1, "kl_token": 0.05}
+ROW |= POLICY | {"low": 0.55, "high": 0.65, "what": "it", "measured": True, "gain": GAIN, "problems": 300}
+LADDER: dict[str, Any] = {
+    "benchmark": "ladder",
+    "task": "sums",
+    "split": "held-out",
+    "problems": 300,
+    "problems_sha256": "abcd",
+    "sampling": REPORT["sampling"],
+    "hardware": "a box",
+    "model": "tiny",
+    "corrections": [{"name": "mine", "facts": "tier head, rank 4"}],
+    "system": "",
+    "rows": [ROW | {"policy": name, "role": role} for name, role in (("base", "base"), ("head", "tier"))],
+    "differences": [GAIN],
+    "shares": [],
+    "matched": [],
+    "verdict": ["head: +0.100"],
+    "text": {"correction": "mine", "tokens": 9, "windows": 2, "fired": 0.5, "base": 2.0, "corrected": 2.1}
+    | {"base_at_fired": 2.2, "corrected_at_fired": 2.4, "file": "wiki.txt", "sha256": "ef01"}
+    | {"change": {"mean": 0.1, "low": 0.0, "high": 0.2}},
+}
+STUDY: dict[str, Any] = {
+    **{name: LADDER[name] for name in ("task", "problems", "problems_sha256", "sampling", "hardware", "model")},
+    "benchmark": "analyze",
+    "tuned": "lora",
+    "tokens": {
+        "base": dict.fromkeys(("positions", "unshifted", "reranked", "shifted", "drawn_differently", "entropy"), 0.5)
+        | dict.fromkeys(("mean_rank", "entropy_reranked", "entropy_ratio"))
+    },
+    "rules": [ROW | {"policy": name} for name in ("base", "tuned", "oracle")],
+    "shares": [{"policy": "oracle", "of": "tuned", "mean": 0.9, "low": 0.5, "high": 1.2}],
+}
+SPREAD = {"median": 0.97, "low": 0.9, "high": 1.0}
+TIERS = {
+    "base": {"ms": 1.0, "tokens_s": 8.0, "of_base": SPREAD},
+    "head": {"ms": 1.1, "tokens_s": 7.0, "of_base": SPREAD},
+}
+MEASURED: dict[str, dict[str, Any]] = {
+    "tiers": {"benchmark": "tiers", "model": "tiny", "device": "cpu", "results": [{"batch": 8, "tiers": TIERS}]},
+    "kernels": {"benchmark": "kernels", "vocabulary": 9, "results": [{"rows": 1, "us": 3.14159, "span": SPREAD}]},
+    "fit_time": {
+        "benchmark": "fit_time",
+        "model": "tiny",
+        "results": [{"what": "head", "positions": 9, "seconds": 1.5}],
+        "fit": {"hardware": "a box", "stages": [["rollouts", 12.0]]},
+    },
+}
+
+
+def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = results.ROOT / "results"
+    run = {"command": "trimtab something", "when": "2020-01-01T00:00:00+00:00", **MACHINE}
+    for name, found in {"ladder/report": LADDER, "study/report": STUDY, **MEASURED}.items():
+        path = folder / f"{name}{'.json' if 'report' in name else '.txt'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = found | {"machine": run}
+        path.write_text(json.dumps(whole, indent=2) if "report" in name else f"for people\n{json.dumps(whole)}\n")
+    (folder / "ladder" / "ladder.svg").write_text("<svg/>")
+    (folder / "ladder" / "completions").mkdir()
+    (folder / "ladder" / "completions" / "policy.json").write_text("{}")
+    shown = write(results, monkeypatch)
+    for words in (
+        "## The ladder: mine, 300 problems of sums\n",
+        "![gains over the base](results/ladder/ladder.svg)",
+        "- problems sha256: abcd\n- seed: 7\n",
+        "| head | 0.600 [0.550, 0.650] | +0.100 [+0.050, +0.150] | 0.700 |",
+        "The text: wiki.txt, sha256 ef01.",
+        "## What tuning changed: lora\n",
+        "- oracle has 90% [50%, 120%] of the tuned model's gain.",
+        "## What each tier costs: tiny\n",
+        "| 8 | head | 1.10 | 7.0 | 0.970 [0.900, 1.000] |",
+        "## How long fitting takes: tiny\n",
+        "| rollouts | 12.0 |",
+        "## Kernels: kernels\n",
+        "| 1 | 3.142 | 0.97 [0.9, 1] |",
+    ):
+        assert words in shown
+    assert shown.count("- command: `trimtab something`") == 5
+    readme = (results.ROOT / "README.md").read_text()
+    assert "| tier head, and its gain | 0.600, +0.100 [+0.050, +0.150] |" in readme
+    assert "| tokens/s of the base's, head, gate always open | 97.0% at batch 8 |" in readme

@@ -1,0 +1,142 @@
+"""eval --ladder, --out and --text, calibrate and analyze from the command line: what they print, keep and refuse."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import tiny_base, tiny_correction, tiny_lora
+from trimtab.cli import main
+from trimtab.server import base as base_module
+from trimtab.server.core import Core
+from trimtab.steering import teacher as teacher_module
+from trimtab.steering.correction import HeadCorrection
+from trimtab.steering.folder import load, save
+from trimtab.steering.gate import Gate
+
+GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
+FITTED = {"model": "tiny", "task": "task.jsonl", "verifier": "odd_grading:odd", "temperature": 1.0, "max_tokens": 6}
+PEFT = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a task, a verifier, a correction with a control, and a PEFT folder."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    for module in (base_module, teacher_module):
+        monkeypatch.setattr(module, "load_base", lambda model, *_: tiny_base(seed=0 if model == "tiny" else 1))
+    lines = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(60)]
+    (tmp_path / "task.jsonl").write_text("\n".join(lines))
+    (tmp_path / "odd_grading.py").write_text(GRADING)
+    base = tiny_base()
+    correction = dataclasses.replace(tiny_correction(base, "mine", tau=3.0), provenance={"config": FITTED})
+    save(correction, "mine")
+    save(tiny_correction(base, "shuffled-rewards", seed=2, tau=3.0), "mine/controls/shuffled-rewards")
+    save(tiny_lora(base, "adapter"), "peft")
+    (tmp_path / "peft" / "correction.json").unlink()
+    return tmp_path
+
+
+def run(arguments: str) -> int:
+    return main(arguments.split())
+
+
+LADDER = "eval --correction mine --ladder --lora peft --problems 4 --out kept"
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_ladder_is_printed_and_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path("other.txt")).write_text("Some other text. " * 100)
+    assert run(f"{LADDER} --json --text other.txt") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(Path("kept/report.json").read_text())
+    assert (report["benchmark"], report["model"], len(report["rows"])) == ("ladder", "tiny-llama", 13)
+    assert report["text"]["file"] == "other.txt"
+    assert len(report["text"]["sha256"]) == 64
+    assert report["machine"]["command"].startswith("trimtab ")
+    assert {"report.md", "report.json", "ladder.svg", "completions"} == {path.name for path in Path("kept").iterdir()}
+    monkeypatch.setattr(Core, "step", None)
+    assert run(LADDER) == 0
+    shown = capsys.readouterr().out
+    assert "| lora-gated | " in shown
+    assert shown.rstrip("\n") == Path("kept/report.md").read_text().rstrip("\n")
+    assert run(f"{LADDER} --seed 1") == 1
+    assert "holds completions made with " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_eval_with_out_goes_on_where_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("eval --correction mine --problems 4 --out kept") == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(Core, "step", None)
+    assert run("eval --correction mine --problems 4 --out kept") == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.usefixtures("folder")
+def test_calibrate_writes_the_table_that_a_rate_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    before = load("mine")
+    assert run("calibrate mine --problems 12 --samples 2 --rates 0.2 0.5 0.8") == 0
+    shown = capsys.readouterr().out
+    assert "mine: entropy > 3 nats, which is open at " in shown
+    after = load("mine")
+    assert isinstance(before, HeadCorrection)
+    assert isinstance(after, HeadCorrection)
+    assert len(after.gate.calibration) == 3
+    assert all(f"{tau:.5g}" in shown for _, tau in after.gate.calibration)
+    assert after.gate.tau == before.gate.tau
+    assert torch.equal(after.A, before.A)
+    assert after.provenance["calibration"]["prompts"] == 12
+    Path("prompts.txt").write_text("Why?\nHow?\n")
+    assert run("calibrate mine --prompts prompts.txt --rate 0.3 --gate margin") == 0
+    gate = load("mine").gate
+    assert gate.kind == "margin"
+    assert -1 < gate.tau < 0
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_peft_folder_becomes_a_gated_correction_of_its_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("calibrate peft --rate 0.3 --gate entropy") == 1
+    assert "does not say which model it was made for: give --model" in capsys.readouterr().err
+    arguments = "calibrate peft --rate 0.3 --gate entropy --model tiny --task task.jsonl --verifier odd_grading:odd"
+    assert run(f"{arguments} --problems 8 --max-tokens 8 --temperature 1") == 0
+    lora = load("peft")
+    assert (lora.tier, lora.gate.kind, lora.base) == ("lora", "entropy", tiny_base().identity)
+    assert lora.gate.tau_for(0.3) == pytest.approx(lora.gate.tau, abs=0.5)
+
+
+@pytest.mark.usefixtures("folder")
+def test_analyze_takes_a_correction_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    what = "--task task.jsonl --verifier odd_grading:odd --max-tokens 6 --temperature 1 --problems 3 --taus 3"
+    assert run(f"analyze tiny peft {what} --out study --json") == 0
+    study = json.loads(capsys.readouterr().out)
+    assert study == json.loads(Path("study/report.json").read_text())
+    assert (study["benchmark"], study["tuned"]) == ("analyze", "peft")
+    for tuned in ("mine", "another"):
+        assert run(f"analyze tiny {tuned} {what}") == 0
+        assert f"{tuned} against tiny-llama: 3 held-out problems of task.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("folder")
+def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    always = dataclasses.replace(load("mine"), gate=Gate("always"))
+    save(always, "always")
+    for arguments, words in {
+        "calibrate mine --gate margin": "--gate margin needs --rate",
+        "calibrate mine --rate 1.5": "rate must be above 0 and below 1",
+        "calibrate mine --gate sometimes --rate 0.1": "gate.kind must be one of",
+        "calibrate always": "mine's gate is always",
+        "calibrate mine --prompts gone.txt": "gone.txt: cannot be read",
+        "eval --correction mine --ladder --lora mine --problems 2": "is of the tier head: give it with --also",
+        "eval --correction mine --problems 2 --text gone.txt": "--text gone.txt: cannot be read",
+        "analyze tiny mine --gate sometimes --problems 2": "gate.kind must be one of",
+    }.items():
+        assert run(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("trimtab: ") or "\ntrimtab: " in error
+        assert words in error.splitlines()[-1]
