@@ -34,7 +34,7 @@ class Forward(NamedTuple):
     sampling: Sampling
     hidden: Tensor  # [rows, hidden]: of the sampling rows, then of their companions
     logits: Tensor  # [rows, vocab]
-    again: bool  # a graph made it, of sampling rows alone, so the next step may be like it
+    again: bool  # a graph made it, of sampling rows alone and no companion, so the next step may be like it
 
 
 class Runner:
@@ -57,10 +57,6 @@ class Runner:
         """How many there are: the bank's when the runner was made."""
         return len(self._placed)
 
-    def compute(self, work: list[Work]) -> StepRecord | None:
-        """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
-        return self.sample(self.forward(work))
-
     def forward(self, work: list[Work]) -> Forward:
         """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
         rows = [i for i, w in enumerate(work) if w.samples]
@@ -79,7 +75,7 @@ class Runner:
             return Forward(sampling, hidden, self.base.logits(hidden), False)
         hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
         if rows == list(range(len(work))):
-            return Forward(sampling, hidden, logits, True)
+            return Forward(sampling, hidden, logits, len(sequences) == len(rows))
         return Forward(sampling, hidden[rows], logits[rows], False)
 
     def sample(self, forward: Forward) -> StepRecord | None:
