@@ -136,6 +136,7 @@ class Core:
     def forget(self) -> None:
         """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
         assert not self.busy, "a core that is busy cannot forget"
+        self._ahead = None
         self._scheduler = self._new_scheduler()
 
     def step(self) -> list[Event]:
