@@ -63,7 +63,7 @@ _ALIGNED = {
 _INTEGERS = _ALIGNED | {"mix", "rank", "alternatives", "heads", "kv_heads"}
 _FLOATS = (
     "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
-    "x residual weight summed gate_up"
+    "x residual scales summed gate_up"
 )
 _OF_DTYPE = set(_FLOATS.split())
 

@@ -17,7 +17,7 @@ SILU_LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def add_norm_kernel(x, residual, weight, eps, width, summed, out, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def add_norm_kernel(x, residual, scales, eps, width, summed, out, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """Grid (rows). All rows are contiguous."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -31,7 +31,7 @@ def add_norm_kernel(x, residual, weight, eps, width, summed, out, BLOCK: tl.cons
         tl.store(summed + row * width + d, total, mask=inside)
         y = total.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=0) / width + eps)
-    normed = (y * scale).to(dtype).to(tl.float32) * tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    normed = (y * scale).to(dtype).to(tl.float32) * tl.load(scales + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + d, normed.to(dtype), mask=inside)
 
 

@@ -22,7 +22,7 @@ from trimtab.server.config import EngineConfig
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request
 from trimtab.server.rule import Beside, Rule, rule_for
-from trimtab.server.runner import Runner
+from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
 from trimtab.server.sequence import Row, Sequence
 from trimtab.server.slots import NO_ADAPTER
@@ -47,6 +47,7 @@ class Core:
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
+        self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
@@ -121,10 +122,12 @@ class Core:
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
+        self._ahead = None
         self._scheduler.abort(request_id, index)
 
     def amend(self, request_id: str, index: int, token: int) -> None:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
+        self._ahead = None
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
         for row in sequence.rows:
@@ -136,18 +139,25 @@ class Core:
         self._scheduler = self._new_scheduler()
 
     def step(self) -> list[Event]:
-        """Compute one step. -> one event for every token sampled in it."""
-        work = self._scheduler.plan()
+        """Compute one step. -> one event for every token sampled in it.
+
+        On a GPU, the model's next step runs while this one's events are made, where it is known what it will be.
+        """
+        forward, self._ahead = self._ahead, None
+        work = self._scheduler.plan() if forward is None else self._scheduler.go_on(forward.sampling.sequences)
         if not work:
             return []
         try:
-            record = self._runner.compute(work)
+            forward = forward or self._runner.forward(work)
+            record = self._runner.sample(forward)
+            if record is not None and self._scheduler.settled(len(work)):
+                self._ahead = self._runner.forward_again(forward, record.token)
         except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
             log.exception("a step failed; its sequences end")
             return [self._fail(s, f"the engine failed: {error}") for s in dict.fromkeys(w.sequence for w in work)]
         for w in work:
             self._scheduler.computed(w)
-        return self._read([w.sequence for w in work if w.samples], record) if record is not None else []
+        return self._read(forward.sampling.sequences, record) if record is not None else []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Offline: feed requests as slots free up, until all are done. Yields events as they come."""
@@ -187,7 +197,9 @@ class Core:
 
     def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take their tokens and leave when they end."""
-        told = [column.numpy().tolist() for column in record]
+        told = [column.numpy().tolist() for column in record[:-2]]
+        bare = not record.top_ids.shape[1]  # thousands of empty lists would be made, and collected
+        told += [[()] * len(sequences)] * 2 if bare else [column.tolist() for column in record[-2:]]
         events = []
         for sequence, token, status, *receipt, top_ids, top_lps in zip(sequences, *told, strict=True):
             if status & DEAD:

@@ -2,7 +2,8 @@
 
 Invariant: a sequence is admitted only with a slot that holds its longest possible length, so it never runs out of
 memory and is never preempted. A head correction acts after the last norm, so the cache is the base's own: steered and
-unsteered requests share it, and so does every correction. Copying a row is how a prefix is reused.
+unsteered requests share it, and so does every head. A LoRA acts before, so what it wrote is its own (slots.py keeps
+account). Copying a row is how a prefix is reused.
 """
 
 import math

@@ -4,16 +4,17 @@ Invariant: a step makes the host wait once, for its packed record. The rows of t
 the order of their work; companions are computed beside them and have no row of their own.
 """
 
+import gc
 import itertools
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
-from trimtab.kernels.record import StepRecord, pack, unpack
+from trimtab.kernels.record import DEAD, StepRecord, pack, unpack
 from trimtab.server.adapters import Placed
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
@@ -25,6 +26,15 @@ from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate
 from trimtab.server.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank
+
+
+class Forward(NamedTuple):
+    """What the model made of a step's work, on the device."""
+
+    sampling: Sampling
+    hidden: Tensor  # [rows, hidden]: of the sampling rows, then of their companions
+    logits: Tensor  # [rows, vocab]
+    again: bool  # a graph made it, of sampling rows alone, so the next step may be like it
 
 
 class Runner:
@@ -39,6 +49,8 @@ class Runner:
         self._step = step_for(base.device)
         capture = capture_for(base.device) if config.graphs else None
         self._graphs = DecodeGraphs(base, self.cache, config.slots, capture) if capture else None
+        if self._graphs is not None:
+            gc.freeze()  # what is loaded stays: the collector need not look at it again between steps
 
     @property
     def adapters(self) -> int:
@@ -47,40 +59,59 @@ class Runner:
 
     def compute(self, work: list[Work]) -> StepRecord | None:
         """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
+        return self.sample(self.forward(work))
+
+    def forward(self, work: list[Work]) -> Forward:
+        """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
         rows = [i for i, w in enumerate(work) if w.samples]
         sequences = [work[i].sequence for i in rows]
         spans = np.array([(w.row.slot, w.start, w.end, w.row.adapter) for w in work])  # as Span has them
-        own = len(rows)
+        slots, starts, ends, adapters = spans.T
         self._slate.note(sequences)
-        sampling = Sampling(sequences, spans[rows, 0], spans[rows, 2])
-        if own and self._slate.paired[sampling.slots].any():
-            places = {slot: i for i, slot in enumerate(spans[:, 0].tolist())}
+        sampling = Sampling(sequences, slots[rows], ends[rows])
+        if rows and self._slate.paired[sampling.slots].any():
+            places = {slot: i for i, slot in enumerate(slots.tolist())}
             rows += [places[s.companion.slot] for s in sequences if s.companion is not None]
-        hidden, logits = self._forward(work, spans, rows)
+        if self._graphs is None or (ends - starts).max() > 1 or adapters.max() > NO_ADAPTER:
+            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._placed)
+            tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
+            hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
+            return Forward(sampling, hidden, self.base.logits(hidden), False)
+        hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
+        if rows == list(range(len(work))):
+            return Forward(sampling, hidden, logits, True)
+        return Forward(sampling, hidden[rows], logits[rows], False)
+
+    def sample(self, forward: Forward) -> StepRecord | None:
+        """Launch the step kernel and wait for what it reports; None if no row samples."""
+        sampling, hidden, logits, _ = forward
+        own = len(sampling.sequences)
         if not own:
             return None
         inputs = build_inputs(
             sampling, self._slate, logits[:own], hidden[:own], self.base.head_weight, self.bank.tensors()
         )
-        record = step_with(self._step, inputs, self._companions(sequences, logits[own:]))
+        companions = self._companions(sampling.sequences, logits[own:])
+        record = step_with(self._step, inputs, companions)
+        if companions is not None:
+            _bury(companions, record)
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
-    def _forward(self, work: list[Work], spans: npt.NDArray[np.int64], rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Compute the work. -> h [rows, hidden] and base logits [rows, vocab] after the last tokens of some of it.
+    def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
+        """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.
 
-        A graph holds the base alone, and one token a row: adapters and chunks run without.
+        It needs nothing from the sequences, so that it can be launched before they have taken their tokens.
         """
-        slots, starts, ends, adapters = spans.T
-        if self._graphs is not None and (ends - starts).max() == 1 and adapters.max() == NO_ADAPTER:
-            hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
-            if rows == list(range(len(work))):
-                return hidden, logits
-        else:
-            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._placed)
-            tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
-            hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
-            return hidden, self.base.logits(hidden)
-        return hidden[rows], logits[rows]
+        if self._graphs is None or not forward.again:
+            return None
+        sequences, slots, lengths = forward.sampling
+        kept = self._slate.go_on(slots, lengths + 1, tokens.numpy()).nonzero()[0]
+        if not len(kept):
+            return None
+        slots, lengths = slots[kept], lengths[kept]
+        hidden, logits = self._graphs.run(tokens.numpy()[kept], slots, lengths)
+        sampling = Sampling([sequences[row] for row in kept.tolist()], slots, lengths + 1)
+        return Forward(sampling, hidden, logits, True)
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
         """logits: [companions, vocab], in the order of their sequences."""
@@ -91,3 +122,10 @@ class Runner:
         device = logits.device
         capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
         return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)
+
+
+@torch.inference_mode()
+def _bury(companions: Companions, record: StepRecord) -> None:
+    """A row whose companion is sick is dead, whatever its gate: what the companion wrote must not stay in its slot."""
+    sick = ~torch.isfinite(companions.logits.amax(1))  # NaN and +inf surface there, as in the step itself
+    record.status[companions.rows] |= sick.int() * DEAD

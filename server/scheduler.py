@@ -71,6 +71,15 @@ class Scheduler:
                     budget -= size
         return sorted(singles, key=lambda w: w.row.slot) + chunks
 
+    def settled(self, working: int) -> bool:
+        """Whether the next step will be the same rows, less those that end: all are at work, and no other may come."""
+        admits = self._filling or self._slots.free >= self._refill
+        return working == len(self.running) and not (self.waiting and self._slots.free and admits)
+
+    def go_on(self, sequences: list[Sequence]) -> list[Work]:
+        """The work of decoding sequences that go on, without a plan."""
+        return [Work(s, s.row, s.row.computed, s.row.computed + 1) for s in sequences]
+
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work."""
         work.row.computed = work.end

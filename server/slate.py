@@ -41,6 +41,8 @@ class Slate:
         self._steered = np.zeros(slots, dtype=np.bool_)  # by its rule; a budget may shut its gate
         self._correction = np.full((slots, 1), -1, dtype=np.int32)
         self._weight = np.ones((slots, 1), dtype=np.float32)
+        self._stops = np.full((slots, 1), -1, dtype=np.int64)  # tokens that end it, padded with none
+        self._limit = np.zeros(slots, dtype=np.int64)  # tokens it may sample
         self.seed = np.zeros(slots, dtype=np.uint64)
         self.prompt = np.zeros(slots, dtype=np.int64)  # tokens
         self.alternatives = np.zeros(slots, dtype=np.int64)
@@ -54,6 +56,12 @@ class Slate:
         for sequence in sequences:
             if owner[sequence.row.slot] is not sequence:
                 self._write(sequence)
+
+    def go_on(self, slots: Slots, lengths: Slots, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Whether the choices, `lengths` tokens long with these that they sampled, do not end with them. [rows]"""
+        ended = (self._stops[slots] == tokens[:, None]).any(axis=1) | (tokens < 0)
+        more: npt.NDArray[np.bool_] = ~ended & (lengths - self.prompt[slots] < self._limit[slots])
+        return more
 
     def mix(self, slots: Slots) -> int:
         """The most corrections that act together."""
@@ -80,14 +88,21 @@ class Slate:
         self._floats[slot] = (*draws, rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
         self._top_k[slot], self._gate[slot] = s.top_k, GATES[rule.gate]
         self._shadow[slot], self._steered[slot] = request.steering.mode == "shadow", rule.steered
-        more = len(rule.heads) - self._correction.shape[1]
-        if more > 0:
-            self._correction = np.pad(self._correction, ((0, 0), (0, more)), constant_values=-1)
-            self._weight = np.pad(self._weight, ((0, 0), (0, more)), constant_values=1)
-        self._correction[slot], self._weight[slot] = -1, 1
+        self._correction = _widen(self._correction, len(rule.heads), -1)
+        self._weight = _widen(self._weight, len(rule.heads), 1)
+        self._stops = _widen(self._stops, len(sequence.stops), -1)
+        self._correction[slot], self._weight[slot], self._stops[slot] = -1, 1, -1
+        self._stops[slot, : len(sequence.stops)] = list(sequence.stops)
+        self._limit[slot] = sequence.limit
         for place, (head, weight) in enumerate(rule.heads):
             self._correction[slot, place], self._weight[slot, place] = head, weight
         self.seed[slot] = sequence.seed & 0xFFFFFFFFFFFFFFFF
         self.prompt[slot], self.alternatives[slot] = sequence.row.prompt, s.alternatives
         self.bounded[slot], self.paired[slot] = sequence.allowance is not None, sequence.companion is not None
         self.edited[slot] = sequence.penalised or bool(s.logit_bias) or s.min_tokens > 0
+
+
+def _widen(array: npt.NDArray[Any], width: int, filler: int) -> npt.NDArray[Any]:
+    """The array with at least so many columns."""
+    more = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, more)), constant_values=filler) if more > 0 else array

@@ -8,6 +8,7 @@ words, in the verdict. Strengths and the gate are those that were used, and are 
     report = make(base, exam, Judged(correction, controls), Path("run/report"));  print(to_markdown(report))
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
+from trimtab.steering.gate import Gate
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Rollout, Sampling, open_core
@@ -110,6 +112,8 @@ def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]
 
 def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ran_on: str) -> dict[str, Any]:
     """The report as JSON values."""
+    own = judged.correction.gate
+    gate = own if judged.tau is None else dataclasses.replace(own, tau=judged.tau)
     differences = [compare(found, one, other) for one, other in _PAIRS if one in found and other in found]
     return {
         "task": exam.task.name,
@@ -120,7 +124,8 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ra
         "hardware": ran_on,
         "correction": judged.correction.name,
         "strengths": strengths(judged),
-        "tau": judged.correction.gate.tau if judged.tau is None else judged.tau,
+        "tau": gate.tau,
+        "gate": str(gate),
         "policies": [
             summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
         ],
@@ -157,11 +162,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """Two tables and the verdict."""
     sampling, verdict = report["sampling"], report["verdict"]
     served = ", ".join(f"{name} {strength:g}" for name, strength in report["strengths"].items())
+    gate = report.get("gate") or Gate(tau=report["tau"])  # a report of before there were other gates
     lines = [
         f"{report['problems']} {report['split']} problems of {report['task']}, {sampling['samples']} samples each, "
         f"temperature {sampling['temperature']}, top_p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; "
         f"interval: {report['interval']}. The correction is {report['correction']}; strengths: {served}; "
-        f"the gate opens above {report['tau']:g} nats. On {report['hardware']}.",
+        f"the gate: {gate}. On {report['hardware']}.",
         "",
     ]
     kinds = list(report["policies"][0]["by_kind"])

@@ -38,7 +38,8 @@ class Extract(NamedTuple):
 Verifier = Callable[[str, Any], float]
 Extractor = Callable[[str], Extract | None]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")  # needs no parsing to be found readable: thousands of lines are read
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # an answer that is one needs no parsing to be read
+_MARK = re.compile(r"####\s*|\\boxed\{")
 
 
 def load_verifier(name: str) -> Verifier:
@@ -209,9 +210,6 @@ def _extract_exact(completion: str) -> Extract | None:
     text = completion.strip()
     return Extract(text, True) if text else None
 
-
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
-_MARK = re.compile(r"####\s*|\\boxed\{")
 
 _BUILT_IN: dict[str, Verifier] = {
     "math": _verify_math,

@@ -74,6 +74,9 @@ def test_tokens_without_an_adapter_come_out_bit_for_bit(base: Base) -> None:
     x, y = forward(base, placed, [0] * 4), forward(base, placed, [1] * 4)
     assert torch.allclose(mixed[2], x[2], atol=1e-4)
     assert torch.allclose(mixed[3], y[3], atol=1e-4)
+    scattered = forward(base, placed, [-1, 0, 0, -1])  # packed by length: its tokens are no range
+    assert all(torch.equal(plain[i], scattered[i]) for i in (0, 3))
+    assert all(torch.allclose(x[i], scattered[i], atol=1e-4) for i in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(plain, forward(base, placed, [-1] * 4), strict=True))
 
 

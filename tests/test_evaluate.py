@@ -189,7 +189,7 @@ def test_the_verdict_says_what_was_not_beaten(correction: float, shuffled: float
     assert (
         f"{words}.\n\n`ship` is {'true' if ship else 'false'}. It is true when the correction beats the base" in shown
     )
-    assert "correction is mine; strengths: correction 1, shuffled-rewards 0.8; the gate opens above 0.5 nats" in shown
+    assert "correction is mine; strengths: correction 1, shuffled-rewards 0.8; the gate: entropy > 0.5 nats" in shown
     assert "On a box, 2 cores." in shown
 
 

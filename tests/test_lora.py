@@ -15,12 +15,13 @@ from tiny import tiny_base, tiny_model
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.base import Base
 from trimtab.steering import lora
+from trimtab.steering.adapter import WEIGHTS_FILE
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import cache_features
-from trimtab.steering.lora import Lesson
+from trimtab.steering.lora import Lesson, Target
 from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
-from trimtab.steering.teacher import WEIGHTS_FILE, adapt, without_peft_warnings
+from trimtab.steering.teacher import adapt, without_peft_warnings
 
 CONFIG = FitConfig(via="lora", lora_rank=4, lora_alpha=8, lora_rate=3e-3, lora_batch=4, lora_warmup=3, lora_epochs=5.0)
 
@@ -109,6 +110,35 @@ def test_closed_positions_feel_the_anchor_alone(base: Base) -> None:
         found = lora.objective(tuned, [silent._replace(advantage=advantage)])
         assert float(found.likelihood) == 0
         assert float(found.anchor) > 0
+
+
+def taught_by(teacher: torch.nn.Module, lesson: Lesson, candidates: int) -> Lesson:
+    """The lesson with what a model says of some tokens at its open positions."""
+    log_p = log_probabilities(teacher, lesson)[torch.tensor(lesson.open)]
+    best = log_p.topk(candidates).indices
+    return lesson._replace(target=Target(best.int(), log_p.gather(1, best)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("candidates", [258, 40])
+def test_an_imitation_is_judged_by_its_divergence_from_the_teacher(base: Base, candidates: int) -> None:
+    tuned, teacher = with_effect(base), tiny_model(seed=1)
+    teacher.set_attn_implementation("sdpa")
+    batch = random_lessons(5)[2:]
+    found = lora.objective(tuned, [taught_by(teacher, lesson, candidates) for lesson in batch])
+    expected = 0.0
+    for lesson in batch:
+        is_open = torch.tensor(lesson.open)
+        log_q, log_pi = (log_probabilities(model, lesson)[is_open] for model in (teacher, tuned))
+        inside = torch.zeros_like(log_q, dtype=torch.bool).scatter(1, log_q.topk(candidates).indices, True)
+        q, pi = log_q.exp(), log_pi.exp()
+        kl = torch.where(inside, q * (log_q - log_pi), 0.0).sum(1)
+        if candidates < 258:  # the rest is one token
+            rest, rest_of_pi = (torch.where(inside, 0.0, one).sum(1) for one in (q, pi))
+            kl = kl + rest * (rest / rest_of_pi).log()
+        expected += float(kl.mean())
+    assert float(found.likelihood) == pytest.approx(expected, rel=1e-3)
+    assert float(found.anchor) == pytest.approx(sum(plain_loss(tuned, lesson)[1] for lesson in batch), rel=1e-4)
 
 
 def test_an_adapter_without_effect_is_at_the_anchors_minimum(base: Base) -> None:

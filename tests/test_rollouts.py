@@ -1,6 +1,7 @@
 """Rollouts: what was finished survives a kill, and a resumed run ends in the bytes of an undisturbed one."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def sample(base: Base, folder: Path, task: Counting) -> list[Rollout]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FILE_ROUNDS", 8)
+        yield
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -124,7 +124,7 @@ shapes = st.tuples(
     st.sampled_from([0.0, 0.9]),
     st.integers(0, 2**40),
     st.sampled_from(["apply", "shadow", "off"]),
-    st.sampled_from([Budget(), Budget(max_steps=2), Budget(cooldown=1, until="a"), Budget(max_share=0.3)]),
+    st.sampled_from([Budget(), Budget(max_steps=2), Budget(cooldown=1, kl=0.1, until="a"), Budget(kl=0.3)]),
     st.sampled_from([None, "entropy", "varentropy", "margin", "random", "always"]),
     st.integers(1, 3),  # n
 )
@@ -270,6 +270,21 @@ def test_budgets_bound_what_fires_in_every_tier(base: Base, bank: Bank, name: st
     assert fired(Budget(cooldown=3)) == ([True] + [False] * 3) * 5
 
 
+@pytest.mark.parametrize("name", ["head", "heads", "gated", "half", "contrast"])
+def test_a_steps_divergence_is_capped_by_less_strength(base: Base, bank: Bank, name: str) -> None:
+    request = Request("r", prompt_of(20), GREEDY, dataclasses.replace(STEERINGS[name], tau=0.0))
+    free = receipts(answer(base, bank, request))
+    steering = dataclasses.replace(request.steering, budget=Budget(kl=0.2))
+    capped = receipts(answer(base, bank, dataclasses.replace(request, steering=steering)))
+    assert max(r.kl for r in free) > 0.2, "the test wants a correction that is capped"
+    assert max(r.kl for r in capped) <= 0.2 + 1e-5
+    strength = free[0].strength
+    assert all(r.strength == strength for r in free)
+    assert all(0 < r.strength <= strength for r in capped)
+    assert any(r.kl > 0.19 for r in capped)
+    assert (capped[0].kl < free[0].kl) == (capped[0].strength < strength)
+
+
 def test_steering_ends_at_a_marker_in_the_text(base: Base, bank: Bank) -> None:
     letters = dataclasses.replace(GREEDY, logit_bias=dict.fromkeys(range(65, 91), 60.0))
     request = Request("r", prompt_of(20), letters, Steering("head0", 3.0, gate="always"))
@@ -354,25 +369,27 @@ def test_samples_of_a_pair_share_its_prompts(base: Base, bank: Bank) -> None:
     assert len({tuple(tokens(out["r", i])) for i in range(3)}) == 3
 
 
-def test_a_sick_companion_fails_its_pair_and_leaves_nothing_behind(base: Base, bank: Bank) -> None:
+@pytest.mark.parametrize("tau", [0.0, math.inf])
+def test_a_sick_companion_fails_its_pair_and_leaves_nothing_behind(base: Base, bank: Bank, tau: float) -> None:
     """NaN in the adapted row alone: the pair ends, both slots are wiped, and neighbours do not notice."""
+    sick = Request("sick", prompt_of(12), GREEDY, Steering("gated", tau=tau))
     core = Core(base, bank, EngineConfig(slots=4))
     good = Request("good", prompt_of(10), GREEDY, STEERINGS["head"])
     expected = tokens(answer(base, bank, good))
     placed = core._runner._placed[0]
     path = next(iter(placed))
     sound = placed[path][1].clone()
-    core.submit(Request("sick", prompt_of(12), GREEDY, STEERINGS["gated"]))
+    core.submit(sick)
     core.submit(good)
     placed[path][1].fill_(math.nan)
     events = list(core.step())
     placed[path][1].copy_(sound)
     assert [(e.request_id, e.finish) for e in events] == [("sick", "error"), ("good", None)]
     assert bool(torch.isfinite(core._runner.cache.keys).all() and torch.isfinite(core._runner.cache.values).all())
-    events += list(core.run([Request("again", prompt_of(12), GREEDY, STEERINGS["gated"])]))
+    events += list(core.run([dataclasses.replace(sick, id="again")]))
     assert tokens([e for e in events if e.request_id == "good"]) == expected
     again = [e for e in events if e.request_id == "again"]
-    assert tokens(again) == tokens(answer(base, bank, Request("r", prompt_of(12), GREEDY, STEERINGS["gated"])))
+    assert tokens(again) == tokens(answer(base, bank, sick))
     assert core.free_slots == 4
 
 
