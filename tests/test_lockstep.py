@@ -141,8 +141,8 @@ def test_a_correction_may_be_the_other(base: Base, tmp_path: Path) -> None:
     assert any(turn.best != turn.own.base_token for w in found for turn, _ in w.turns)
 
 
-def test_a_step_that_ran_ahead_is_taken_back(base: Base, other: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the next step is under way before the rule has chosen. A capture that just calls is such a GPU."""
+def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the next step would be under way before the rule has chosen. A capture that just calls is such a GPU."""
 
     def odd(turn: Turn) -> bool:
         return turn.position % 2 == 1
@@ -170,4 +170,4 @@ def test_a_step_that_ran_ahead_is_taken_back(base: Base, other: Base, monkeypatc
     monkeypatch.setattr(runner.Runner, "forward_again", forward_again)
     fast = [tiny_base(seed=seed, eos_token_id=list(range(8))) for seed in (0, 1)]
     assert told(together(fast[0], fast[1], odd, Gate())) == wanted
-    assert any(ahead)
+    assert not ahead
