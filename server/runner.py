@@ -57,10 +57,6 @@ class Runner:
         """How many there are: the bank's when the runner was made."""
         return len(self._placed)
 
-    def compute(self, work: list[Work]) -> StepRecord | None:
-        """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
-        return self.sample(self.forward(work))
-
     def forward(self, work: list[Work]) -> Forward:
         """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
         rows = [i for i, w in enumerate(work) if w.samples]

@@ -346,13 +346,13 @@ def test_both_rows_reuse_what_their_slots_hold(base: Base, bank: Bank) -> None:
     prompt = prompt_of(40)
     seen = []
     computed: list[int] = []
-    compute = core._runner.compute
+    forward = core._runner.forward
 
     def counting(work: list) -> object:
         computed.append(sum(w.end - w.start for w in work))
-        return compute(work)
+        return forward(work)
 
-    core._runner.compute = counting  # type: ignore[method-assign, assignment]
+    core._runner.forward = counting  # type: ignore[method-assign, assignment]
     for name in ("gated", "gated", "contrast", "contrast", "gated"):
         computed.clear()
         events = list(core.run([Request("r", prompt, GREEDY, STEERINGS[name])]))
