@@ -125,7 +125,7 @@ def time_parts(steps: list[StepInputs]) -> dict[str, float]:
             step(inputs)
         torch.cuda.synchronize()
     spent = {event.key: event.self_device_time_total / len(steps) for event in profile.key_averages()}
-    took["resolve"] = sum(us for name, us in spent.items() if "resolve" in name)
+    took["resolve"] = sum(us for name, us in spent.items() if "resolve" in name) + 0.0
     took["finish"] = sum(us for name, us in spent.items() if "stats" not in name and "resolve" not in name)
     return took
 

@@ -127,9 +127,10 @@ class Core:
 
     def amend(self, request_id: str, index: int, token: int) -> None:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
-        self._ahead = None
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
+        if sequence.row.tokens[-1] != token:
+            self._ahead = None
         for row in sequence.rows:
             row.tokens[-1] = token
 
