@@ -40,7 +40,7 @@ from trimtab.steering.teacher import without_peft_warnings
 
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # padded tokens a forward pass; a step of more takes several
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 12288}  # padded tokens a forward pass; a step of more takes several
 LEAST_REST = 1e-7  # probability beyond the candidates: rounding may leave less than none
 
 
