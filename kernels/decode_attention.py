@@ -188,8 +188,8 @@ def splits_for(pairs: int, length: int, processors: int) -> int:
 
     Each number is compiled for itself, so there are few.
     """
-    wanted = min(PROGRAMS_AN_SM * processors // pairs, triton.cdiv(length, 64), MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1) // 2 * 2
+    wanted = max(1, min(PROGRAMS_AN_SM * processors // pairs, length // 64, MAX_SPLITS))
+    return 1 << (wanted.bit_length() - 1) // 2 * 2
 
 
 def tile_for(width: int, itemsize: int) -> dict[str, Any]:

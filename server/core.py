@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.kernels import philox
@@ -198,28 +199,34 @@ class Core:
 
     def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take their tokens and leave when they end."""
-        told = [column.numpy().tolist() for column in record[:-2]]
-        bare = not record.top_ids.shape[1]  # thousands of empty lists would be made, and collected
-        told += [[()] * len(sequences)] * 2 if bare else [column.tolist() for column in record[-2:]]
+        columns = [column.numpy() for column in record]
+        token, status, base, corrected, entropy, *floats = (column.tolist() for column in columns[:-2])
+        opened, fired = ((columns[1] & bit != 0).tolist() for bit in (OPEN, FIRED))
+        receipts = map(Receipt._make, zip(entropy, opened, fired, base, corrected, *floats, strict=True))
+        rows = zip(sequences, token, status, fired, receipts, *self._tell_top(sequences, record), strict=True)
         events = []
-        for sequence, token, status, *receipt, top_ids, top_lps in zip(sequences, *told, strict=True):
-            if status & DEAD:
+        for sequence, drawn, state, acted, receipt, ids, logprobs in rows:
+            if state & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))
                 continue
             request = sequence.request
-            base_token, steered_token, entropy, *floats = receipt
-            opened, fired = status & OPEN != 0, status & FIRED != 0
-            found = Receipt(entropy, opened, fired, base_token, steered_token, *floats)
             wanted = request.sampling.alternatives
-            top = tuple(zip(top_ids[:wanted], top_lps[:wanted], strict=True)) if wanted else ()
-            logprob = found.base_logprob if request.steering.mode == "shadow" else found.steered_logprob
+            top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
+            logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
             cached = 0 if sequence.sampled else sequence.row.cached
-            finish = sequence.append(token, fired)
-            events.append(Event(request.id, sequence.index, token, logprob, top, found, finish, None, cached))
+            finish = sequence.append(drawn, acted)
+            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events
+
+    @staticmethod
+    def _tell_top(sequences: list[Sequence], record: StepRecord) -> list[list[Any]]:
+        """The alternatives' ids and log-probabilities; where none are wanted, thousands of lists are not made."""
+        if not record.top_ids.shape[1]:
+            return [[()] * len(sequences)] * 2
+        return [column.tolist() for column in record[-2:]]
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
         """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user."""
