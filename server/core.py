@@ -11,17 +11,18 @@ is dead or a step fails, the sequences concerned end with an error event, what t
 import logging
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
 from trimtab.server.pieces import Pieces
-from trimtab.server.request import Event, Receipt, Request
+from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
 from trimtab.server.rule import Beside, Rule, rule_for
 from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
@@ -49,6 +50,8 @@ class Core:
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
+        if self._runner.captured:
+            self._warm_up()
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
@@ -172,6 +175,18 @@ class Core:
                 if request is not None:
                     self.submit(request)
             yield from self.step()
+
+    def _warm_up(self) -> None:
+        """Compile now what the first requests would wait for: prompts, draws, edits, and a head's correction."""
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
+        head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
+        prompt = (0,) * min(8, self.max_len - 1)
+        for draws in (sampling, replace(sampling, logit_bias={0: 1.0})):
+            for steering in [Steering()] + [Steering(head)] * (head is not None):
+                for event in self.run([Request("warm-up", prompt, draws, steering)]):
+                    if event.error is not None:
+                        raise EngineFailure(f"the engine's first step failed: {event.error}")
+        self.forget()
 
     def _start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
         """Choice `index`, with every default resolved."""

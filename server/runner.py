@@ -53,6 +53,11 @@ class Runner:
             gc.freeze()  # what is loaded stays: the collector need not look at it again between steps
 
     @property
+    def captured(self) -> bool:
+        """Whether decode steps are replayed."""
+        return self._graphs is not None
+
+    @property
     def adapters(self) -> int:
         """How many there are: the bank's when the runner was made."""
         return len(self._placed)
