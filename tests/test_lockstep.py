@@ -161,7 +161,8 @@ def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkey
 
     def forward_again(self: runner.Runner, *arguments: Any) -> Any:
         made = again(self, *arguments)
-        ahead.append(made is not None)
+        warm_up = arguments[0].sampling.sequences[0].request.id == "warm-up"  # no rule chooses there
+        ahead.append(made is not None and not warm_up)
         return made
 
     monkeypatch.setattr(runner, "capture_for", lambda device: capture)
@@ -170,4 +171,4 @@ def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkey
     monkeypatch.setattr(runner.Runner, "forward_again", forward_again)
     fast = [tiny_base(seed=seed, eos_token_id=list(range(8))) for seed in (0, 1)]
     assert told(together(fast[0], fast[1], odd, Gate())) == wanted
-    assert not ahead
+    assert not any(ahead)
