@@ -169,7 +169,7 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
     rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
     if not isinstance(entrants.correction, LoraCorrection):
-        rows.append(Row(first, "tier", f"{entrants.correction.name}, where {gate} opens"))
+        rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}"))
         greedy = first._replace(name=f"{first.name}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
     loras = [(LORA_GATED, LORA_ALWAYS, _LORA)] if entrants.lora and entrants.lora is not entrants.correction else []
@@ -179,9 +179,9 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
             loras.append((f"{prefix}-gated", f"{prefix}-always", other.name))
         elif other is not entrants.correction:
             own = Policy(other.name, other.name)
-            rows.append(Row(own, "tier", f"{other.name}, where {other.gate} opens"))
+            rows.append(Row(own, "tier", f"{other.name}, gate {other.gate}"))
     for gated, always, name in loras:
-        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, where {gate} opens"))
+        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, gate {gate}"))
         on = Policy(always, name, gate="always")
         rows.append(Row(on, "tier", "a LoRA, at every step", measured=False))
         greedy = on._replace(name=f"{always}-greedy", greedy=True)

@@ -201,6 +201,7 @@ def test_the_verdict_names_what_is_not_beaten() -> None:
     assert judge(rows, differences) == [
         "head: +0.200 [+0.100, +0.300] over base; beats base-greedy; does not beat shuffled-rewards (+0.010 [-0.020, "
         "+0.040])",
-        "weak: +0.020 [-0.010, +0.050] over base; no gain; does not beat base-greedy (-0.020 [-0.100, +0.050])",
+        "weak: +0.020 [-0.010, +0.050] over base; no gain is shown; does not beat base-greedy (-0.020 [-0.100, "
+        "+0.050])",
         "harmful: -0.200 [-0.300, -0.100] over base; a loss",
     ]
