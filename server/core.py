@@ -50,6 +50,7 @@ class Core:
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
+        self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
         if self._runner.captured:
             self._warm_up()
 
@@ -141,6 +142,7 @@ class Core:
     def forget(self) -> None:
         """Be as a core that was just made: no prefix is held for reuse. Nothing may be under way."""
         assert not self.busy, "a core that is busy cannot forget"
+        self._ahead = None
         self._scheduler = self._new_scheduler()
 
     def step(self) -> list[Event]:
@@ -155,7 +157,7 @@ class Core:
         try:
             forward = forward or self._runner.forward(work)
             record = self._runner.sample(forward)
-            if record is not None and self._scheduler.settled(len(work)):
+            if record is not None and self.runs_ahead and self._scheduler.settled(len(work)):
                 self._ahead = self._runner.forward_again(forward, record.token)
         except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
             log.exception("a step failed; its sequences end")

@@ -17,7 +17,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
-from trimtab.steering.correction import Correction
+from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import describe, hardware
@@ -26,6 +26,7 @@ from trimtab.steering.rollouts import Rollout, Sampling, open_core
 from trimtab.steering.tasks import Task
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"
+ALWAYS = "correction-always"  # a gated LoRA at every step: the paper's form
 TEACHER = "teacher"  # the tuned model that a correction was distilled from, always on
 
 SHIP_MEANS = (
@@ -35,6 +36,7 @@ SHIP_MEANS = (
 
 _PAIRS = (
     (CORRECTION, BASE),
+    (CORRECTION, ALWAYS),
     (CORRECTION, TEACHER),
     (CORRECTION, SHUFFLED),
     (CORRECTION, SHUFFLED_TEACHER),
@@ -42,6 +44,7 @@ _PAIRS = (
     (CORRECTION, BASE_GREEDY),
     (CORRECTION_GREEDY, BASE_GREEDY),
     (BASE_GREEDY, BASE),
+    (ALWAYS, BASE),
     (TEACHER, BASE),
     (SHUFFLED, BASE),
     (SHUFFLED_TEACHER, BASE),
@@ -86,11 +89,13 @@ def strengths(judged: Judged) -> dict[str, float]:
 def policies(judged: Judged) -> list[Policy]:
     """What is compared."""
     name, tau, at = judged.correction.name, judged.tau, strengths(judged)
+    gated = isinstance(judged.correction, LoraCorrection) and judged.correction.gate.kind != "always"
     return [
         Policy(BASE),
         Policy(BASE_GREEDY, greedy=True),
         Policy(CORRECTION, name, strength=at[CORRECTION], tau=tau),
         Policy(CORRECTION_GREEDY, name, greedy=True, strength=at[CORRECTION], tau=tau),
+        *([Policy(ALWAYS, name, strength=at[CORRECTION], gate="always")] if gated else []),
         *(Policy(control.name, control.name, strength=at[control.name], tau=tau) for control in judged.controls),
     ]
 

@@ -43,7 +43,7 @@ def test_the_papers_lora_ships_as_it_was_trained(base: Base, finished: Path) -> 
     report = correction.report
     assert report is not None
     of = {policy["policy"]: policy for policy in report["policies"]}
-    assert list(of)[4:] == ["shuffled-rewards"]
+    assert list(of)[4:] == ["correction-always", "shuffled-rewards"]
     assert 0 < of["correction"]["fired"] < 1, "it acts where the gate opens"
     assert of["base"]["fired"] == 0
     fit = correction.provenance["fit"]
@@ -66,6 +66,11 @@ def test_always_on_it_answers_as_the_adapted_model_does(base: Base, finished: Pa
     assert correction.report is not None
     of = {policy["policy"]: policy for policy in correction.report["policies"]}
     assert of["correction"]["fired"] == 1
+    assert "correction-always" not in of, "it is the correction"
+    gated = load(finished).report
+    assert gated is not None
+    (same,) = (policy for policy in gated["policies"] if policy["policy"] == "correction-always")
+    assert same["pass_at_1"] == of["correction"]["pass_at_1"], "the same LoRA under either gate, served always"
 
 
 def test_another_models_ways_are_learned_by_a_lora_of_rank_r(base: Base, finished: Path, tmp_path: Path) -> None:

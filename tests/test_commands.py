@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
         assert correction.provenance["config"]["teacher"] == teacher
         assert correction.provenance["config"]["via"] == "teacher"
         assert correction.strength == 1.0
+
+
+@pytest.mark.usefixtures("_inside")
+def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"{SMALL} --tier lora --lora-targets down_proj --lora-rate 0.05 --teacher-samples 2 --gate always"
+    assert run(f"distill tiny taught/lora {TASK} --out copied {options}") == 0
+    assert "| correction - shuffled-teacher |" in capsys.readouterr().out
+    assert run("inspect copied") == 0
+    card = capsys.readouterr().out
+    assert re.search(r"^rank +2$", card, re.MULTILINE)
+    for words in ("lora", "down_proj", "always", "Verdict:"):
+        assert words in card
 
 
 @pytest.mark.usefixtures("_inside")

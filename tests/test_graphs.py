@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import FAMILIES, tiny_base, tiny_correction
+from tiny import FAMILIES, tiny_base, tiny_correction, tiny_lora
 from trimtab.kernels import layer_reference, slot_attention_reference
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server import base as base_module
@@ -46,18 +46,27 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:
-    """Everything but the floats: greedy and sampled, steered and not, of several lengths."""
+    """Everything but the floats: greedy and sampled, of every tier and none, of several lengths."""
     bank = Bank(base.hidden, "cpu")
     bank.add(tiny_correction(base, "c0"))
+    bank.add(tiny_lora(base))
+    steerings = [
+        Steering(),
+        Steering(),
+        Steering("c0", strength=2.0, tau=1.0),
+        Steering("contrast", tau=1.0, companion_prompt=(9, 8, 7)),
+        Steering("lora", tau=1.0),
+        Steering("lora", gate="always"),
+    ]
     requests = [
         Request(
             str(i),
             tuple(range(3 + i, 8 + 7 * i)),
             SamplingParams(temperature=(0, 0.8)[i % 2], top_p=0.9, seed=i, max_tokens=9, ignore_eos=True),
-            Steering((None, "c0")[i // 2 % 2], strength=2.0, tau=1.0),
+            steerings[i % 6],
             n=1 + (i == 3),
         )
-        for i in range(6)
+        for i in range(12)
     ]
     core = Core(base, bank, EngineConfig(slots=5, step_tokens=24, max_model_len=80, **config))
     events = [(e.request_id, e.index, e.token, e.receipt and e.receipt.fired, e.error) for e in core.run(requests)]
