@@ -33,15 +33,6 @@ CONFIG = FitConfig(
     lora_epochs=5.0,
     lora_kl_limit=0.0,
 )
-    via="lora",
-    lora_rank=4,
-    lora_alpha=8,
-    lora_rate=3e-3,
-    lora_batch=4,
-    lora_warmup=3,
-    lora_epochs=5.0,
-    lora_kl_limit=0.0,
-)
 
 
 @pytest.fixture(scope="module")
