@@ -130,6 +130,11 @@ def write_fit_time(run: dict[str, Any], path: Path) -> str:
     return _section(f"How long fitting takes: {run['model']}", _facts(run), run, body)
 
 
+def write_data(run: dict[str, Any], path: Path) -> str:
+    """A task file that was made of a public set: by which options, and the digests of both."""
+    return f"## Task file: {run['benchmark']}, {path.stem}\n\n{_list(_facts(run))}\n"
+
+
 def write_plain(run: dict[str, Any], path: Path) -> str:
     """A kind that needs no table of its own."""
     title = f"{run['benchmark'].replace('_', ' ').capitalize()}: {run.get('model') or path.stem}"
@@ -144,6 +149,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "tiers": write_tiers,
     "step": write_step,
     "serve": write_serve,
+    "gsm8k": write_data,
+    "math500": write_data,
 }
 
 

@@ -1,132 +1,134 @@
-"""Steps in which some rows have a companion: a second row whose logits pull the first one's, or push them off.
+"""A step in which rows may have companions: rows of the lora and contrast tiers, that an open gate samples from.
 
-    z' = (1 - b) z + b z_companion         lora: b = strength; contrast: b = -strength
+A companion reads the same sampled tokens as its row, with an adapter on or after another prompt. Its logits z_c make
+the steered ones, z' = (1 - b) z + b z_c; all else is as record.py numbers it. Plain torch, around any device's step:
 
-Invariant: the row's own z decides its gate, as in any step. Where it opened, the token is drawn from z' by a second
-call of the same step, so that filters, edits and draws mean the same; a row whose gate stayed shut keeps the first
-call's record bit for bit, and at b = 1 the second call sees the companion's logits bit for bit. Rows know nothing of
-one another, and the host waits for nothing: on a GPU all of this is queued.
+    record = step_with(step_for(device), inputs, Companions(rows, logits, mix, capped))
+
+Invariant: with b = 1 z' is z_c bit for bit; with b = 0, a shut gate or shadow the token is the base's, bit for bit. A
+row's record depends on it and its companion alone, and no word from the device is waited for.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from trimtab.kernels.record import DEAD, FIRED, HALVINGS, RowParams, StepInputs, StepRecord
-
-NEG_INF = float("-inf")
+from trimtab.kernels.record import DEAD, FIRED, GATE_ENTROPY, HALVINGS, OPEN, RowParams, StepInputs, StepRecord
 
 
 class Companions(NamedTuple):
-    """The companions of a step's rows."""
+    """The second rows of some rows of a step, which have no correction of the bank.
 
-    rows: Tensor  # int64 [n]: which rows have one
-    logits: Tensor  # [n, vocab], in the inputs' dtype: each one's own, at the same position
-    mix: Tensor  # float32 [n]: b
-    capped: bool = False  # some of these rows have a kl_cap: known on the host, as minding it reads the logits often
+    Those rows' params say when (gate, shadow) and how far at most (kl_cap); of their strength, only the share that the
+    cap leaves is reported. A token that z forbids (-inf) stays forbidden, but for b = 1; one that z_c alone forbids is
+    forbidden where b > 0, and keeps its z where b < 0.
+    """
+
+    rows: Tensor  # int64 [n]: which rows of the step, each once
+    logits: Tensor  # [n, vocab] bf16, fp16 or fp32: z_c
+    mix: Tensor  # float32 [n]: b; the strength for lora, minus the strength for contrast
+    capped: bool  # whether any of these rows has a finite kl_cap: known on the host, as minding it takes a while
 
 
 @torch.inference_mode()
 def step_with(
     step: Callable[[StepInputs], StepRecord], inputs: StepInputs, companions: Companions | None
 ) -> StepRecord:
-    """One decode step; see record.py. Rows with a companion have no correction of the bank."""
+    """One decode step; `step` is the device's. A row is DEAD if its own logits or its companion's are."""
     first = step(inputs)
     if companions is None:
         return first
-    rows, b = companions.rows, companions.mix
-    own = StepRecord._make(column[rows] for column in first)
-    acts = ((own.status & FIRED) != 0) & (b != 0)
-    z = inputs.logits[rows].float()
-    share = _capped_share(z, companions, inputs.params.kl_cap[rows]) if companions.capped else torch.ones_like(b)
-    steered = torch.where(acts[:, None], blend(z, companions.logits.float(), b * share), z)
+    rows = companions.rows
+    base = StepRecord._make(column[rows] for column in first)
     params = RowParams._make(column[rows] for column in inputs.params)
-    edits = inputs.edits._replace(spans=inputs.edits.spans[rows]) if inputs.edits is not None else None
+    z, other = inputs.logits[rows].float(), companions.logits.float()
+    share = torch.ones_like(companions.mix)
+    mixed = mix(z, other, companions.mix)
+    if companions.capped:
+        share = _bound(z, mixed, params.kl_cap)
+        mixed = mix(z, other, companions.mix * share)
+    plain = params._replace(steered=torch.zeros_like(params.steered), gate=torch.full_like(params.gate, GATE_ENTROPY))
+    edits = inputs.edits and inputs.edits._replace(spans=inputs.edits.spans[rows])
     second = step(
-        inputs._replace(
-            logits=steered,
-            hidden=inputs.hidden[rows],
-            params=params._replace(steered=torch.zeros_like(params.steered)),
-            edits=edits,
-            corrections=None,
-        )
+        inputs._replace(logits=mixed, hidden=inputs.hidden[rows], params=plain, edits=edits, corrections=None)
     )
-    merged = _merge(own, second, z, steered, params.shadow)
-    merged = merged._replace(applied_strength=own.applied_strength * share)
-    return _put(first, rows, acts, merged)
+
+    alive = torch.isfinite(other.amax(1))  # NaN and +inf surface in the maximum; -inf means no token is left
+    fired = (base.status & OPEN != 0) & (companions.mix != 0)
+    applied = fired & ~params.shadow
+    dead = (base.status & DEAD != 0) | ~alive | (fired & (second.status & DEAD != 0))
+    token = torch.where(applied, second.token, base.token)
+    record = base._replace(
+        token=token,
+        status=(base.status & OPEN) + FIRED * fired + DEAD * dead,
+        steered_token=torch.where(fired, second.base_token, base.base_token),
+        base_logprob=_logprob(z, base, token),
+        steered_logprob=torch.where(fired, _logprob(mixed, second, token), base.base_logprob),
+        steered_token_logprob=torch.where(fired, second.base_token_logprob, base.base_token_logprob),
+        kl=torch.where(fired & alive & (share > 0), divergence(z, mixed), 0.0),
+        applied_strength=torch.where(fired, params.strength * share, 0.0),
+        top_ids=torch.where(applied[:, None], second.top_ids, base.top_ids),
+        top_logprobs=torch.where(applied[:, None], second.top_logprobs, base.top_logprobs),
+    )
+    columns = zip(first, _bury(record, dead), strict=True)
+    return StepRecord._make(column.index_copy(0, rows, new.to(column.dtype)) for column, new in columns)
 
 
-def blend(z: Tensor, companion: Tensor, b: Tensor) -> Tensor:
-    """z' [n, vocab] in float32, of z and companion [n, vocab] in float32 and b [n]; at b = 1 the companion's very bits.
+def _bury(record: StepRecord, dead: Tensor) -> StepRecord:
+    """The record with no token in its dead rows (record.py, 9)."""
+    tokens = ("token", "base_token", "steered_token")
+    logprobs = ("base_logprob", "steered_logprob", "base_token_logprob", "steered_token_logprob")
+    return record._replace(
+        top_ids=record.top_ids.masked_fill(dead[:, None], -1),
+        top_logprobs=record.top_logprobs.masked_fill(dead[:, None], -math.inf),
+        **{name: getattr(record, name).masked_fill(dead, -1) for name in tokens},
+        **{name: getattr(record, name).masked_fill(dead, 0) for name in logprobs},
+    )
 
-    A token that the base forbids stays forbidden, save at b = 1. One that only the companion forbids has no z' to move
-    away to: guidance leaves it as it was.
-    """
+
+def mix(z: Tensor, other: Tensor, b: Tensor) -> Tensor:
+    """z' of float32 z [n, vocab] and its companions' logits, b [n]: float32 [n, vocab]. Infinities as in Companions."""
     b = b[:, None]
-    moved = z + b * (companion - z)
-    moved = torch.where((companion == NEG_INF) & (b < 0), z, moved)
-    moved = torch.where(z == NEG_INF, z, moved)
-    return torch.where(b == 1, companion, moved)
+    mixed = torch.where(z == -math.inf, z, (1 - b) * z + b * other)
+    mixed = torch.where(other == -math.inf, torch.where(b > 0, other, z), mixed)
+    return torch.where(b == 1, other, torch.where(b == 0, z, mixed))
 
 
-def divergence(z: Tensor, steered: Tensor) -> Tensor:
-    """KL(softmax z || softmax z') of each row, [n] nats."""
-    log_p, log_q = z.log_softmax(-1), steered.log_softmax(-1)
-    return torch.where(log_p > NEG_INF, log_p.exp() * (log_p - log_q), 0.0).sum(-1).clamp_(min=0)
+def _bound(z: Tensor, mixed: Tensor, cap: Tensor) -> Tensor:
+    """The share [n] of the way from z to the full mix that a cap [n] on the divergence allows (record.py, 3)."""
+    change = torch.where(z == -math.inf, 0.0, mixed - z)
+    low = torch.zeros_like(cap)
+    for halving in range(1, HALVINGS + 1):
+        middle = low + 0.5**halving
+        low = torch.where(divergence(z, z + middle[:, None] * change) <= cap, middle, low)
+    return torch.where(divergence(z, mixed) <= cap, 1.0, low)
 
 
-def _capped_share(z: Tensor, companions: Companions, cap: Tensor) -> Tensor:
-    """record.py, 3, for a blend: the largest share of b, by halving, whose divergence is within the cap. [n]"""
-    b, pull = companions.mix, companions.logits.float()
-    low, high = torch.zeros_like(b), torch.ones_like(b)
-    whole = divergence(z, blend(z, pull, b)) <= cap
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        within = divergence(z, blend(z, pull, b * middle)) <= cap
-        low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-    return torch.where(whole, torch.ones_like(b), low)
+def divergence(z: Tensor, mixed: Tensor) -> Tensor:
+    """KL(softmax z || softmax mixed) in nats of float32 logits [n, vocab]: float32 [n]; NaN for a dead row."""
+    below, further = z - z.amax(1, keepdim=True), mixed - mixed.amax(1, keepdim=True)
+    weights = below.exp()
+    apart = torch.where(weights > 0, weights * (below - further), 0.0)
+    weight, mass, dot = _total(torch.stack([weights, further.exp(), apart])).unbind()
+    return (dot / weight + (mass / weight).log()).clamp(min=0)
 
 
-def _merge(own: StepRecord, second: StepRecord, z: Tensor, steered: Tensor, shadow: Tensor) -> StepRecord:
-    """The record of rows whose companions act: what was seen from the first call, what was drawn from the second."""
-    dead = (second.status & DEAD) != 0
-    token = torch.where(shadow, own.token, second.token)
-    at = token.clamp(min=0).long()[:, None]
-    base_logprob = z.gather(1, at)[:, 0] - _normaliser(z, own.base_token, own.base_token_logprob)
-    there = steered.gather(1, at)[:, 0] - _normaliser(steered, second.base_token, second.base_token_logprob)
-
-    def living(column: Tensor, otherwise: float) -> Tensor:
-        return torch.where(dead, torch.full_like(column, otherwise), column)
-
-    return StepRecord(
-        token=living(token, -1),
-        status=own.status | (second.status & DEAD),
-        base_token=living(own.base_token, -1),
-        steered_token=second.base_token,
-        entropy=own.entropy,
-        base_logprob=living(torch.where(shadow, own.base_logprob, base_logprob), 0),
-        steered_logprob=torch.where(shadow & ~dead, there, second.base_logprob),
-        base_token_logprob=living(own.base_token_logprob, 0),
-        steered_token_logprob=second.base_token_logprob,
-        statistic=own.statistic,
-        kl=torch.where(dead, torch.zeros_like(own.kl), divergence(z, steered)),
-        applied_strength=own.applied_strength,
-        top_ids=torch.where(shadow[:, None] & ~dead[:, None], own.top_ids, second.top_ids),
-        top_logprobs=torch.where(shadow[:, None] & ~dead[:, None], own.top_logprobs, second.top_logprobs),
-    )
+def _total(x: Tensor) -> Tensor:
+    """Sums over the last dimension, by halves: unlike a reduction's, their order is the same for any number of rows."""
+    count = x.shape[-1]
+    x = pad(x, (0, (1 << (count - 1).bit_length()) - count))
+    while x.shape[-1] > 1:
+        left, right = x.chunk(2, dim=-1)
+        x = left + right
+    return x[..., 0]
 
 
-def _normaliser(z: Tensor, token: Tensor, logprob: Tensor) -> Tensor:
-    """log sum exp of each row, from what its record says of one token."""
-    return z.gather(1, token.clamp(min=0).long()[:, None])[:, 0] - logprob
-
-
-def _put(first: StepRecord, rows: Tensor, acts: Tensor, merged: StepRecord) -> StepRecord:
-    """The first call's record with the merged rows in place where their companions act."""
-    columns = []
-    for before, after in zip(first, merged, strict=True):
-        mask = acts if before.dim() == 1 else acts[:, None]
-        columns.append(before.index_copy(0, rows, torch.where(mask, after, before[rows])))
-    return StepRecord._make(columns)
+def _logprob(z: Tensor, record: StepRecord, token: Tensor) -> Tensor:
+    """log softmax(z)[token] of each row, from what a step on z has reported; its own token's bit for bit."""
+    at = torch.stack([token, record.base_token], dim=1).clamp(min=0).long()
+    value, best = z.gather(1, at).unbind(1)
+    return torch.where(token == record.token, record.base_logprob, value - best + record.base_token_logprob)

@@ -110,11 +110,11 @@ def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
 def _decoding(dtype: str, itemsize: int) -> list[Build]:
     """What a captured decode step launches for each layer, at the sizes of 7B models."""
     result = []
-    for size, splits in ((64, 32), (128, 1), (128, 8)):
+    for size, splits in ((64, 16), (128, 1), (128, 4)):
         tile = decode_attention.tile_for(size, itemsize)
         launch = {name: value for name, value in tile.items() if name != "BLOCK"}
         shape: dict[str, int | bool] = {"GROUP": 7, "SIZE": size, "M": 16, "WIDTH": size, "BLOCK": tile["BLOCK"]}
-        shape |= {"SPLITS": splits, "ROTARY": True, "NORM": splits == 8}
+        shape |= {"SPLITS": splits, "ROTARY": True, "NORM": splits == 4}
         name = f"attend {dtype}, {size} wide, {splits} splits"
         result.append(Build(name, decode_attention.attend_kernel, dtype, shape, launch))
         if splits == 1:
@@ -126,7 +126,7 @@ def _decoding(dtype: str, itemsize: int) -> list[Build]:
         result.append(Build(name, chunk_attention.chunk_kernel, dtype, shape, launch))
     shape = {"HEADS": 32, "KV_HEADS": 4, "SIZE": 128, "WIDTH": 128, "ROTARY": True, "NORM": True}
     result.append(Build(f"store {dtype}", chunk_attention.store_kernel, dtype, shape, chunk_attention.STORE))
-    sizes = {"SIZE": 128, "WIDTH": 128, "SPLITS": 32}
+    sizes = {"SIZE": 128, "WIDTH": 128, "SPLITS": 16}
     result.append(Build(f"combine {dtype}", decode_attention.combine_kernel, dtype, sizes, decode_attention.COMBINE))
     block = {"BLOCK": layer.norm_block(3584), "ADD": True}
     result.append(Build(f"norm {dtype}", layer.add_norm_kernel, dtype, block, layer.norm_launch(3584)))

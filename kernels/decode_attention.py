@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.kernels.places import Rotary
 
 NEG_INF = tl.constexpr(float("-inf"))
-MAX_SPLITS = 32
+MAX_SPLITS = 16
 PROGRAMS_AN_SM = 4  # that attention should have at least, if there are positions enough
 COMBINE: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": True}
 
@@ -184,20 +184,18 @@ def decode_attention(
 
 
 def splits_for(pairs: int, length: int, processors: int) -> int:
-    """Programs that share the positions of one (row, KV head) pair: a power of 2, 1 where the pairs fill the chip."""
-    wanted = PROGRAMS_AN_SM * processors // pairs
-    most = min(MAX_SPLITS, triton.cdiv(length, 64))
-    return max(1, min(_floor_power(wanted), _floor_power(most)))
+    """Programs that share the positions of one (row, KV head) pair: 1 where the pairs fill the chip, else 4 or 16.
+
+    Each number is compiled for itself, so there are few.
+    """
+    wanted = max(1, min(PROGRAMS_AN_SM * processors // pairs, length // 64, MAX_SPLITS))
+    return 1 << (wanted.bit_length() - 1) // 2 * 2
 
 
 def tile_for(width: int, itemsize: int) -> dict[str, Any]:
     """Positions read at once, and how deep the reads are pipelined."""
-    block, stages = 64 if width * itemsize <= 256 else 32, 3 if itemsize == 2 else 2
+    block, stages = (64, 3) if itemsize == 2 and width <= 128 else (32, 2)
     return {"BLOCK": block, "num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
-
-
-def _floor_power(n: int) -> int:
-    return 1 << (n.bit_length() - 1) if n > 0 else 1
 
 
 @cache

@@ -152,27 +152,30 @@ def finish_kernel(
             correction + row * mix, weight + row * mix, mix, tokens, slot, vocab, hidden + row * hidden_stride, size,
             head, head_stride, A, B, b, cap, silu, correction_top_k, rank, SLOTS, RANK, BLOCK,
         )  # fmt: skip
-        share = tl.where(member, tl.exp(values - best - log_mass), 0.0).to(tl.float64)
-        force, kl = bound(share, delta, force, tl.load(kl_cap + row))
+        # Groups that hold candidates are summed again: what is left of each, which may lie deep under the candidates.
+        home = tl.where(member, tokens // GROUP, -1)
+        same = home[:, None] == home[None, :]
+        leader = member & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), axis=1) == 0)
+        peak_left = tl.max(tl.where(slot == candidates, values, NEG_INF), axis=0)
+        shift = tl.where(peak_left == NEG_INF, best, peak_left)
+        left = weigh_rest(logits, vocab, home, leader, lowest, shift, 1.0).to(tl.float64)
+        far = tl.where(touched, NEG_INF, peak - shift)
+        rest = tl.sum((mass1 * tl.exp(far)).to(tl.float64), axis=0) + tl.sum(left, axis=0)
+        log_z = best.to(tl.float64) + log_mass
+        log_rest = tl.where(rest > 0.0, tl.log(tl.maximum(rest, 1e-300)), NEG_INF) + (shift - log_z)
+        log_share = tl.where(member, values.to(tl.float64) - log_z, NEG_INF)
+        force, kl, gain = bound(log_share, delta, log_rest, force, tl.load(kl_cap + row))
         lifted = tl.where(member, values + force * delta, values) + 0.0
         steered_order = tl.where(held, to_key(lifted, tokens), LOWEST)
         tl.store(steered_keys + row * SLOTS + slot, steered_order)
         first = tl.max(steered_order, axis=0)
         steered_token = key_token(first)
         steered_best = key_value(first)
-        # Groups that hold candidates are summed again: first what is left of each, then the candidates' new mass.
-        home = tl.where(member, tokens // GROUP, -1)
-        same = home[:, None] == home[None, :]
-        leader = member & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), axis=1) == 0)
-        shifted = tl.where(member, lifted - steered_best, NEG_INF)
-        left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, 1.0).to(tl.float64)
-        away = tl.where(touched, NEG_INF, peak - steered_best)
-        far_mass = tl.sum((mass1 * tl.exp(away)).to(tl.float64), axis=0)
-        steered_mass = far_mass + tl.sum(left + tl.exp(shifted).to(tl.float64), axis=0)
-        steered_log_mass = tl.log(steered_mass.to(tl.float32))
+        steered_log_mass = (log_z - steered_best + gain).to(tl.float32)
         if applied:
             left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, inverse).to(tl.float64)
-            moved = tl.exp(shifted * inverse)
+            moved = tl.exp(tl.where(member, lifted - steered_best, NEG_INF) * inverse)
+            away = tl.where(touched, NEG_INF, peak - steered_best)
             far_mass = tl.sum((tempered * tl.exp(away * inverse)).to(tl.float64), axis=0)
             mass_t = far_mass + tl.sum(left + moved.to(tl.float64), axis=0)
             joined = left.to(tl.float32) + tl.sum(tl.where(same, moved[None, :], 0.0), axis=1)

@@ -38,7 +38,7 @@ def compose(
             delta = correct(
                 index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, SLOTS, RANK, BLOCK
             )
-            total += tl.where(member, tl.load(weight + column) * delta, 0.0)
+            total += tl.where(member & (delta == delta), tl.load(weight + column) * delta, 0.0)
     return total
 
 
@@ -73,35 +73,41 @@ def correct(
 
 
 @triton.jit
-def bound(share, delta, force, cap):
-    """The strength that a cap on the divergence allows, and the divergence that it brings.
+def bound(log_share, delta, log_rest, force, cap):
+    """-> the strength that a cap on the divergence allows, the divergence that it brings, what log sum exp gains.
 
-    share: the candidates' probabilities, float64 [SLOTS], 0 for others; delta float32 [SLOTS]; force: the strength.
+    log_share: the candidates' log-probabilities, float64 [SLOTS], -inf for others; delta: 0 for others; log_rest: the
+    logarithm of the probability of all other tokens; force: the strength. All as in heads.py.
     """
-    kl = diverge(share, delta, force)
+    share = tl.exp(log_share)
+    total = tl.sum(share, axis=0) + tl.exp(log_rest)
+    mean = tl.sum(share * delta.to(tl.float64), axis=0) / total
+    start = add_logs(log_share, log_rest)  # 0, but for the rounding of what came in
+    gain = add_logs(log_share + (force * delta).to(tl.float64), log_rest) - start
+    kl = tl.maximum(gain - force.to(tl.float64) * mean, 0.0)
     if kl > cap:
         low = tl.full([], 0.0, tl.float32)
         step = tl.full([], 1.0, tl.float32)
         kl = tl.full([], 0.0, tl.float64)
+        gain = tl.full([], 0.0, tl.float64)
         for _ in range(HALVINGS):
             step *= 0.5
-            further = diverge(share, delta, force * (low + step))
+            less = force * (low + step)
+            found = add_logs(log_share + (less * delta).to(tl.float64), log_rest) - start
+            further = tl.maximum(found - less.to(tl.float64) * mean, 0.0)
             if further <= cap:
                 low += step
                 kl = further
+                gain = found
         force *= low
-    return force, kl.to(tl.float32)
+    return force, kl.to(tl.float32), gain
 
 
 @triton.jit
-def diverge(share, delta, force):
-    """KL(p || q), float64, where q is p with force * delta added to the candidates' logits; see heads.divergence."""
-    change = (force * delta).to(tl.float64)
-    held = tl.sum(share, axis=0)
-    total = tl.maximum(held, 1.0)
-    peak = tl.maximum(tl.max(change, axis=0), 0.0)
-    mass = (total - held) * tl.exp(-peak) + tl.sum(share * tl.exp(change - peak), axis=0)
-    return tl.maximum(peak + tl.log(mass / total) - tl.sum(share * change, axis=0) / total, 0.0)
+def add_logs(terms, more):
+    """log(sum exp(terms) + exp(more)), float64; one of them is finite."""
+    peak = tl.maximum(tl.max(terms, axis=0), more)
+    return peak + tl.log(tl.sum(tl.exp(terms - peak), axis=0) + tl.exp(more - peak))
 
 
 @triton.jit

@@ -22,6 +22,8 @@ class Allowance:
         self._until = None if budget.until is None else budget.until.encode()
         self._spans = [(opening.encode(), closing.encode()) for opening, closing in budget.spans]
         self._reads = self._until is not None or bool(self._spans)
+        markers = [marker for span in self._spans for marker in span] + ([self._until] if self._until else [])
+        self._ends = frozenset(marker[-1] for marker in markers)  # bytes of which one completes any marker
         self._text = bytearray()
         self._start = 0  # bytes before it belong to a span's marker that was found
         self._closing: bytes | None = None  # the marker that ends the span we are in
@@ -49,6 +51,8 @@ class Allowance:
         """Find what `content` completes."""
         before = len(self._text)
         self._text += content
+        if self._ends.isdisjoint(content):
+            return
         if self._until is not None:
             self._ended = self._text.find(self._until, max(0, before + 1 - len(self._until))) >= 0
             self._reads = not self._ended

@@ -11,16 +11,18 @@ is dead or a step fails, the sequences concerned end with an error event, what t
 import logging
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
-from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
 from trimtab.server.pieces import Pieces
-from trimtab.server.request import Event, Receipt, Request
+from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
 from trimtab.server.rule import Beside, Rule, rule_for
 from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
@@ -48,6 +50,9 @@ class Core:
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
+        self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
+        if self._runner.captured:
+            self._warm_up()
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
@@ -127,9 +132,10 @@ class Core:
 
     def amend(self, request_id: str, index: int, token: int) -> None:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
-        self._ahead = None
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
+        if sequence.row.tokens[-1] != token:
+            self._ahead = None
         for row in sequence.rows:
             row.tokens[-1] = token
 
@@ -151,7 +157,7 @@ class Core:
         try:
             forward = forward or self._runner.forward(work)
             record = self._runner.sample(forward)
-            if record is not None and self._scheduler.settled(len(work)):
+            if record is not None and self.runs_ahead and self._scheduler.settled(len(work)):
                 self._ahead = self._runner.forward_again(forward, record.token)
         except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
             log.exception("a step failed; its sequences end")
@@ -171,6 +177,18 @@ class Core:
                 if request is not None:
                     self.submit(request)
             yield from self.step()
+
+    def _warm_up(self) -> None:
+        """Compile now what the first requests would wait for: prompts, draws, edits, and a head's correction."""
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
+        head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
+        prompt = (0,) * min(8, self.max_len - 1)
+        for draws in (sampling, replace(sampling, logit_bias={0: 1.0})):
+            for steering in [Steering()] + [Steering(head)] * (head is not None):
+                for event in self.run([Request("warm-up", prompt, draws, steering)]):
+                    if event.error is not None:
+                        raise EngineFailure(f"the engine's first step failed: {event.error}")
+        self.forget()
 
     def _start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
         """Choice `index`, with every default resolved."""
@@ -198,28 +216,34 @@ class Core:
 
     def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take their tokens and leave when they end."""
-        told = [column.numpy().tolist() for column in record[:-2]]
-        bare = not record.top_ids.shape[1]  # thousands of empty lists would be made, and collected
-        told += [[()] * len(sequences)] * 2 if bare else [column.tolist() for column in record[-2:]]
+        columns = [column.numpy() for column in record]
+        token, status, base, corrected, entropy, *floats = (column.tolist() for column in columns[:-2])
+        opened, fired = ((columns[1] & bit != 0).tolist() for bit in (OPEN, FIRED))
+        receipts = map(Receipt._make, zip(entropy, opened, fired, base, corrected, *floats, strict=True))
+        rows = zip(sequences, token, status, fired, receipts, *self._tell_top(sequences, record), strict=True)
         events = []
-        for sequence, token, status, *receipt, top_ids, top_lps in zip(sequences, *told, strict=True):
-            if status & DEAD:
+        for sequence, drawn, state, acted, receipt, ids, logprobs in rows:
+            if state & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
                 events.append(self._fail(sequence, reason))
                 continue
             request = sequence.request
-            base_token, steered_token, entropy, *floats = receipt
-            opened, fired = status & OPEN != 0, status & FIRED != 0
-            found = Receipt(entropy, opened, fired, base_token, steered_token, *floats)
             wanted = request.sampling.alternatives
-            top = tuple(zip(top_ids[:wanted], top_lps[:wanted], strict=True)) if wanted else ()
-            logprob = found.base_logprob if request.steering.mode == "shadow" else found.steered_logprob
+            top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
+            logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
             cached = 0 if sequence.sampled else sequence.row.cached
-            finish = sequence.append(token, fired)
-            events.append(Event(request.id, sequence.index, token, logprob, top, found, finish, None, cached))
+            finish = sequence.append(drawn, acted)
+            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events
+
+    @staticmethod
+    def _tell_top(sequences: list[Sequence], record: StepRecord) -> list[list[Any]]:
+        """The alternatives' ids and log-probabilities; where none are wanted, thousands of lists are not made."""
+        if not record.top_ids.shape[1]:
+            return [[()] * len(sequences)] * 2
+        return [column.tolist() for column in record[-2:]]
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
         """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user."""

@@ -89,7 +89,7 @@ class FusedDecoder:
         """ids int64 [tokens], packed as `places` says -> h after the last norm, [tokens, hidden]."""
         k = self._kernels
         x: Tensor = self._embed(ids)
-        cos, sin = (t[0] for t in self._rotary(x[None], places.position[None]))
+        cos, sin = (t[0].contiguous() for t in self._rotary(x[None], places.position[None]))
         split = [self._heads, self._kv_heads, self._kv_heads]
         residual: Tensor | None = None
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):

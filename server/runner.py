@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
-from trimtab.kernels.record import DEAD, StepRecord, pack, unpack
+from trimtab.kernels.record import StepRecord, pack, unpack
 from trimtab.server.adapters import Placed
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
@@ -34,7 +34,7 @@ class Forward(NamedTuple):
     sampling: Sampling
     hidden: Tensor  # [rows, hidden]: of the sampling rows, then of their companions
     logits: Tensor  # [rows, vocab]
-    again: bool  # a graph made it, of sampling rows alone, so the next step may be like it
+    again: bool  # a graph made it, of sampling rows alone and no companion, so the next step may be like it
 
 
 class Runner:
@@ -53,13 +53,14 @@ class Runner:
             gc.freeze()  # what is loaded stays: the collector need not look at it again between steps
 
     @property
+    def captured(self) -> bool:
+        """Whether decode steps are replayed."""
+        return self._graphs is not None
+
+    @property
     def adapters(self) -> int:
         """How many there are: the bank's when the runner was made."""
         return len(self._placed)
-
-    def compute(self, work: list[Work]) -> StepRecord | None:
-        """The model and the step kernel. -> the record of the sampling rows, on the host; None if no row samples."""
-        return self.sample(self.forward(work))
 
     def forward(self, work: list[Work]) -> Forward:
         """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
@@ -79,7 +80,7 @@ class Runner:
             return Forward(sampling, hidden, self.base.logits(hidden), False)
         hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
         if rows == list(range(len(work))):
-            return Forward(sampling, hidden, logits, True)
+            return Forward(sampling, hidden, logits, len(sequences) == len(rows))
         return Forward(sampling, hidden[rows], logits[rows], False)
 
     def sample(self, forward: Forward) -> StepRecord | None:
@@ -93,8 +94,6 @@ class Runner:
         )
         companions = self._companions(sampling.sequences, logits[own:])
         record = step_with(self._step, inputs, companions)
-        if companions is not None:
-            _bury(companions, record)
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
@@ -122,10 +121,3 @@ class Runner:
         device = logits.device
         capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
         return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)
-
-
-@torch.inference_mode()
-def _bury(companions: Companions, record: StepRecord) -> None:
-    """A row whose companion is sick is dead, whatever its gate: what the companion wrote must not stay in its slot."""
-    sick = ~torch.isfinite(companions.logits.amax(1))  # NaN and +inf surface there, as in the step itself
-    record.status[companions.rows] |= sick.int() * DEAD

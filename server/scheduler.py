@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from trimtab.server.sequence import Row, Sequence
-from trimtab.server.slots import Slots
+from trimtab.server.slots import BLOCK, Slots
 
 
 class Work(NamedTuple):
@@ -81,9 +81,10 @@ class Scheduler:
         return [Work(s, s.row, s.row.computed, s.row.computed + 1) for s in sequences]
 
     def computed(self, work: Work) -> None:
-        """Note that a step has computed this work."""
+        """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
         work.row.computed = work.end
-        self._slots.extend(work.row.slot, work.row.tokens[work.start : work.end])
+        if work.end - work.start > 1 or work.end % BLOCK == 0:
+            self._tell(work.row)
 
     def remove(self, sequence: Sequence, reusable: bool = True) -> None:
         """A sequence has ended or was aborted: free its slots, which keep what they hold if that is reusable."""
@@ -91,7 +92,9 @@ class Scheduler:
         self.waiting.pop(key, None)
         if self.running.pop(key, None) is not None:
             for row in sequence.rows:
-                if not reusable:
+                if reusable:
+                    self._tell(row)
+                else:
                     self._slots.forget(row.slot)
                 self._slots.release(row.slot)
 
@@ -124,6 +127,10 @@ class Scheduler:
             self._copy(donor, row.slot, length)
         self._slots.hold(row.slot, row.tokens[:length], row.adapter)
         row.computed = row.cached = length
+
+    def _tell(self, row: Row) -> None:
+        """Its slot holds all that was computed of it."""
+        self._slots.extend(row.slot, row.tokens[self._slots.held(row.slot) : row.computed])
 
     def _sibling_is_prefilling(self, sequence: Sequence) -> bool:
         first = self.running.get((sequence.request.id, 0))

@@ -1,8 +1,9 @@
 """Which KV slots are free, and which prompt prefixes they still hold.
 
-Invariant: `held[slot]` lists exactly the tokens whose keys and values the slot holds, running or not, and the adapter
-that made them, so a prefix found here can always be reused: the same tokens under another adapter have other keys and
-values, and are never found. Freed slots keep their tokens until they are taken again, the least recently freed first.
+Invariant: `held[slot]` lists tokens whose keys and values the slot holds, running or not, and the adapter that made
+them, so a prefix found here can always be reused: the same tokens under another adapter have other keys and values, and
+are never found. Only what a running choice sampled last, less than a block, may be missing. Freed slots keep their
+tokens until they are taken again, the least recently freed first.
 
 A prefix is looked up by the hashes of its blocks, each chained to the one before it, so that finding one among
 thousands of slots costs no more than reading the prompt.
@@ -76,6 +77,10 @@ class Slots:
         self.forget(slot)
         self._held[slot] = Held(adapter)
         self.extend(slot, tokens)
+
+    def held(self, slot: int) -> int:
+        """How many tokens the slot is known to hold."""
+        return len(self._held[slot].tokens)
 
     def extend(self, slot: int, tokens: Sequence[int]) -> None:
         """The slot holds these tokens too, after the ones it held."""

@@ -117,6 +117,7 @@ class FitConfig:
     lora_epochs: float = option(None, "passes of the LoRA over the completions: small 1, paper 1.35")
     lora_batch: int = option(8, "completions a step of the LoRA")
     lora_kl: float = option(0.2, "of KL(base || LoRA) at the other positions, in the LoRA's loss")
+    lora_kl_limit: float = option(0.3, "give up where the LoRA is further than this from the base there; 0: never")
     teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
     strengths: tuple[float, ...] = option(
         None,
@@ -184,7 +185,7 @@ class FitConfig:
             self._require(name, value is None or value <= 1, "must be at most 1")
         self._require("tau", math.isfinite(self.tau), "must be a finite number")
         self._require("tau", self.gate != "margin" or -1 <= self.tau < 0, "must be -1 to 0 for the gate margin")
-        for name in ("kl_weight", "kl_limit", "lora_kl"):
+        for name in ("kl_weight", "kl_limit", "lora_kl", "lora_kl_limit"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "must be at least 0")
         self._require("lora_targets", len(self.lora_targets) > 0, "must name at least one layer")

@@ -50,6 +50,7 @@ class Entrants(NamedTuple):
     few_shot: int = 0  # solved examples for the base
     strength: float | None = None  # of the correction; None: its own
     gate: Gate | None = None  # of every tier and control; None: the correction's
+    without: frozenset[str] = frozenset()  # rows to leave out, by their names; not the base, nor the correction's own
 
 
 class Row(NamedTuple):
@@ -71,22 +72,24 @@ class Climbed(NamedTuple):
 
 
 def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
-    """Let every row answer. Finished files in the folder are kept. Raises InvalidRequest for two rows of one name."""
-    _refuse_namesakes(exam, entrants)
+    """Let every row answer. Finished files in the folder are kept. Raises InvalidRequest for names of rows
+    that are taken twice or left out in vain."""
+    _check_names(exam, entrants)
     core = _open(base, exam, entrants)
     shots = examples(core, exam.task, exam.sampling, entrants.few_shot, folder / "examples")
     if shots:  # they need room
         core = _open(base, exam, entrants, Preface(examples=shots))
     climbed = Climbed([], {}, [])
 
-    def add(rows: Sequence[Row]) -> None:
+    def add(made: Sequence[Row]) -> None:
+        rows = [row for row in made if row.policy.name not in entrants.without]
         policies = [row.policy for row in rows]
         climbed.found.update(answer(core, exam.task, exam.problems, exam.sampling, policies, folder))
         climbed.rows.extend(rows)
 
     add(_of_the_base(exam, entrants, shots))
     cooler = exam.sampling.temperature / COOLER[-1]
-    if cooler > 0:
+    if cooler > 0 and f"base-open-t{cooler:.2g}" not in entrants.without:
         row = Row(
             Policy(f"base-open-t{cooler:.2g}"), "sharpening", f"at T {cooler:.2g} where the gate opens", "", False
         )
@@ -95,7 +98,7 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
     tiers = _of_tiers(entrants)
     add(tiers)
     first = _first_tier(entrants)
-    for control in entrants.controls:
+    for control in (c for c in entrants.controls if c.name not in entrants.without):
         matched = match_kl(core, exam, first, control, folder / "matching")
         climbed.matched.append(matched)
         policy = first._replace(name=control.name, correction=control.name, strength=matched.strength)
@@ -109,9 +112,15 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
     return climbed
 
 
-def _refuse_namesakes(exam: Exam, entrants: Entrants) -> None:
-    rows = [*_of_the_base(exam, entrants, ()), *_of_tiers(entrants)]
+def _check_names(exam: Exam, entrants: Entrants) -> None:
+    shots = (Example(exam.problems[0], ""),) if entrants.few_shot else ()
+    rows = [*_of_the_base(exam, entrants, shots), *_of_tiers(entrants)]
     names = [row.policy.name for row in rows] + [control.name for control in entrants.controls]
+    wrong = sorted(entrants.without - {*names, RANDOM_GATE, f"base-open-t{exam.sampling.temperature / COOLER[-1]:.2g}"})
+    needed = sorted(entrants.without & {BASE, GREEDY, _first_tier(entrants).name})
+    if wrong or needed:
+        why = f"there is no row {wrong[0]}: there are {', '.join(names)}" if wrong else f"{needed[0]} must stay"
+        raise InvalidRequest(f"rows cannot be left out so: {why}", "without")
     twice = sorted(name for name in set(names) if names.count(name) > 1)
     if twice:
         raise InvalidRequest(f"two rows would be called {twice[0]}: rename one correction in its correction.json")
@@ -160,7 +169,7 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
     rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
     if not isinstance(entrants.correction, LoraCorrection):
-        rows.append(Row(first, "tier", f"{entrants.correction.name}, where {gate} opens"))
+        rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}"))
         greedy = first._replace(name=f"{first.name}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
     loras = [(LORA_GATED, LORA_ALWAYS, _LORA)] if entrants.lora and entrants.lora is not entrants.correction else []
@@ -170,9 +179,9 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
             loras.append((f"{prefix}-gated", f"{prefix}-always", other.name))
         elif other is not entrants.correction:
             own = Policy(other.name, other.name)
-            rows.append(Row(own, "tier", f"{other.name}, where {other.gate} opens"))
+            rows.append(Row(own, "tier", f"{other.name}, gate {other.gate}"))
     for gated, always, name in loras:
-        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, where {gate} opens"))
+        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, gate {gate}"))
         on = Policy(always, name, gate="always")
         rows.append(Row(on, "tier", "a LoRA, at every step", measured=False))
         greedy = on._replace(name=f"{always}-greedy", greedy=True)

@@ -98,7 +98,7 @@ def judge(rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
         beaten = [d.against for d in rules if d.low > 0 and d is not gain]
         missed = [f"{d.against} ({_gain(d)})" for d in rules if d.low <= 0 and d is not gain]
         if gain.low <= 0:
-            sentence.append("no gain" if gain.high >= 0 else "a loss")
+            sentence.append("no gain is shown" if gain.high >= 0 else "a loss")
         if beaten:
             sentence.append(f"beats {', '.join(beaten)}")
         if missed:

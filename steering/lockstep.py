@@ -64,8 +64,9 @@ def write(first: Core, second: Core, pairs: Sequence[tuple[Request, Request]], c
     pending = iter(pairs)
     seeds = {request.id: request.sampling.seed or 0 for request, _ in pairs}
     live: dict[tuple[str, int], list[tuple[Turn, bool]]] = {}
-    first.forget()
-    second.forget()
+    for core in (first, second):
+        core.runs_ahead = False
+        core.forget()
     while True:
         while first.waiting < first.config.slots and (pair := next(pending, None)) is not None:
             first.submit(_endless(pair[0]))

@@ -38,9 +38,10 @@ from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 from trimtab.steering.teacher import without_peft_warnings
 
+RECENT = 8  # steps whose mean distance from the base is watched: one step says little
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # padded tokens a forward pass; a step of more takes several
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 12288}  # padded tokens a forward pass; a step of more takes several
 LEAST_REST = 1e-7  # probability beyond the candidates: rounding may leave less than none
 
 
@@ -116,7 +117,7 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
     tuned = put_on(base, config)
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(list(named.values()), lr=config.lora_rate, weight_decay=0.0)
-    done = _resume(checkpoint, named, optimizer) if checkpoint.exists() else 0
+    done, recent = _resume(checkpoint, named, optimizer) if checkpoint.exists() else (0, [])
     steps = max(1, round(config.lora_epochs * len(taught) / config.lora_batch))
     with Progress(stage, steps, "steps", done) as progress:
         for step in range(done, steps):
@@ -135,10 +136,17 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             first, anchor = (torch.stack(parts).sum(0) / len(batch)).tolist()
             if not math.isfinite(first + anchor + float(norm)):
                 raise TaskError(f"the LoRA's loss is no number at step {step + 1} of {steps}: lower --lora-rate")
+            recent = [*recent, anchor][-RECENT:]
+            if config.lora_kl_limit and sum(recent) / RECENT > config.lora_kl_limit:
+                raise TaskError(
+                    f"the LoRA runs away: away from open positions it is {sum(recent) / len(recent):.2f} nats from the "
+                    f"base at step {step + 1} of {steps} (at most {config.lora_kl_limit:g}, --lora-kl-limit): lower "
+                    "--lora-rate or --lora-epochs, or give more problems"
+                )
             optimizer.step()
             progress.add(1, f"loss {first:+.3f}, KL elsewhere {anchor:.4f}, gradient {float(norm):.2f}")
             if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-                _checkpoint(checkpoint, step + 1, named, optimizer)
+                _checkpoint(checkpoint, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
     checkpoint.unlink(missing_ok=True)
 
@@ -148,7 +156,8 @@ def put_on(base: Base, config: FitConfig) -> Any:
     model = copy_unpacked(base.model)
     if base.dtype == torch.float16:
         model = model.float()  # gradients underflow in float16
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    fused = model._supports_sdpa and base.device.type == "cpu"  # on CUDA its gradients differ from run to run
+    model.set_attn_implementation("sdpa" if fused else "eager")
     shape = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -226,16 +235,18 @@ def _length(lesson: Lesson) -> int:
     return len(lesson.prompt) + len(lesson.tokens)
 
 
-def _checkpoint(path: Path, step: int, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step)}
+def _checkpoint(
+    path: Path, step: int, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, recent: Sequence[float]
+) -> None:
+    tensors = {"step": torch.tensor(step), "recent": torch.tensor(recent, dtype=torch.float64)}
     for name, p in named.items():
         state = optimizer.state[p]
         tensors |= {name: p, f"{name}/first": state["exp_avg"], f"{name}/second": state["exp_avg_sq"]}
     write_tensors(path, tensors)
 
 
-def _resume(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Set parameters and moments as they were. -> the steps done."""
+def _resume(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    """Set parameters and moments as they were. -> the steps done, and the last ones' distance from the base."""
     tensors = load_file(path)
     for name, p in named.items():
         p.data.copy_(tensors[name])
@@ -244,7 +255,7 @@ def _resume(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Opti
             "exp_avg": tensors[f"{name}/first"].to(p.device),
             "exp_avg_sq": tensors[f"{name}/second"].to(p.device),
         }
-    return int(tensors["step"])
+    return int(tensors["step"]), tensors["recent"].tolist()
 
 
 def write(tuned: Any, base: Base, folder: Path) -> None:

@@ -5,6 +5,7 @@ with, or else `trimtab fit`'s own.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,9 +87,23 @@ def _task_of(asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
 
 @contextmanager
 def keep_in(out: Path | None) -> Iterator[Path]:
-    """Where completions are kept: there, or nowhere for long."""
+    """Where completions are kept: there, or nowhere for long.
+
+    Raises InvalidRequest while another process writes there."""
     if out is not None:
-        yield out / "completions"
+        import fcntl  # where there is none, the parsers can still be built
+
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError as error:
+            message = f"another process writes to {out}: wait for it, or choose another --out"
+            raise InvalidRequest(message, "out") from error
+        else:
+            yield out / "completions"
+        finally:
+            os.close(handle)
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch) / "eval"

@@ -62,7 +62,7 @@ class FileTask:
     """Problems from one JSONL file, or from two: the second is the held-out split."""
 
     def __init__(self, path: Path, verifier: str, held_out: Path | None = None) -> None:
-        self.name = path.name
+        self.name = path.name if held_out is None else f"{path.name} + {held_out.name}"
         self._verify: Verifier = load_verifier(verifier)
         self._extract = load_extractor(verifier)
         lines = read_problems(path, verifier)

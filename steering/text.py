@@ -100,7 +100,8 @@ def _read(
         companions = None
         if lora is not None and beside is not None:
             mix = torch.full((len(at),), strength, device=base.device)
-            companions = Companions(torch.arange(len(at), device=base.device), lora.logits(beside[at]), mix)
+            rows = torch.arange(len(at), device=base.device)
+            companions = Companions(rows, lora.logits(beside[at]), mix, capped=False)
         record = step_with(step, inputs, companions)
         parts.append((-record.base_logprob, -record.steered_logprob, (record.status & FIRED) > 0))
     return _Read(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

@@ -3,6 +3,7 @@
 Uninitialised memory is poisoned there, so that a value no kernel wrote cannot pass for one.
 """
 
+import importlib
 import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -21,8 +22,12 @@ class Interpreter:
         self._worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare)
 
     def step(self, inputs: StepInputs) -> StepRecord:
-        record: StepRecord = pickle.loads(self._worker.submit(_step, pickle.dumps(inputs)).result())
+        record: StepRecord = self.call("trimtab.kernels.step", "step", inputs)
         return record
+
+    def call(self, module: str, function: str, *arguments: Any) -> Any:
+        """What a function of a kernel's module returns. What it writes to its arguments is lost."""
+        return pickle.loads(self._worker.submit(_call, module, function, pickle.dumps(arguments)).result())
 
     def close(self) -> None:
         self._worker.shutdown()
@@ -34,11 +39,9 @@ def _prepare() -> None:
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN and the largest integers
 
 
-def _step(inputs: bytes) -> bytes:
+def _call(module: str, function: str, arguments: bytes) -> bytes:
     from triton import language as tl
     from triton.runtime import interpreter
-
-    from trimtab.kernels.step import step
 
     patch = interpreter._patch_lang
     if patch.__name__ == "_patch_lang":  # it patches triton anew at every call of a device function: half of all time
@@ -48,4 +51,4 @@ def _step(inputs: bytes) -> bytes:
             return None if patched else patch(function)
 
         interpreter._patch_lang = patch_once
-    return pickle.dumps(step(pickle.loads(inputs)))
+    return pickle.dumps(getattr(importlib.import_module(module), function)(*pickle.loads(arguments)))

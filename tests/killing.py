@@ -26,7 +26,8 @@ from trimtab.steering.rollouts import Journal, Rollout
 FIT = (
     "fit --model base --task task.jsonl --verifier killing_grading:odd --via lora --dtype float32 --device cpu "
     "--temperature 1.0 --max-tokens 5 --problems 12 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 3 "
-    "--learning-rate 0.01 --lora-targets down_proj --lora-rate 0.05 --lora-batch 2 --lora-epochs 2 --teacher-samples 1 "
+    "--learning-rate 0.01 --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 "
+    "--lora-batch 2 --lora-epochs 2 --teacher-samples 1 "
     "--strengths 0.5 1 --validation-problems 3 --validation-samples 1 --test-problems 4 --test-samples 1 --slots 4"
 )
 GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"

@@ -75,7 +75,7 @@ def test_always_on_it_answers_as_the_adapted_model_does(base: Base, finished: Pa
 
 def test_another_models_ways_are_learned_by_a_lora_of_rank_r(base: Base, finished: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
-        LORA, via="teacher", teacher="tuned", lora_rank=2, lora_epochs=6.0, lora_rate=0.01, tau=0.5
+        LORA, via="teacher", teacher="tuned", lora_rank=2, lora_epochs=6.0, lora_rate=0.01, lora_kl_limit=0.0, tau=0.5
     )
     tuned = adapt(base, finished)
     correction = pipeline.run(config, tmp_path, base, Vowels(), tuned)

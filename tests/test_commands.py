@@ -36,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         prepare(patch, folder)
         assert run(f"fit --model tiny {TASK} --out odd {SMALL} --kl-budgets 0.01 0.03") == 0
-        lora = "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-batch 4 --teacher-samples 2"
+        lora = (
+            "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --lora-batch 4 --teacher-samples 2"
+        )
         assert run(f"fit --model tiny {TASK} --out taught {SMALL} {lora}") == 0
     return folder
 
@@ -111,7 +113,8 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("_inside")
 def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    options = f"{SMALL} --tier lora --lora-targets down_proj --lora-rate 0.05 --teacher-samples 2 --gate always"
+    lora = "--lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --teacher-samples 2"
+    options = f"{SMALL} --tier lora {lora} --gate always"
     assert run(f"distill tiny taught/lora {TASK} --out copied {options}") == 0
     assert "| correction - shuffled-teacher |" in capsys.readouterr().out
     assert run("inspect copied") == 0

@@ -1,155 +1,244 @@
-"""Rows with companions: the base where the gate is shut, the companion at b = 1, and rows that mind their own."""
+"""Rows with companions against a float64 oracle, and their invariants bit for bit, over either step."""
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from interpreted import Interpreter
 
-from steps import make_inputs
+from oracle import Expected, divergence, draw, expect
+from steps import make_edits, make_inputs
 from trimtab.kernels import reference
-from trimtab.kernels.companion import Companions, blend, divergence, step_with
-from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord, pack
+from trimtab.kernels.companion import Companions, mix, step_with
+from trimtab.kernels.record import (
+    DEAD,
+    FIRED,
+    GATE_ALWAYS,
+    GATE_ENTROPY,
+    GATE_MARGIN,
+    HALVINGS,
+    OPEN,
+    StepInputs,
+    StepRecord,
+)
 
-VOCAB = 300
-SAMPLED = {"steered": True, "temperature": 0.9, "top_p": 0.95, "tau": 0.0, "uniform": 0.37}
+Step = Callable[[StepInputs], StepRecord]
+OF_THE_BASE = ("entropy", "statistic", "base_token", "base_token_logprob")
+
+companion_rows = st.fixed_dictionaries(
+    {
+        "b": st.sampled_from([-2.0, -0.5, 0.0, 0.4, 1.0, 1.7]),
+        "temperature": st.sampled_from([0.0, 0.7, 1.0]),
+        "top_p": st.sampled_from([1.0, 0.9]),
+        "uniform": st.floats(1e-6, 1 - 1e-6),
+        "gate": st.integers(GATE_ENTROPY, GATE_ALWAYS),
+        "tau": st.sampled_from([-0.5, 0.05, 2.0]),
+        "kl_cap": st.sampled_from([math.inf, math.inf, 0.2, 1e-3]),
+        "shadow": st.booleans(),
+    }
+)
+edit_rows = st.dictionaries(st.integers(0, 4), st.tuples(st.integers(-1, 2), st.sampled_from([0.0, 3.0])), max_size=2)
 
 
-def pair(rows: list[dict[str, object]], b: list[float], capped: bool = False, **changes: object) -> StepRecord:
-    inputs = make_inputs(rows, VOCAB, **changes)  # type: ignore[arg-type]
-    return step_with(reference.step, bare(inputs), companions(len(rows), b, capped))
+def make_pair(
+    rows: list[dict[str, Any]], vocab: int, seed: int = 0, edits: list[Any] | None = None, alternatives: int = 0
+) -> tuple[StepInputs, Companions]:
+    """Every row of a step with a companion of its own, and "b" for its mix."""
+    b = [row["b"] for row in rows]
+    params = [{"steered": True, **{k: v for k, v in row.items() if k != "b"}} for row in rows]
+    inputs = make_inputs(params, vocab, seed, edits=edits, alternatives=alternatives)._replace(corrections=None)
+    noise = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed + 1))
+    capped = any(row.get("kl_cap", math.inf) < math.inf for row in rows)
+    return inputs, Companions(torch.arange(len(rows)), inputs.logits + noise, torch.tensor(b), capped)
 
 
-def bare(inputs: StepInputs) -> StepInputs:
-    return inputs._replace(corrections=None)
+def plain(inputs: StepInputs, logits: torch.Tensor) -> StepInputs:
+    """The step of other logits, unsteered."""
+    shut = torch.zeros_like(inputs.params.steered)
+    return inputs._replace(logits=logits, params=inputs.params._replace(steered=shut))
 
 
-def companions(n: int, b: list[float], capped: bool = False, dtype: torch.dtype = torch.float32) -> Companions:
-    return Companions(torch.arange(n), pulls(n).to(dtype), torch.tensor(b), capped)
+def expect_share(base: Expected, change: torch.Tensor, cap: float) -> float:
+    """What a cap leaves of a change [vocab], float64."""
+    if divergence(base.base, change) <= cap:
+        return 1.0
+    low = 0.0
+    for halving in range(1, HALVINGS + 1):
+        if divergence(base.base, (low + 0.5**halving) * change) <= cap:
+            low += 0.5**halving
+    return low
 
 
-def pulls(n: int) -> Tensor:
-    return torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(7)) * 2
+def check(inputs: StepInputs, companions: Companions, record: StepRecord) -> None:
+    """Every row against the oracle, told z and z' in turn."""
+    for row in range(len(inputs.logits)):
+        base = expect(inputs, row)
+        assert base is not None
+        b = float(companions.mix[row])
+        fired = base.open and b != 0
+        change = b * (companions.logits[row].double() - inputs.logits[row].double())
+        share = expect_share(base, change, float(inputs.params.kl_cap[row])) if fired else 0.0
+        moved = expect(plain(inputs, inputs.logits.double() + share * change), row)
+        assert moved is not None
+        assert int(record.status[row]) == OPEN * base.open + FIRED * fired
+        sampled = base if inputs.params.shadow[row] else moved
+        token = int(record.token[row])
+        assert token in draw(sampled, float(inputs.params.uniform[row]))
+        assert float(record.kl[row]) == pytest.approx(divergence(base.base, share * change), abs=2e-5, rel=1e-4)
+        assert float(record.applied_strength[row]) == pytest.approx(share, abs=2e-3)
+        assert float(record.kl[row]) <= float(inputs.params.kl_cap[row]) + 2e-6
+        for value, of, distribution in (
+            (record.base_logprob, token, base.base),
+            (record.steered_logprob, token, moved.base),
+            (record.base_token_logprob, int(record.base_token[row]), base.base),
+            (record.steered_token_logprob, int(record.steered_token[row]), moved.base),
+        ):
+            assert float(value[row]) == pytest.approx(float(distribution[of]), abs=5e-3 if 0 < share < 1 else 2e-4)
 
 
-def same(one: StepRecord, other: StepRecord) -> None:
-    assert torch.equal(pack(one), pack(other))
+@pytest.fixture(scope="module", params=["reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def step(request: pytest.FixtureRequest) -> Iterator[Step]:
+    """A step that CPU tensors go into and come out of."""
+    if request.param == "reference":
+        yield reference.step
+    elif request.param == "interpreter":
+        interpreter = Interpreter()
+        yield interpreter.step
+        interpreter.close()
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    else:
+        from test_step import native_step
+
+        yield native_step
 
 
-@pytest.mark.parametrize("change", [{"tau": 100.0}, {"steered": False}, {"strength": 0.0}])
-def test_a_row_that_does_not_fire_is_the_base_bit_for_bit(change: dict[str, object]) -> None:
-    inputs = bare(make_inputs([{**SAMPLED, **change}], VOCAB, alternatives=3))
-    same(step_with(reference.step, inputs, companions(1, [1.0])), reference.step(inputs))
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.tuples(companion_rows, edit_rows), min_size=1, max_size=4),
+    vocab=st.sampled_from([5, 63, 128, 129, 300]),
+    seed=st.integers(0, 1000),
+)
+def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int) -> None:
+    inputs, companions = make_pair([r for r, _ in rows], vocab, seed, edits=[e for _, e in rows])
+    check(inputs, companions, step_with(reference.step, inputs, companions))
+
+
+def test_the_kernels_agree_with_the_oracle(step: Step) -> None:
+    options: list[dict[str, Any]] = [
+        {"b": 1.0, "temperature": 0.8, "uniform": 0.3},
+        {"b": -1.5, "top_p": 0.9, "uniform": 0.8},
+        {"b": 0.4, "kl_cap": 0.01, "uniform": 0.5, "gate": GATE_MARGIN, "tau": -0.9},
+        {"b": 0.7, "shadow": True, "temperature": 0.0},
+        {"b": 0.7, "tau": math.inf, "uniform": 0.6},
+    ]
+    edits = [{}, {3: (1, -2.0)}, {}, {}, {0: (-1, 4.0)}]
+    inputs, companions = make_pair(options, 300, edits=edits, alternatives=5)
+    check(inputs, companions, step_with(step, inputs, companions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_at_b_1_the_token_is_the_companions_own(dtype: torch.dtype, temperature: float) -> None:
-    row = {**SAMPLED, "temperature": temperature}
-    inputs = bare(make_inputs([row], VOCAB, dtype=dtype, alternatives=3))
-    got = step_with(reference.step, inputs, companions(1, [1.0], dtype=dtype))
-    alone = reference.step(
-        inputs._replace(logits=pulls(1).to(dtype), params=inputs.params._replace(tau=torch.tensor([99.0])))
-    )
-    base = reference.step(inputs)
-    assert int(got.status[0]) == OPEN | FIRED
-    for name, theirs in (
-        ("token", alone.token),
-        ("steered_token", alone.base_token),
-        ("steered_logprob", alone.base_logprob),
-        ("steered_token_logprob", alone.base_token_logprob),
-        ("top_ids", alone.top_ids),
-        ("top_logprobs", alone.top_logprobs),
-        ("entropy", base.entropy),
-        ("statistic", base.statistic),
-        ("base_token", base.base_token),
-    ):
-        assert torch.equal(getattr(got, name), theirs), name
-    log_p = inputs.logits[0].double().log_softmax(-1)
-    assert float(got.base_logprob[0]) == pytest.approx(float(log_p[int(got.token[0])]), abs=1e-5)
+def test_a_full_mix_is_the_companion_bit_for_bit(step: Step, dtype: torch.dtype) -> None:
+    rows: list[dict[str, Any]] = [{"b": 1.0, "temperature": 0.4 * i, "uniform": 0.2 * i + 0.05} for i in range(4)]
+    inputs, companions = make_pair(rows, 300, edits=[{}, {3: (1, -2.0)}, {}, {}], alternatives=5)
+    other = companions.logits.to(dtype)
+    other[0, 7], inputs.logits[0, 7] = -math.inf, 0.0  # each forbids a token that the other knows
+    other[0, 9], inputs.logits[0, 9] = 0.0, -math.inf
+    inputs = inputs._replace(logits=inputs.logits.to(dtype))
+    record = step_with(step, inputs, companions._replace(logits=other))
+    alone = step(plain(inputs, other))
+    assert (record.status == OPEN + FIRED).all()
+    for name in ("token", "top_ids", "top_logprobs"):
+        assert torch.equal(getattr(record, name), getattr(alone, name)), name
+    for of, name in (("steered_logprob", "base_logprob"), ("steered_token_logprob", "base_token_logprob")):
+        assert torch.equal(getattr(record, of), getattr(alone, name)), name
+    assert torch.equal(record.steered_token, alone.base_token)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    b=st.floats(-3, 3), uniform=st.floats(0.001, 0.999), shadow=st.booleans(), temperature=st.sampled_from([0.0, 1.0])
-)
-def test_against_a_float64_oracle(b: float, uniform: float, shadow: bool, temperature: float) -> None:
-    row = {"steered": True, "temperature": temperature, "uniform": uniform, "shadow": shadow, "tau": 0.0}
-    inputs = bare(make_inputs([row], VOCAB))
-    got = step_with(reference.step, inputs, companions(1, [b]))
-    z, pull = inputs.logits[0].double(), pulls(1)[0].double()
-    moved = (1 - b) * z + b * pull
-    log_p, log_q = z.log_softmax(-1), moved.log_softmax(-1)
-    token = int(got.token[0])
-    assert int(got.steered_token[0]) == int(moved.argmax())
-    assert float(got.steered_logprob[0]) == pytest.approx(float(log_q[token]), abs=1e-4)
-    assert float(got.base_logprob[0]) == pytest.approx(float(log_p[token]), abs=1e-4)
-    assert float(got.kl[0]) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), abs=1e-4)
-    drawn_from = log_p if shadow else log_q
-    if temperature == 0:
-        assert token == int(drawn_from.argmax())
+@pytest.mark.parametrize("change", [{"b": 0.0}, {"tau": math.inf}, {"steered": False}, {"shadow": True}])
+def test_what_does_not_apply_leaves_the_base_bit_for_bit(step: Step, change: dict[str, Any]) -> None:
+    rows = [{"b": 0.8, "temperature": 0.4 * i, "uniform": 0.2 * i + 0.05, **change} for i in range(4)]
+    inputs, companions = make_pair(rows, 300, alternatives=5)
+    record, base = step_with(step, inputs, companions), step(plain(inputs, inputs.logits))
+    names = {"token", "top_ids", "top_logprobs", "base_logprob", *OF_THE_BASE}
+    if "shadow" in change:
+        assert (record.kl > 0).all()
+        assert (record.status == OPEN + FIRED).all()
     else:
-        before, after = (float(drawn_from.exp().cumsum(0)[i]) if i >= 0 else 0.0 for i in (token - 1, token))
-        assert before - 1e-5 <= uniform <= after + 1e-5
+        names = set(StepRecord._fields) - {"status"}
+        assert (record.status & FIRED == 0).all()
+    for name in names:
+        assert torch.equal(getattr(record, name), getattr(base, name)), name
 
 
-def test_a_row_gets_the_same_whoever_shares_its_step() -> None:
-    rows = [{**SAMPLED, "uniform": 0.1 + 0.2 * i, "shadow": i == 2, "tau": 0.0 if i % 2 else 50.0} for i in range(4)]
-    b = [1.0, -0.5, 0.7, 2.0]
-    inputs = bare(make_inputs(rows, VOCAB, alternatives=2))
-    whole = step_with(reference.step, inputs, companions(4, b))
-    order = torch.tensor([2, 0, 3])  # row 1 has no companion here
-    some = Companions(order, pulls(4)[order], torch.tensor(b)[order])
-    mixed = step_with(reference.step, inputs, some)
-    for i in order.tolist():
-        for one, other in zip(whole, mixed, strict=True):
-            assert torch.equal(one[i], other[i])
-    alone = reference.step(inputs)
-    for one, other in zip(mixed, alone, strict=True):
-        assert torch.equal(one[1], other[1])
+def test_a_row_depends_on_itself_and_its_companion_alone(step: Step) -> None:
+    """In another order, beside rows that have none, and alone."""
+    rows: list[dict[str, Any]] = [
+        {"b": [0.5, 1.0, -1.0][i % 3], "kl_cap": [math.inf, 0.02][i % 2], "uniform": 0.13 * i + 0.01} for i in range(6)
+    ]
+    inputs, companions = make_pair(rows, 333, edits=[{}, {3: (1, -2.0)}, {}, {}, {1: (0, 1.0)}, {}], alternatives=3)
+    together = step_with(step, inputs, companions)
+    bare = step(inputs)
+    order = torch.tensor([4, 1, 5])
+    some = Companions(order, companions.logits[order], companions.mix[order], True)
+    mixed = step_with(step, inputs, some)
+    for name in StepRecord._fields:
+        assert torch.equal(getattr(mixed, name)[order], getattr(together, name)[order]), name
+        assert torch.equal(getattr(mixed, name)[[0, 2, 3]], getattr(bare, name)[[0, 2, 3]]), name
+    for row in (1, 4):
+        own = [{}, {3: (1, -2.0)}, {}, {}, {1: (0, 1.0)}, {}][row]
+        one = inputs._replace(
+            logits=inputs.logits[row : row + 1],
+            hidden=inputs.hidden[row : row + 1],
+            params=type(inputs.params)(*(column[row : row + 1] for column in inputs.params)),
+            edits=make_edits([own]),
+        )
+        pair = Companions(
+            torch.tensor([0]), companions.logits[row : row + 1], companions.mix[row : row + 1], row % 2 == 1
+        )
+        alone = step_with(step, one, pair)
+        for name in StepRecord._fields:
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row]), name
 
 
-def test_a_cap_scales_the_pull_and_is_kept() -> None:
-    rows = [{**SAMPLED, "kl_cap": cap} for cap in (0.01, 0.2, math.inf)]
-    got = pair(rows, [1.0, -1.5, 1.0], capped=True)
-    assert [float(s) <= cap for s, cap in zip(got.kl, (0.01, 0.2, math.inf), strict=True)] == [True] * 3
-    assert float(got.kl[0]) == pytest.approx(0.01, rel=1e-2)
-    assert float(got.kl[1]) == pytest.approx(0.2, rel=1e-2)
-    assert 0 < float(got.applied_strength[0]) < 1
-    assert float(got.applied_strength[2]) == 1.0
-    same(
-        StepRecord._make(column[2:] for column in got),
-        StepRecord._make(column[2:] for column in pair(rows, [1.0, -1.5, 1.0])),
-    )
+def test_a_dead_companion_kills_its_row_only(step: Step) -> None:
+    rows: list[dict[str, Any]] = [{"b": 0.5, "uniform": 0.3, "tau": math.inf if i == 5 else 0.0} for i in range(8)]
+    edits: list[Any] = [{}] * 7 + [dict.fromkeys(range(130), (-1, -math.inf))]
+    inputs, companions = make_pair(rows, 130, edits=edits, alternatives=2)
+    alive = step_with(step, inputs, companions)
+    inputs.logits[1, 7] = math.nan
+    companions.logits[2, 7] = math.nan
+    companions.logits[3, 7] = math.inf
+    companions.logits[4] = -math.inf
+    companions.logits[5, 7] = math.nan  # though its gate is shut: the pair cannot go on
+    record = step_with(step, inputs, companions)
+    assert (record.status & DEAD != 0).tolist() == [False, True, True, True, True, True, False, True]
+    dead = (record.status & DEAD) != 0
+    assert (record.token[dead] == -1).all()
+    assert (record.top_ids[dead] == -1).all()
+    assert all(column.isfinite().all() for column in record[4:12])
+    for name in StepRecord._fields:
+        assert torch.equal(getattr(record, name)[[0, 6]], getattr(alive, name)[[0, 6]]), name
 
 
-@pytest.mark.parametrize("whose", ["own", "companion"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_sick_row_or_companion_ends_that_row_alone(whose: str, value: float) -> None:
-    inputs = bare(make_inputs([dict(SAMPLED) for _ in range(3)], VOCAB))
-    beside = companions(3, [1.0, 0.5, -0.5])
-    healthy = step_with(reference.step, inputs, beside)
-    (inputs.logits if whose == "own" else beside.logits)[1, 5] = value
-    got = step_with(reference.step, inputs, beside)
-    assert bool(got.status[1] & DEAD)
-    assert int(got.token[1]) == -1
-    for one, other in zip(got, healthy, strict=True):
-        assert torch.equal(one[[0, 2]], other[[0, 2]])
+def test_what_either_forbids() -> None:
+    z, other = torch.tensor([[-math.inf, -math.inf, 1.0, 2.0]]), torch.tensor([[-math.inf, 5.0, -math.inf, 3.0]])
+
+    def at(b: float) -> list[float]:
+        return mix(z, other, torch.tensor([b])).tolist()[0]
+
+    assert at(0.5) == [-math.inf, -math.inf, -math.inf, 2.5]
+    assert at(-1.0) == [-math.inf, -math.inf, 1.0, 1.0]
+    assert at(1.0) == other.tolist()[0]
+    assert at(0.0) == z.tolist()[0]
+    assert at(2.0) == [-math.inf, -math.inf, -math.inf, 4.0]
 
 
-def test_forbidden_tokens_stay_forbidden_and_edits_count() -> None:
-    z, pull = torch.zeros(1, 3), torch.zeros(1, 3)
-    z[0, 0], pull[0, 1] = -math.inf, -math.inf
-    assert blend(z, pull, torch.tensor([0.5])).tolist() == [[-math.inf, -math.inf, 0.0]]
-    assert blend(z, pull, torch.tensor([-0.5])).tolist() == [[-math.inf, 0.0, 0.0]]
-    assert torch.equal(blend(z, pull, torch.tensor([1.0])), pull)
-    assert float(divergence(z, z)[0]) == 0.0
-    free = pair([{**SAMPLED, "temperature": 0.0}], [1.0])
-    edits = [{int(free.token[0]): (-1, -math.inf)}]
-    assert int(pair([{**SAMPLED, "temperature": 0.0}], [1.0], edits=edits).token[0]) != int(free.token[0])
-    everything = [dict.fromkeys(range(VOCAB), (-1, -math.inf))]
-    dead = pair([dict(SAMPLED)], [1.0], edits=everything)
-    assert bool(dead.status[0] & DEAD)
-    assert int(dead.token[0]) == -1
+def test_without_companions_it_is_the_step() -> None:
+    inputs, _ = make_pair([{"b": 1.0}] * 2, 130)
+    for a, b in zip(step_with(reference.step, inputs, None), reference.step(inputs), strict=True):
+        assert torch.equal(a, b)

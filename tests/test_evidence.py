@@ -15,6 +15,7 @@ from trimtab.steering import teacher as teacher_module
 from trimtab.steering.correction import HeadCorrection
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
+from trimtab.steering.setting import keep_in
 
 GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 FITTED = {"model": "tiny", "task": "task.jsonl", "verifier": "odd_grading:odd", "temperature": 1.0, "max_tokens": 6}
@@ -76,6 +77,15 @@ def test_an_eval_with_out_goes_on_where_it_was(
     monkeypatch.setattr(Core, "step", None)
     assert run("eval --correction mine --problems 4 --out kept") == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.usefixtures("folder")
+def test_two_processes_do_not_write_to_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with keep_in(Path("kept")):
+        assert run("eval --correction mine --problems 2 --out kept") == 1
+        assert "another process writes to kept" in capsys.readouterr().err
+    with keep_in(Path("kept")) as folder:
+        assert folder == Path("kept/completions")
 
 
 @pytest.mark.usefixtures("folder")

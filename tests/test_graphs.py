@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import FAMILIES, tiny_base, tiny_correction
+from tiny import FAMILIES, tiny_base, tiny_correction, tiny_lora
 from trimtab.kernels import layer_reference, slot_attention_reference
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server import base as base_module
@@ -46,18 +46,27 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:
-    """Everything but the floats: greedy and sampled, steered and not, of several lengths."""
+    """Everything but the floats: greedy and sampled, of every tier and none, of several lengths."""
     bank = Bank(base.hidden, "cpu")
     bank.add(tiny_correction(base, "c0"))
+    bank.add(tiny_lora(base))
+    steerings = [
+        Steering(),
+        Steering(),
+        Steering("c0", strength=2.0, tau=1.0),
+        Steering("contrast", tau=1.0, companion_prompt=(9, 8, 7)),
+        Steering("lora", tau=1.0),
+        Steering("lora", gate="always"),
+    ]
     requests = [
         Request(
             str(i),
             tuple(range(3 + i, 8 + 7 * i)),
             SamplingParams(temperature=(0, 0.8)[i % 2], top_p=0.9, seed=i, max_tokens=9, ignore_eos=True),
-            Steering((None, "c0")[i // 2 % 2], strength=2.0, tau=1.0),
+            steerings[i % 6],
             n=1 + (i == 3),
         )
-        for i in range(6)
+        for i in range(12)
     ]
     core = Core(base, bank, EngineConfig(slots=5, step_tokens=24, max_model_len=80, **config))
     events = [(e.request_id, e.index, e.token, e.receipt and e.receipt.fired, e.error) for e in core.run(requests)]
@@ -99,3 +108,38 @@ def test_batch_sizes_end_at_the_slots_and_waste_less_than_a_third() -> None:
         assert (sizes[0], sizes[-1]) == (1, rows)
         for asked in range(9, rows):
             assert next(size for size in sizes if size >= asked) <= 1.5 * asked
+
+
+def test_what_ends_or_changes_from_outside_spoils_no_step_that_was_launched_ahead(on_gpu: list[int]) -> None:
+    base = tiny_base()
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=3, max_model_len=64))
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = {name: tuple(range(first, first + 7)) for name, first in (("a", 5), ("b", 50), ("c", 90))}
+    for name, prompt in prompts.items():
+        core.submit(Request(name, prompt, greedy))
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+
+    def step() -> None:
+        for event in core.step():
+            tokens[event.request_id].append(event.token)
+
+    for _ in range(4):
+        step()
+    assert core._ahead is not None
+    core.abort("a", 0)
+    core.submit(Request("d", prompts["a"], greedy))  # takes the slot that was left
+    tokens["d"] = []
+    step()
+    tokens["b"][-1] = other = (tokens["b"][-1] + 1) % 200
+    core.amend("b", 0, other)
+    while core.busy:
+        step()
+
+    def alone(prompt: tuple[int, ...]) -> list[int]:
+        fresh = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, max_model_len=64))
+        return [event.token for event in fresh.run([Request("x", prompt, greedy)])]
+
+    assert tokens["c"] == alone(prompts["c"])
+    assert tokens["d"] == alone(prompts["a"])
+    assert tokens["a"] == alone(prompts["a"])[:4]
+    assert tokens["b"][5:] == alone(prompts["b"] + tuple(tokens["b"][:5]))[:7]

@@ -51,3 +51,17 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "x.jsonl").write_text("\n" + line)
     with pytest.raises(SystemExit, match=r"x\.jsonl, line 2: "):
         run(monkeypatch, tmp_path / "x.jsonl", "--out", tmp_path / "y.jsonl")
+
+
+def test_math500_is_a_task_to_judge_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"id": f"m/{i}", "problem": f"{i} + 1?", "answer": str(i + 1), "level": 1 + i % 2} for i in range(6)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.syspath_prepend(str(Path(SCRIPT).parent))
+    monkeypatch.setattr("sys.argv", ["math500.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "task.jsonl")])
+    runpy.run_path(str(Path(SCRIPT).with_name("math500.py")), run_name="__main__")
+    (tmp_path / "train.jsonl").write_text('{"id": "t", "prompt": "1 + 1?", "answer": "2"}\n')
+    task = load_task(str(tmp_path / "train.jsonl"), "math", str(tmp_path / "task.jsonl"))
+    assert task.name == "train.jsonl + task.jsonl"
+    problems = task.problems("held-out", 6)
+    assert {problem.kind for problem in problems} == {"level 1", "level 2"}
+    assert all(task.score(problem, f"So \\boxed{{{problem.answer}}}.") == 1.0 for problem in problems)

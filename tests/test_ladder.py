@@ -132,6 +132,19 @@ def test_rows_of_one_name_are_refused(base: Base, entrants: Entrants, tmp_path: 
         climb(base, EXAM, twins, tmp_path)
 
 
+def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
+    base: Base, entrants: Entrants, folder: Path, climbed: Climbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Core, "step", None)
+    without = frozenset({"contrast", "base-few-shot", "base-open-t0.5", "shuffled-rewards", "random-gate"})
+    fewer = climb(base, EXAM, entrants._replace(without=without), folder)
+    assert [row.policy.name for row in fewer.rows] == [name for name in ROWS if name not in without]
+    assert to_markdown(build(base, EXAM, entrants, fewer))
+    for name, words in {"base": "base must stay", "head": "head must stay", "tail": "there is no row tail"}.items():
+        with pytest.raises(InvalidRequest, match=words):
+            climb(base, EXAM, entrants._replace(without=frozenset({name})), folder)
+
+
 def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -> None:
     exam = EXAM._replace(problems=EXAM.problems[:2])
     found = climb(base, exam, Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0))), tmp_path)
@@ -188,6 +201,7 @@ def test_the_verdict_names_what_is_not_beaten() -> None:
     assert judge(rows, differences) == [
         "head: +0.200 [+0.100, +0.300] over base; beats base-greedy; does not beat shuffled-rewards (+0.010 [-0.020, "
         "+0.040])",
-        "weak: +0.020 [-0.010, +0.050] over base; no gain; does not beat base-greedy (-0.020 [-0.100, +0.050])",
+        "weak: +0.020 [-0.010, +0.050] over base; no gain is shown; does not beat base-greedy (-0.020 [-0.100, "
+        "+0.050])",
         "harmful: -0.200 [-0.300, -0.100] over base; a loss",
     ]

@@ -1,11 +1,17 @@
 """Lockstep: who is taken writes what it would alone, whoever it is, and the other sees the same text."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tiny import tiny_base, tiny_correction
+from trimtab.kernels import layer_reference, slot_attention_reference
+from trimtab.kernels.dispatch import LayerKernels
+from trimtab.server import base as base_module
+from trimtab.server import kv, runner
 from trimtab.server.base import Base
 from trimtab.server.core import Core
 from trimtab.server.request import Steering
@@ -16,6 +22,12 @@ from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam
 from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core, request_for
 
+REFERENCE = LayerKernels(
+    slot_attention_reference.attend,
+    lambda group, itemsize: 7,
+    layer_reference.add_norm,
+    layer_reference.silu_mul,
+)
 PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
 SAMPLING = Sampling(2, 0, 1.0, 0.95, 20)
 
@@ -127,3 +139,41 @@ def test_a_correction_may_be_the_other(base: Base, tmp_path: Path) -> None:
     wanted = collect(cores[1], Odd(), PROBLEMS, SAMPLING, tmp_path, "mine", Steering("mine"))
     assert [w.tokens for w in found] == [r.tokens for r in wanted]
     assert any(turn.best != turn.own.base_token for w in found for turn, _ in w.turns)
+
+
+def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the next step would be under way before the rule has chosen. A capture that just calls is such a GPU."""
+
+    def odd(turn: Turn) -> bool:
+        return turn.position % 2 == 1
+
+    def told(found: list[Written]) -> list[object]:
+        return [(w.problem, w.sample, w.tokens, w.finish, [t.other for t, _ in w.turns]) for w in found]
+
+    wanted = told(together(base, other, odd, Gate()))
+    ahead: list[int] = []
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+    again = runner.Runner.forward_again
+
+    def forward_again(self: runner.Runner, *arguments: Any) -> Any:
+        made = again(self, *arguments)
+        ahead.append(made is not None)
+        return made
+
+    monkeypatch.setattr(runner, "capture_for", lambda device: capture)
+    for module in (base_module, kv):
+        monkeypatch.setattr(module, "layers_for", lambda device: REFERENCE)
+    monkeypatch.setattr(runner.Runner, "forward_again", forward_again)
+    fast = [tiny_base(seed=seed, eos_token_id=list(range(8))) for seed in (0, 1)]
+    warm_up: list[int] = []
+
+    def odd_too(turn: Turn) -> bool:
+        warm_up.append(len(ahead))
+        return odd(turn)
+
+    assert told(together(fast[0], fast[1], odd_too, Gate())) == wanted
+    assert len(ahead) == warm_up[0], "since the engines were made, none did"

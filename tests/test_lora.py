@@ -23,7 +23,16 @@ from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
 from trimtab.steering.teacher import adapt, without_peft_warnings
 
-CONFIG = FitConfig(via="lora", lora_rank=4, lora_alpha=8, lora_rate=3e-3, lora_batch=4, lora_warmup=3, lora_epochs=5.0)
+CONFIG = FitConfig(
+    via="lora",
+    lora_rank=4,
+    lora_alpha=8,
+    lora_rate=3e-3,
+    lora_batch=4,
+    lora_warmup=3,
+    lora_epochs=5.0,
+    lora_kl_limit=0.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +278,10 @@ def test_layers_that_are_not_there_are_named(base: Base, tmp_path: Path) -> None
     with pytest.raises(InvalidRequest, match="nowhere_proj") as caught:
         train(base, tmp_path, dataclasses.replace(CONFIG, lora_targets=("nowhere_proj",)))
     assert caught.value.field == "lora_targets"
+
+
+def test_a_lora_that_runs_away_ends_in_words_and_leaves_no_folder(base: Base, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lora_rate=0.05, lora_kl_limit=0.3)
+    with pytest.raises(TaskError, match=r"runs away: .* nats from the base at step .*--lora-kl-limit"):
+        lora.train(base, random_lessons(20), config, tmp_path / "lora")
+    assert not (tmp_path / "lora" / "adapter_config.json").exists()

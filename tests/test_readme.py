@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["--problems", "12", "--samples", "6", "--validation-problems", "2", "--validation-samples", "1"]
 SMALL += ["--test-problems", "4", "--test-samples", "1", "--epochs", "2", "--max-tokens", "24", "--slots", "8"]
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
-FIT = [*SMALL, "--lora-warmup", "1", "--lora-rate", "0.003"]
+FIT = [*SMALL, "--lora-warmup", "1", "--lora-rate", "0.003", "--lora-kl-limit", "0"]
 SHORT = {"fit": FIT, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "4", "--samples", "1"]}
 SHORT["inspect"] = []
 

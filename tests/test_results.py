@@ -130,6 +130,7 @@ TIERS = {
 MEASURED: dict[str, dict[str, Any]] = {
     "tiers": {"benchmark": "tiers", "model": "tiny", "device": "cpu", "results": [{"batch": 8, "tiers": TIERS}]},
     "kernels": {"benchmark": "kernels", "vocabulary": 9, "results": [{"rows": 1, "us": 3.14159, "span": SPREAD}]},
+    "gsm8k": {"benchmark": "gsm8k", "problems": 660, "task_sha256": "cafe"},
     "fit_time": {
         "benchmark": "fit_time",
         "model": "tiny",
@@ -165,6 +166,7 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         "| rollouts | 12.0 |",
         "## Kernels: kernels\n",
         "| 1 | 3.142 | 0.97 [0.9, 1] |",
+        "## Task file: gsm8k, gsm8k\n\n- problems: 660\n- task_sha256: cafe\n",
     ):
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 5

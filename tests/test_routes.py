@@ -51,6 +51,7 @@ CONFIG = FitConfig(
     learning_rate=0.01,
     lora_targets=("down_proj",),
     lora_rate=0.02,
+    lora_kl_limit=0.0,
     lora_batch=4,
     teacher_samples=2,
     strengths=(1.0, 2.0),

@@ -404,3 +404,36 @@ def test_aborts_free_both_slots_wherever_the_pair_is(base: Base, bank: Bank) -> 
     assert not core.busy
     assert core.free_slots == 4
     assert tokens(list(core.run([requests[0]]))) == tokens(answer(base, bank, requests[0]))
+
+
+def test_a_crowd_that_leaves_at_random_moments_leaves_nothing(base: Base, bank: Bank) -> None:
+    """All tiers, half of them aborted at some step: the rest answer as alone, and slots and tables are as before."""
+    generator = torch.Generator().manual_seed(0)
+    core = Core(base, bank, EngineConfig(slots=6, step_tokens=24))
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    steerings = itertools.cycle(STEERINGS.items())
+    requests = [
+        Request(f"{i}-{name}", prompt_of(4 + i % 30, seed=i % 5), sampling, steering, n=1 + (i % 3 == 0))
+        for i, (name, steering) in enumerate(itertools.islice(steerings, 35))
+    ]
+    leaving = {request.id for i, request in enumerate(requests) if i % 2}
+    said = defaultdict(list)
+    pending = iter(requests)
+    while core.busy or (request := next(pending, None)) is not None:
+        if not core.busy:
+            core.submit(request)
+        for late in itertools.islice(pending, int(torch.randint(0, 3, (1,), generator=generator))):
+            core.submit(late)
+        for event in core.step():
+            said[event.request_id, event.index].append(event.token)
+        sequences = [*core._scheduler.running.values(), *core._scheduler.waiting.values()]
+        for sequence in sequences:
+            if sequence.request.id in leaving and torch.rand((), generator=generator) < 0.3:
+                core.abort(sequence.request.id, sequence.index)
+    assert core.free_slots == 6
+    assert not core.busy
+    for request in requests:
+        if request.id not in leaving:
+            for choice, events in run(base, bank, [request], slots=4).items():
+                assert said[choice] == tokens(events), choice
+    assert min(len(answered) for answered in said.values()) < 8, "the test wants some who left in the middle"

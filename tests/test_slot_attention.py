@@ -1,0 +1,131 @@
+"""Attention over KV slots: the Triton kernels against the reference, interpreted everywhere, native on CUDA."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attending import Case, make_case, run
+from interpreted import Interpreter
+from torch.nn import functional as F
+
+from trimtab.kernels import layer_reference
+
+KERNELS, REFERENCE = "trimtab.kernels.slot_attention", "trimtab.kernels.slot_attention_reference"
+
+
+class Native:
+    """The kernels on this machine's GPU, CPU tensors in and out."""
+
+    def call(self, module: str, function: str, *arguments: Any) -> Any:
+        found = getattr(importlib.import_module(module), function)(*(move(argument, "cuda") for argument in arguments))
+        return move(found, "cpu")
+
+
+def move(value: Any, device: str) -> Any:
+    """The tensors of (nested) tuples on `device`, with their strides."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+    if isinstance(value, tuple):
+        moved = [move(v, device) for v in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield Native()
+    else:
+        interpreter = Interpreter()
+        yield interpreter
+        interpreter.close()
+
+
+def check(machine: Any, case: Case, tolerance: float) -> None:
+    expected, found = run(REFERENCE, case), machine.call("attending", "run", KERNELS, case)
+    real = case.places.position >= 0
+    torch.testing.assert_close(found[0][real], expected[0][real], rtol=0, atol=tolerance)
+    for kept, wanted in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(kept, wanted, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"decode": 5, "chunks": []},
+        {"decode": 3, "chunks": [(0, 40), (5, 9), (100, 170)]},
+        {"decode": 0, "chunks": [(0, 40), (5, 90)], "heads": 14, "size": 64, "rotates": True},
+        {
+            "decode": 4,
+            "chunks": [],
+            "heads": 6,
+            "kv_heads": 1,
+            "size": 16,
+            "window": 17,
+            "rotates": True,
+            "norms": True,
+        },
+        {"decode": 4, "chunks": [(30, 65)], "heads": 6, "kv_heads": 1, "size": 16, "window": 17, "rotates": True},
+        {"decode": 5, "chunks": [(0, 10)] * 3, "kv_heads": 4, "size": 24, "window": 5, "rotates": True, "norms": True},
+        {"decode": 1, "chunks": [], "heads": 8, "size": 128, "length": 600},
+    ],
+    ids=str,
+)
+def test_the_kernels_agree_with_the_reference(machine: Any, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    check(machine, make_case(**shape, dtype=dtype), 1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [[], [(0, 300), (40, 77)]])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (28, 4, 128)])
+def test_bfloat16_agrees_on_a_gpu(heads: tuple[int, int, int], chunks: list[tuple[int, int]]) -> None:
+    """The interpreter cannot multiply it."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for decode in (1, 6, 80):  # split over positions, and not
+        shape = dict(zip(("heads", "kv_heads", "size"), heads, strict=True))
+        case = make_case(decode, chunks, **shape, length=512, dtype=torch.bfloat16, rotates=True)
+        check(Native(), case, 3e-2)
+
+
+def test_a_row_alone_and_among_others_is_the_same(machine: Any) -> None:
+    """Split as finely either way, so bit for bit."""
+    case = make_case(4, [], length=300, rotates=True)
+    both = machine.call("attending", "run", KERNELS, case)
+    slot, position, _, _ = case.places
+    rows = [2, 0, 3]
+    rotary = case.rotary._replace(cos=case.rotary.cos[rows], sin=case.rotary.sin[rows]) if case.rotary else None
+    some = case._replace(
+        query=case.query[rows],
+        key=case.key[rows],
+        value=case.value[rows],
+        places=case.places._replace(slot=slot[rows], position=position[rows], decode=3),
+        rotary=rotary,
+    )
+    assert torch.equal(both[0][rows], machine.call("attending", "run", KERNELS, some)[0])
+
+
+@pytest.mark.parametrize("width", [8, 100, 896, 3584])
+def test_the_layers_parts_agree(machine: Any, width: int) -> None:
+    g = torch.Generator().manual_seed(width)
+    x, residual, gate_up = (torch.randn(3, n, generator=g) * 3 for n in (width, width, 2 * width))
+    scales = torch.rand(width, generator=g)
+    for before in (None, residual):
+        found = machine.call("trimtab.kernels.layer", "add_norm", x, before, scales, 1e-6)
+        for mine, expected in zip(found, layer_reference.add_norm(x, before, scales, 1e-6), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+    found = machine.call("trimtab.kernels.layer", "silu_mul", gate_up)
+    torch.testing.assert_close(found, layer_reference.silu_mul(gate_up), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_is_softmax_attention() -> None:
+    """One chunk from the start of a slot is what torch calls causal attention."""
+    case = make_case(0, [(0, 50)], heads=2, kv_heads=2, size=16)
+    q, k, v = (t.transpose(0, 1)[None] for t in (case.query, case.key, case.value))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=case.scale)[0].transpose(0, 1)
+    torch.testing.assert_close(run(REFERENCE, case)[0], expected, rtol=1e-5, atol=1e-5)
