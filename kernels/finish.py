@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import RANK_ORDER, draw_grouped, draw_ranked
+from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
 from trimtab.kernels.keys import (
+    COLUMNS,
     GROUP,
     INF,
     LOWEST,
@@ -30,15 +31,17 @@ from trimtab.kernels.keys import (
     to_key,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.select import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
 from trimtab.kernels.stats import Groups
-from trimtab.kernels.tilt import correct, weigh_rest
 
 OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}  # bits must not hang on what is contracted
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-TILE_BYTES = 16384  # of the head's rows in a program's tile of products: a larger one spills
+ROWS = 16  # groups that are read at once
+FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
+SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
 
 
 class Tasks(NamedTuple):
@@ -49,24 +52,48 @@ class Tasks(NamedTuple):
     norms: Tensor  # float32 [rows, 4]: best logit and log-mass above it, of z and of z'
 
 
-@triton.jit(do_not_specialize=["alternatives", "rank"])
+@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, strength, tau, shadow, edit_offsets,
-    hidden, hidden_stride, size, head, head_stride, A, B, b, cap, correction_top_k, rank, alternatives,
-    amended, ranked, task, steered_keys, norms,
+    temperature, top_k, top_p, min_p, uniform, correction, strength, steered, tau, shadow, edit_spans,
+    correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
-    base_token_logprob_out, steered_token_logprob_out, top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
+    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups, RANK a correction's rank."""
+    """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
+    POOL: tl.constexpr = 2 * SLOTS
     slot = tl.arange(0, SLOTS)
     group = tl.arange(0, GROUPS)
-    at = row * stride + group
+    group_peak += row * stride
+    group_mass += row * stride
+    group_moment += row * stride
+    group_tempered += row * stride
     exists = group * GROUP < vocab
-    peak = tl.load(group_peak + at, mask=exists, other=NEG_INF)
+    # Everything that is read for every row, at once: a read costs more than all that is done with it.
+    peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
+    mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
+    moment = tl.load(group_moment + group, mask=exists, other=0.0)
+    index = tl.load(correction + row).to(tl.int64)
+    force = tl.load(strength + row)
+    steers = tl.load(steered + row) != 0
+    threshold = tl.load(tau + row)
+    silent = tl.load(shadow + row) != 0
+    t = tl.load(temperature + row)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    least = tl.load(min_p + row)
+    u = tl.load(uniform + row)
+    edited = False
+    if HAS_EDITS:
+        edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    inverse = inverse_temperature(t)
+    tempered = mass1
+    if inverse != 1.0:
+        tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+
     best = tl.max(peak, axis=0)
     if (best == INF) | (best == NEG_INF):
         tl.store(task + row * 2, 0)
@@ -84,8 +111,6 @@ def finish_kernel(
         return
 
     # Merge the groups; entropy in shifted coordinates keeps its digits as |z| grows.
-    mass1 = tl.load(group_mass + at, mask=exists, other=0.0)
-    moment = tl.load(group_moment + at, mask=exists, other=0.0)
     gap = tl.maximum(peak - best, -200.0)  # exp is 0 long before; 0 * -inf would be NaN
     weight = tl.exp(gap)
     mass = tl.sum((weight * mass1).to(tl.float64), axis=0)
@@ -93,196 +118,150 @@ def finish_kernel(
     log_mass = tl.log(mass.to(tl.float32))
     entropy = tl.maximum(log_mass - (dot / mass).to(tl.float32), 0.0)
 
-    index = tl.load(correction + row).to(tl.int64)
-    force = tl.load(strength + row)
-    opened = (index >= 0) & (entropy > tl.load(tau + row))
+    opened = steers & (index >= 0) & (entropy > threshold)
     fired = opened & (force != 0.0)
-    applied = fired & (tl.load(shadow + row) == 0)
+    applied = fired & (silent == 0)
     candidates = tl.full([], 0, tl.int32)
     if fired:
         candidates = tl.minimum(tl.load(correction_top_k + index), vocab)
 
-    t = tl.load(temperature + row)
-    inverse = inverse_temperature(t)
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
-    least = tl.load(min_p + row)
-    edited = False
-    if HAS_EDITS:
-        edited = tl.load(edit_offsets + row + 1) > tl.load(edit_offsets + row)
     filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
     ranks = filtered & (t > 0.0) & (edited == 0)  # this kernel may draw in rank order
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
-    tempered = mass1
-    if inverse != 1.0:
-        tempered = tl.load(group_tempered + at, mask=exists, other=0.0)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
 
-    # The tournament. `own` picks settle the row; the alternatives may ask for more.
-    own = tl.where(fired, candidates + 1, 1)
-    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
+    # The best tokens: `own` of them settle the row, the alternatives may ask for more.
+    enough = tl.where(fired, candidates + 1, 1)
+    own = tl.where(ranks, tl.maximum(enough, tl.minimum(candidates + limit, RANK_ORDER)), enough)
     own = tl.minimum(tl.minimum(own, vocab), SLOTS)
-    wanted = alternatives + tl.where(applied, candidates, 0)
-    end = tl.minimum(tl.maximum(own, wanted), vocab)
-    enough = tl.maximum(tl.where(fired, candidates + 1, 1), wanted)
-    early = ranks & (k <= 0) & (applied == 0)  # may stop as soon as the nucleus closes
-    bound = tl.where(exists, to_key(peak, group * GROUP), LOWEST)  # no token of the group has a higher key
-    touched = group < 0
-    keys = tl.full([SLOTS], LOWEST, tl.int64)
-    last = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    gathered = tl.full([], 0.0, tl.float64)
-    beyond = tl.full([], NEG_INF, tl.float32)  # the best logit after `own` picks
-    picks = tl.full([], 0, tl.int32)
-    while picks < end:
-        chosen = key_token(tl.max(bound, axis=0)) // GROUP
-        lane = chosen * GROUP + tl.arange(0, GROUP)
-        lane_keys = tl.where(lane < vocab, to_key(load_logits(logits, lane, vocab), lane), LOWEST)
-        last = tl.max(tl.where(lane_keys < last, lane_keys, LOWEST), axis=0)
-        keys = tl.where(slot == picks, last, keys)
-        bound = tl.where(group == chosen, tl.max(tl.where(lane_keys < last, lane_keys, LOWEST), axis=0), bound)
-        if picks < candidates:
-            touched = touched | (group == chosen)
-        if picks == own:
-            beyond = key_value(last)
-        picks += 1
-        if early:
-            e = tl.exp((key_value(last) - best) * inverse)
-            gathered += e.to(tl.float64)
-            if ((p < 1.0) & (gathered >= mass_t * p)) | (e < least):
-                end = tl.minimum(end, tl.maximum(picks, enough))
-    if picks <= own:
-        beyond = key_value(tl.max(bound, axis=0))
-    held = slot < picks
+    wanted = tl.minimum(alternatives + tl.where(applied, candidates, 0), vocab)
+    end = tl.maximum(own, wanted)
+    held = tl.full([], 1, tl.int32)
+    found = tl.full([], 0, tl.int32)
+    outside = tl.full([], NOTHING, tl.int32)
+    chosen += row * SLOTS
+    pool += row * POOL
+    ranked += row * POOL
+    if end > 1:
+        top = to_rank(best)
+        early = ranks & (k <= 0) & (applied == 0)  # a nucleus usually closes within the first few
+        goal = tl.where(early, tl.minimum(end, tl.maximum(tl.maximum(enough, wanted), FIRST)), end)
+        again = True
+        while again:
+            few = tl.minimum(goal, tl.cdiv(vocab, GROUP))
+            low, found, other = best_groups(
+                group_peak, vocab, top, few, chosen, far + row * stride, fired, SLOTS, GROUPS, SHIFT
+            )
+            low = tl.where(few < goal, WORST >> SHIFT, low)
+            held, outside = best_tokens(logits, vocab, chosen, found, top, low, goal, pool, ranked, POOL, ROWS, SHIFT)
+            outside = tl.maximum(outside, other)
+            again = goal < end
+            if again:
+                known = slot < held
+                key = tl.load(ranked + slot, mask=known, other=LOWEST)
+                e = tl.where(known, tl.exp(tl.where(known, (key_value(key) - best) * inverse, 0.0)), 0.0)
+                reached = (p < 1.0) & (tl.sum(e.to(tl.float64), axis=0) >= mass_t * p)
+                again = (reached == 0) & (tl.min(tl.where(known, e, INF), axis=0) >= least) & (held < own)
+                own = tl.where(again, own, tl.minimum(held, SLOTS))
+                goal = end
+                tl.debug_barrier()
+    else:
+        tl.store(ranked, to_key(best, best_token(logits, vocab, group_peak, best, GROUPS)))
+        tl.debug_barrier()
+    keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
     tokens = key_token(keys)
-    values = key_value(keys)
     base_token = tl.max(tl.where(slot == 0, tokens, -1), axis=0)
+    beyond = tl.where(own < held, key_value(tl.load(ranked + own, mask=own < held, other=LOWEST)), from_rank(outside))
 
-    # The correction. Where it did not fire nothing of it is read, and z' is z bit for bit.
-    member = slot < candidates
-    lowest = tl.max(tl.where(slot == candidates - 1, keys, LOWEST), axis=0)  # the last candidate's key
-    steered = values
-    steered_token = base_token
-    steered_best = best
-    steered_log_mass = log_mass
-    start_best = best  # of the distribution that is sampled from
-    start_log_mass = log_mass
-    order = keys  # of its best tokens
-    known = held
-    if fired:
-        delta = correct(
-            index, tokens, member, hidden + row * hidden_stride, size, head, head_stride, A, B, b, cap, rank,
-            SLOTS, RANK, BLOCK,
-        )  # fmt: skip
-        steered = tl.where(member, values + force * delta, values) + 0.0
-        steered_order = tl.where(held, to_key(steered, tokens), LOWEST)
-        tl.store(steered_keys + row * SLOTS + slot, steered_order)
-        first = tl.max(steered_order, axis=0)
-        steered_token = key_token(first)
-        steered_best = key_value(first)
-        # Groups that hold candidates are summed again: first what is left of each, then the candidates' new mass.
-        home = tl.where(member, tokens // GROUP, -1)
-        same = home[:, None] == home[None, :]
-        leader = member & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), axis=1) == 0)
-        shifted = tl.where(member, steered - steered_best, NEG_INF)
-        left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, 1.0).to(tl.float64)
-        away = tl.where(touched, NEG_INF, peak - steered_best)
-        far_mass = tl.sum((mass1 * tl.exp(away)).to(tl.float64), axis=0)
-        steered_mass = far_mass + tl.sum(left + tl.exp(shifted).to(tl.float64), axis=0)
-        steered_log_mass = tl.log(steered_mass.to(tl.float32))
-        if applied:
-            left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, inverse).to(tl.float64)
-            moved = tl.exp(shifted * inverse)
-            far_mass = tl.sum((tempered * tl.exp(away * inverse)).to(tl.float64), axis=0)
-            mass_t = far_mass + tl.sum(left + moved.to(tl.float64), axis=0)
-            joined = left.to(tl.float32) + tl.sum(tl.where(same, moved[None, :], 0.0), axis=1)
-            tl.store(amended + row * stride + home, joined, mask=leader)
-            # The order after the correction, through memory: ranks are a permutation of the held slots.
-            place = tl.sum((steered_order[None, :] > steered_order[:, None]).to(tl.int32), axis=1)
-            tl.store(ranked + row * SLOTS + place, steered_order, mask=held)
-            tl.debug_barrier()
-            order = tl.load(ranked + row * SLOTS + slot, mask=held, other=LOWEST)
-            known = held & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
-            start_best = steered_best
-            start_log_mass = steered_log_mass
-
-    u = tl.load(uniform + row)
     token = tl.full([], -1, tl.int32)
-    if edited == 0:
+    if (edited == 0) & (applied == 0):
         if t <= 0.0:
-            token = tl.where(applied, steered_token, base_token)
+            token = base_token
         elif filtered:
-            token = draw_ranked(order, known, start_best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
+            token = draw_ranked(keys, slot < own, best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
         else:
-            w = (tempered * tl.exp((peak - start_best) * inverse)).to(tl.float64)
-            if applied:
-                away2 = tl.where(touched, NEG_INF, peak - start_best)
-                w = (tempered * tl.exp(away2 * inverse)).to(tl.float64)
-                w += tl.load(amended + at, mask=touched, other=0.0).to(tl.float64)
-            token = draw_grouped(logits, vocab, w, group, tokens, steered, lowest, applied, start_best, inverse, u)
+            # Read again: neither would have fitted beside a tile of logits.
+            peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
+            mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
+            tempered = mass1
+            if inverse != 1.0:
+                tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+            w = (tempered * tl.exp((peak - best) * inverse)).to(tl.float64)
+            home, x = draw_group(w, group, u)
+            token = draw_within(load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab), home, x, best, inverse)
+    tl.store(state + row * 4, tl.where(fired, 1, 0))
+    tl.store(state + row * 4 + 1, found)
+    tl.store(state + row * 4 + 2, held)
+    tl.store(state + row * 4 + 3, outside)
 
-    tl.store(task + row * 2, tl.where(token < 0, PENDING + tl.where(applied, APPLIED, 0), 0))
-    tl.store(task + row * 2 + 1, candidates)
+    tl.store(task + row * 2, tl.where(token < 0, PENDING, 0))
+    tl.store(task + row * 2 + 1, 0)
     tl.store(norms + row * 4, best)
     tl.store(norms + row * 4 + 1, log_mass)
-    tl.store(norms + row * 4 + 2, steered_best)
-    tl.store(norms + row * 4 + 3, steered_log_mass)
+    tl.store(norms + row * 4 + 2, best)
+    tl.store(norms + row * 4 + 3, log_mass)
     base_logit = load_logits(logits, tl.maximum(token, 0), vocab)
-    corrected = (tokens == token) & member
-    steered_logit = tl.max(tl.where(corrected, steered, NEG_INF), axis=0)
-    steered_logit = tl.where(tl.sum(corrected.to(tl.int32), axis=0) > 0, steered_logit, base_logit)
+    base_logprob = base_logit - best - log_mass
     tl.store(token_out + row, token)
     tl.store(status_out + row, tl.where(opened, OPEN, 0) + tl.where(fired, FIRED, 0))
     tl.store(base_token_out + row, base_token)
-    tl.store(steered_token_out + row, steered_token)
+    tl.store(steered_token_out + row, base_token)
     tl.store(entropy_out + row, entropy)
-    tl.store(base_logprob_out + row, base_logit - best - log_mass)
-    tl.store(steered_logprob_out + row, steered_logit - steered_best - steered_log_mass)
+    tl.store(base_logprob_out + row, base_logprob)
+    tl.store(steered_logprob_out + row, base_logprob)
     tl.store(base_token_logprob_out + row, -log_mass)
-    tl.store(steered_token_logprob_out + row, -steered_log_mass)
+    tl.store(steered_token_logprob_out + row, -log_mass)
+    tl.store(statistic_out + row, entropy)
+    tl.store(kl_out + row, 0.0)
+    tl.store(applied_strength_out + row, tl.where(fired, force, 0.0))
     top = row * alternatives + slot
-    tl.store(top_ids_out + top, key_token(order), mask=slot < alternatives)
-    tl.store(top_logprobs_out + top, key_value(order) - start_best - start_log_mass, mask=slot < alternatives)
+    tl.store(top_ids_out + top, tokens, mask=slot < alternatives)
+    tl.store(top_logprobs_out + top, key_value(keys) - best - log_mass, mask=slot < alternatives)
 
 
-def slots_for(most: int, alternatives: int) -> int:
-    """How many best tokens a row may need: its candidates, and at least one that is not."""
+def slots_for(most: int) -> int:
+    """How many best tokens a row may need: its candidates and the alternatives, which may all be others."""
     assert most <= MAX_CANDIDATES
-    assert alternatives <= rules.MAX_ALTERNATIVES
-    return int(triton.next_power_of_2(max(most + max(alternatives, 1), RANK_ORDER.value)))
+    return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, RANK_ORDER.value)))
 
 
-def block_for(slots: int, rank: int, itemsize: int) -> int:
-    """How many hidden dimensions a program multiplies at once; itemsize: bytes of an element of the head."""
-    return max(16, TILE_BYTES // (itemsize * max(slots, rank)))
+class State(NamedTuple):
+    """What `finish` leaves for `tilt` of each row that fired."""
+
+    state: Tensor  # int32 [rows, 4]: whether it fired, groups read, tokens in `ranked`, rank of the best other token
+    chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
+    pool: Tensor  # int64 [rows, 2 * slots]: scratch
+    ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
+    far: Tensor  # float32 [rows, groups]: the groups' maxima, -inf where the group was read
 
 
-def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks:
-    """Fill the record of every row whose token can be told from `groups`; -> what is left to do."""
+def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple[Tasks, State]:
+    """Fill the record of every row, as if no correction had fired; -> what is left to do."""
     rows, vocab = inputs.logits.shape
     params, bank = inputs.params, inputs.corrections
+    assert inputs.alternatives <= rules.MAX_ALTERNATIVES
     device = inputs.logits.device
-    slots = slots_for(bank.max_top_k if bank else 0, inputs.alternatives)
-    rank = bank.A.shape[1] if bank else 1
-    unread = params.tau  # stands for a bank's tensors where no row may open its gate
-    tables = (bank.A, bank.B, bank.b, bank.cap, bank.top_k) if bank else (unread,) * 4 + (params.top_k,)
-    padded_rank = triton.next_power_of_2(rank)
+    slots = slots_for(bank.max_top_k if bank else 0)
     stride = groups.peak.stride(0)
     tasks = Tasks(
         torch.empty(rows, 2, dtype=torch.int32, device=device),
         torch.empty(rows, slots, dtype=torch.int64, device=device),
         torch.empty(rows, 4, dtype=torch.float32, device=device),
     )
-    amended = torch.empty_like(groups.peak)
-    ranked = torch.empty_like(tasks.steered)
+    state = State(
+        torch.empty(rows, 4, dtype=torch.int32, device=device),
+        torch.empty(rows, slots, dtype=torch.int32, device=device),
+        *torch.empty(2, rows, 2 * slots, dtype=torch.int64, device=device).unbind(0),
+        torch.empty_like(groups.peak),
+    )
     correction = params.correction if bank else torch.full_like(params.correction, -1)
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
-        correction, params.strength, params.tau, params.shadow.view(torch.int8),
-        inputs.edits.offsets if inputs.edits else params.top_k,
-        inputs.hidden, inputs.hidden.stride(0), inputs.hidden.shape[1], inputs.head, inputs.head.stride(0),
-        *tables, rank, inputs.alternatives, amended, ranked, *tasks, *record,
-        HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride), RANK=padded_rank,
-        BLOCK=block_for(slots, padded_rank, inputs.head.itemsize), **LAUNCH,
+        correction, params.strength, params.steered.view(torch.int8), params.tau, params.shadow.view(torch.int8),
+        inputs.edits.spans if inputs.edits else params.top_k, bank.top_k if bank else params.top_k,
+        inputs.alternatives, *state, tasks.task, tasks.norms, *record,
+        HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride),
+        SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,
     )  # fmt: skip
-    return tasks
+    return tasks, state

@@ -15,7 +15,16 @@ import triton.language as tl
 
 from trimtab.kernels.chance import RANK_ORDER
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
-from trimtab.kernels.keys import LOWEST, NEG_INF, inverse_temperature, key_token, key_value, load_logits, to_key
+from trimtab.kernels.keys import (
+    COLUMNS,
+    LOWEST,
+    NEG_INF,
+    inverse_temperature,
+    key_token,
+    key_value,
+    load_logits,
+    to_key,
+)
 from trimtab.kernels.record import StepInputs, StepRecord
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
@@ -99,12 +108,12 @@ def draw_by_id(z, vocab, floor, best, inverse, uniform, mass, BLOCK: tl.constexp
     return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
 
 
-@triton.jit(do_not_specialize=["alternatives"])
+@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def resolve_kernel(
     logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
-    edit_offsets, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,
+    edit_spans, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
-    base_token_logprob_out, steered_token_logprob_out, top_ids_out, top_logprobs_out,
+    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
@@ -130,8 +139,8 @@ def resolve_kernel(
         repeat = tl.load(repetition + row)
         often = tl.load(frequency + row)
         present = tl.load(presence + row)
-        stop = tl.load(edit_offsets + row + 1)
-        for start in range(tl.load(edit_offsets + row), stop, 128):
+        stop = tl.load(edit_spans + row * 2 + 1)
+        for start in range(tl.load(edit_spans + row * 2), stop, 128):
             entry = start + tl.arange(0, 128)
             listed = entry < stop
             token = tl.load(edit_token + entry, mask=listed, other=0)

@@ -13,6 +13,7 @@ from trimtab.kernels.finish import finish_rows
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
+from trimtab.kernels.tilt import tilt_rows
 
 
 @torch.inference_mode()
@@ -21,7 +22,8 @@ def step(inputs: StepInputs) -> StepRecord:
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
     record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
     groups = measure_groups(inputs.logits, inputs.params.temperature)
-    tasks = finish_rows(inputs, groups, record)
+    tasks, state = finish_rows(inputs, groups, record)
+    tilt_rows(inputs, groups, tasks, state, record)
     resolve_rows(inputs, tasks, record)
     return record
 
@@ -29,6 +31,6 @@ def step(inputs: StepInputs) -> StepRecord:
 def _new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
     """Unwritten: the kernels write every field of every row."""
     integers = torch.empty(4, rows, dtype=torch.int32, device=device).unbind(0)
-    floats = torch.empty(5, rows, dtype=torch.float32, device=device).unbind(0)
+    floats = torch.empty(8, rows, dtype=torch.float32, device=device).unbind(0)
     top_ids = torch.empty(rows, alternatives, dtype=torch.int32, device=device)
     return StepRecord._make([*integers, *floats, top_ids, torch.empty_like(top_ids, dtype=torch.float32)])
