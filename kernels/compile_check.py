@@ -25,15 +25,15 @@ from trimtab.kernels import finish, resolve, stats, tilt
 TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
-    "top_k correction gate chosen state edit_spans edit_token edit_count correction_top_k task "
+    "top_k gate correction state chosen edit_spans edit_token edit_count correction_top_k task "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
+    "steered": "*i8",
     "shadow": "*i8",
     "silu": "*i8",
-    "steered": "*i8",
-    "pool": "*i64",
     "uniform": "*fp64",
+    "pool": "*i64",
     "ranked": "*i64",
     "steered_keys": "*i64",
 }
@@ -46,7 +46,7 @@ _ALIGNED = {
     "head_stride",
     "rank",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"alternatives"}
+_INTEGERS = _ALIGNED | {"mix", "alternatives"}
 _OF_DTYPE = {"logits", "hidden", "head"}
 
 

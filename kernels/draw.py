@@ -1,8 +1,7 @@
 """Order and chance over one row of logits, in plain torch: the best tokens, the filters, the draw.
 
-Rows are padded with -inf to whole groups of GROUP tokens. The exact top k comes from group maxima: the k best tokens
-lie in the k groups with the best maxima. Order is made total by int64 keys: the float's ordered bits, then the lower
-id.
+Rows are padded with -inf to whole groups of GROUP tokens. The maxima of the groups bound the exact top k from below, so
+that few tokens are sorted; ids ascend before that sort, which is stable, so ties keep the lower id first.
 """
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from trimtab.kernels.record import RANK_ORDER, StepInputs
 
 GROUP = 128  # tokens a group; also the kernel's
-_ID_MASK = 0xFFFFFFFF  # the low word of a key holds the id, inverted
 _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
 
 
@@ -30,7 +28,7 @@ def draw_token(z: Tensor, maxima: Tensor, inputs: StepInputs, row: int) -> int:
     scaled = (z - best).div_(temperature)
     if vocab > RANK_ORDER and not top_k and top_p >= 1 and min_p <= 0:
         return _draw_by_id(scaled.exp_(), uniform)
-    ids = best_tokens(z[None], maxima[None], min(max(RANK_ORDER, top_k), vocab))[1][0]
+    ids = best_tokens(z, maxima, min(max(RANK_ORDER, top_k), vocab))[1]
     values = scaled[ids]
     weights = scaled.exp()
     kept, cut = _keep(scaled, weights, values, top_k, top_p, min_p)
@@ -97,25 +95,16 @@ def _draw_by_id(weights: Tensor, uniform: float) -> int:
 
 
 def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row in (value descending, id ascending) order -> values float32, ids int64, both [rows, k].
+    """The k best of a row in (value descending, id ascending) order -> values float32, ids int64, both [k].
 
-    z [rows, padded]; maxima [rows, groups]: z's.
+    z [padded]; maxima [groups]: z's. At least k tokens reach the k-th best maximum: those short of it are not sorted.
     """
-    groups = torch.arange(maxima.shape[1])
-    chosen = groups.expand(len(z), -1)
-    if k < len(groups):
-        chosen = _ID_MASK - (_key(maxima, groups).topk(k).values & _ID_MASK)
-    ids = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
-    keys = _key(z.gather(1, ids), ids).topk(k).values
-    ids = _ID_MASK - (keys & _ID_MASK)
-    return z.gather(1, ids), ids
-
-
-def _key(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that order (value descending, id ascending) when read from the largest. +0 equals -0."""
-    bits = (values + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_ID_MASK - ids)
+    floor = float(maxima.topk(k).values[-1]) if k < len(maxima) else float("-inf")
+    groups = (maxima >= floor).nonzero()[:, 0]
+    inside = z.view(-1, GROUP)[groups]
+    group, lane = (inside >= floor).nonzero().unbind(1)
+    values, order = inside[group, lane].sort(descending=True, stable=True)
+    return values[:k], (groups[group] * GROUP + lane)[order[:k]]
 
 
 def total_mass(weights: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The second kernel of a step: one program a row, from the groups' numbers to a finished record.
+"""The second kernel of a step: one program a row, from the groups' numbers to the record of the base.
 
 Invariant: it never guesses. A row whose token needs more than the best few tokens and the groups' masses (edits, or
-filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know. Numbers do not
-depend on how many tokens the rest of the batch asks for: sums over tokens are float64, and extra picks are ignored.
+filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know; one that a
+correction of the bank steers, for `tilt`. Numbers do not depend on how many tokens the rest of the batch asks for: sums
+over tokens are float64, and tokens beyond those a row needs for itself are ignored.
 
-The best tokens are found by a tournament: the group with the best remaining token gives it up and is read again. A row
-reads as many groups as it needs tokens: one where the gate is shut and nothing filters.
+Its parts: the gate (gate.py), the best tokens (select.py), the draws (chance.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from trimtab.kernels import record as rules
 from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
+from trimtab.kernels.delta import count_candidates
+from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
     COLUMNS,
     GROUP,
@@ -52,13 +54,25 @@ class Tasks(NamedTuple):
     norms: Tensor  # float32 [rows, 4]: best logit and log-mass above it, of z and of z'
 
 
-@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
+class State(NamedTuple):
+    """What `finish` leaves for `tilt` of each row."""
+
+    state: Tensor  # int32 [rows, 4]: candidates (none: it is done), groups read, tokens ranked, rank of the best other
+    chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
+    pool: Tensor  # int64 [rows, 2 * slots]: scratch
+    ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
+    far: Tensor  # float32 [rows, groups]: the groups' maxima, -inf where the group was read
+
+
+@triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def finish_kernel(
-    logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, strength, steered, tau, shadow, edit_spans,
+    logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
+    temperature, top_k, top_p, min_p, uniform,
+    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, edit_spans,
     correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
-    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
+    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
+    top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups."""
@@ -72,14 +86,15 @@ def finish_kernel(
     group_moment += row * stride
     group_tempered += row * stride
     exists = group * GROUP < vocab
-    # Everything that is read for every row, at once: a read costs more than all that is done with it.
+    # Everything that every row reads, at once: a read costs more than most of what is done with it.
     peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
     mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
     moment = tl.load(group_moment + group, mask=exists, other=0.0)
-    index = tl.load(correction + row).to(tl.int64)
-    force = tl.load(strength + row)
     steers = tl.load(steered + row) != 0
-    threshold = tl.load(tau + row)
+    kind = tl.load(gate + row)
+    low_end = tl.load(tau + row)
+    high_end = tl.load(ceiling + row)
+    force = tl.load(strength + row)
     silent = tl.load(shadow + row) != 0
     t = tl.load(temperature + row)
     k = tl.load(top_k + row)
@@ -89,6 +104,7 @@ def finish_kernel(
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    most = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
     inverse = inverse_temperature(t)
     tempered = mass1
     if inverse != 1.0:
@@ -96,6 +112,7 @@ def finish_kernel(
 
     best = tl.max(peak, axis=0)
     if (best == INF) | (best == NEG_INF):
+        tl.store(state + row * 4, 0)
         tl.store(task + row * 2, 0)
         tl.store(token_out + row, -1)
         tl.store(status_out + row, DEAD)
@@ -106,34 +123,32 @@ def finish_kernel(
         tl.store(steered_logprob_out + row, 0.0)
         tl.store(base_token_logprob_out + row, 0.0)
         tl.store(steered_token_logprob_out + row, 0.0)
+        tl.store(statistic_out + row, 0.0)
+        tl.store(kl_out + row, 0.0)
+        tl.store(applied_strength_out + row, 0.0)
         tl.store(top_ids_out + row * alternatives + slot, -1, mask=slot < alternatives)
         tl.store(top_logprobs_out + row * alternatives + slot, NEG_INF, mask=slot < alternatives)
         return
 
-    # Merge the groups; entropy in shifted coordinates keeps its digits as |z| grows.
-    gap = tl.maximum(peak - best, -200.0)  # exp is 0 long before; 0 * -inf would be NaN
-    weight = tl.exp(gap)
-    mass = tl.sum((weight * mass1).to(tl.float64), axis=0)
-    dot = tl.sum((weight * (moment + mass1 * gap)).to(tl.float64), axis=0)
-    log_mass = tl.log(mass.to(tl.float32))
-    entropy = tl.maximum(log_mass - (dot / mass).to(tl.float32), 0.0)
-
-    opened = steers & (index >= 0) & (entropy > threshold)
+    mass, log_mass, mean = merge(peak, mass1, moment, best)
+    entropy = tl.maximum(log_mass - mean, 0.0)
+    statistic = look(
+        kind, entropy, chance + row, logits, vocab, peak, mass1, group_moment, group_spread + row * stride, group,
+        best, mass, mean,
+    )  # fmt: skip
+    opened = steers & opens(kind, statistic, low_end, high_end)
     fired = opened & (force != 0.0)
-    applied = fired & (silent == 0)
-    candidates = tl.full([], 0, tl.int32)
-    if fired:
-        candidates = tl.minimum(tl.load(correction_top_k + index), vocab)
-
+    candidates = tl.where(fired, most, 0)
+    acts = candidates > 0  # a correction of the bank does
+    applied = acts & (silent == 0)
     filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
-    ranks = filtered & (t > 0.0) & (edited == 0)  # this kernel may draw in rank order
+    ranks = filtered & (t > 0.0) & (edited == 0)  # may be drawn in rank order, here or in `tilt`
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
 
     # The best tokens: `own` of them settle the row, the alternatives may ask for more.
-    enough = tl.where(fired, candidates + 1, 1)
-    own = tl.where(ranks, tl.maximum(enough, tl.minimum(candidates + limit, RANK_ORDER)), enough)
-    own = tl.minimum(tl.minimum(own, vocab), SLOTS)
+    enough = tl.where(acts, candidates + 1, 1)
+    own = count_own(candidates, ranks, limit, vocab, SLOTS)
     wanted = tl.minimum(alternatives + tl.where(applied, candidates, 0), vocab)
     end = tl.maximum(own, wanted)
     held = tl.full([], 1, tl.int32)
@@ -142,18 +157,24 @@ def finish_kernel(
     chosen += row * SLOTS
     pool += row * POOL
     ranked += row * POOL
+    only = tl.full([], LOWEST, tl.int64)
     if end > 1:
         top = to_rank(best)
         early = ranks & (k <= 0) & (applied == 0)  # a nucleus usually closes within the first few
         goal = tl.where(early, tl.minimum(end, tl.maximum(tl.maximum(enough, wanted), FIRST)), end)
         again = True
         while again:
+            none = goal >> 16  # which the compiler cannot know: it would keep all addresses in registers from the start
             few = tl.minimum(goal, tl.cdiv(vocab, GROUP))
             low, found, other = best_groups(
-                group_peak, vocab, top, few, chosen, far + row * stride, fired, SLOTS, GROUPS, SHIFT
-            )
+                group_peak + none, vocab + none, top, few, chosen + none, far + row * stride + none, acts,
+                SLOTS, GROUPS, SHIFT,
+            )  # fmt: skip
             low = tl.where(few < goal, WORST >> SHIFT, low)
-            held, outside = best_tokens(logits, vocab, chosen, found, top, low, goal, pool, ranked, POOL, ROWS, SHIFT)
+            held, outside = best_tokens(
+                logits + none, vocab + none, chosen + none, found, top, low, goal, pool + none, ranked + none,
+                POOL, ROWS, SHIFT,
+            )  # fmt: skip
             outside = tl.maximum(outside, other)
             again = goal < end
             if again:
@@ -166,9 +187,9 @@ def finish_kernel(
                 goal = end
                 tl.debug_barrier()
     else:
-        tl.store(ranked, to_key(best, best_token(logits, vocab, group_peak, best, GROUPS)))
-        tl.debug_barrier()
-    keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
+        only = to_key(best, best_token(logits, vocab, group_peak, best, GROUPS))
+    keys = tl.load(ranked + slot, mask=slot < tl.where(end > 1, held, 0), other=LOWEST)
+    keys = tl.where(slot == 0, tl.maximum(keys, only), keys)
     tokens = key_token(keys)
     base_token = tl.max(tl.where(slot == 0, tokens, -1), axis=0)
     beyond = tl.where(own < held, key_value(tl.load(ranked + own, mask=own < held, other=LOWEST)), from_rank(outside))
@@ -189,7 +210,7 @@ def finish_kernel(
             w = (tempered * tl.exp((peak - best) * inverse)).to(tl.float64)
             home, x = draw_group(w, group, u)
             token = draw_within(load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab), home, x, best, inverse)
-    tl.store(state + row * 4, tl.where(fired, 1, 0))
+    tl.store(state + row * 4, candidates)
     tl.store(state + row * 4 + 1, found)
     tl.store(state + row * 4 + 2, held)
     tl.store(state + row * 4 + 3, outside)
@@ -211,7 +232,7 @@ def finish_kernel(
     tl.store(steered_logprob_out + row, base_logprob)
     tl.store(base_token_logprob_out + row, -log_mass)
     tl.store(steered_token_logprob_out + row, -log_mass)
-    tl.store(statistic_out + row, entropy)
+    tl.store(statistic_out + row, statistic)
     tl.store(kl_out + row, 0.0)
     tl.store(applied_strength_out + row, tl.where(fired, force, 0.0))
     top = row * alternatives + slot
@@ -219,20 +240,18 @@ def finish_kernel(
     tl.store(top_logprobs_out + top, key_value(keys) - best - log_mass, mask=slot < alternatives)
 
 
+@triton.jit
+def count_own(candidates, ranks, limit, vocab, SLOTS: tl.constexpr):
+    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn by rank."""
+    own = tl.where(candidates > 0, candidates + 1, 1)
+    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
+    return tl.minimum(tl.minimum(own, vocab), SLOTS)
+
+
 def slots_for(most: int) -> int:
     """How many best tokens a row may need: its candidates and the alternatives, which may all be others."""
     assert most <= MAX_CANDIDATES
     return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, RANK_ORDER.value)))
-
-
-class State(NamedTuple):
-    """What `finish` leaves for `tilt` of each row that fired."""
-
-    state: Tensor  # int32 [rows, 4]: whether it fired, groups read, tokens in `ranked`, rank of the best other token
-    chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
-    pool: Tensor  # int64 [rows, 2 * slots]: scratch
-    ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
-    far: Tensor  # float32 [rows, groups]: the groups' maxima, -inf where the group was read
 
 
 def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple[Tasks, State]:
@@ -248,17 +267,19 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
         torch.empty(rows, slots, dtype=torch.int64, device=device),
         torch.empty(rows, 4, dtype=torch.float32, device=device),
     )
+    pool, ranked = torch.empty(2, rows, 2 * slots, dtype=torch.int64, device=device).unbind(0)
     state = State(
         torch.empty(rows, 4, dtype=torch.int32, device=device),
         torch.empty(rows, slots, dtype=torch.int32, device=device),
-        *torch.empty(2, rows, 2 * slots, dtype=torch.int64, device=device).unbind(0),
+        pool,
+        ranked,
         torch.empty_like(groups.peak),
     )
-    correction = params.correction if bank else torch.full_like(params.correction, -1)
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
-        correction, params.strength, params.steered.view(torch.int8), params.tau, params.shadow.view(torch.int8),
+        params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
+        params.correction, params.correction.shape[1] if bank else 0, params.strength, params.shadow.view(torch.int8),
         inputs.edits.spans if inputs.edits else params.top_k, bank.top_k if bank else params.top_k,
         inputs.alternatives, *state, tasks.task, tasks.norms, *record,
         HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride),

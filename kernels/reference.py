@@ -7,23 +7,22 @@ Rows are walked one by one because a row of logits fits a core's cache and a bat
 heads.py, order and the draw in draw.py.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token, total_mass
-from trimtab.kernels.heads import Candidates, correct
+from trimtab.kernels.heads import Changed, correct
 from trimtab.kernels.record import (
     DEAD,
-    FIELDS,
     FIRED,
     GATE_ALWAYS,
     GATE_MARGIN,
     GATE_RANDOM,
     GATE_VARENTROPY,
     OPEN,
-    Edits,
     RowParams,
     StepInputs,
     StepRecord,
@@ -32,148 +31,174 @@ from trimtab.kernels.record import (
 _FLOOR = -1e4  # exp is 0 there, and 0 * _FLOOR is 0 where 0 * -inf is NaN
 
 
-class _Rows(NamedTuple):
-    """What one pass over the logits leaves: the rest of a step reads groups, not rows."""
+class _Row(NamedTuple):
+    """What one pass over a row's logits leaves: the rest of a step reads groups, not rows. By default of a dead row."""
 
-    entropy: Tensor  # [rows] nats; 0 for a dead row
-    statistic: Tensor  # [rows] of the row's gate; 0 for a dead row
-    alive: Tensor  # [rows] bool
-    best: Tensor  # [rows]: the largest logit
-    normaliser: Tensor  # [rows]: log sum exp
-    maxima: Tensor  # [rows, groups]: each group's largest logit
-    masses: Tensor  # [rows, groups]: each group's sum of exp(z - best)
+    alive: bool = False
+    entropy: float = 0.0  # nats
+    statistic: float = 0.0  # of the row's gate
+    best: float = 0.0  # the largest logit
+    normaliser: float = 0.0  # log sum exp
+    maxima: Tensor = torch.empty(0)  # [groups]: each group's largest logit
+    masses: Tensor = torch.empty(0)  # [groups]: each group's sum of exp(z - best)
+
+
+class _Drawn(NamedTuple):
+    """The columns of the record that need a token, for one row. By default of a dead row."""
+
+    token: int = -1
+    base_token: int = -1
+    steered_token: int = -1
+    base_logprob: float = 0.0
+    steered_logprob: float = 0.0
+    base_token_logprob: float = 0.0
+    steered_token_logprob: float = 0.0
 
 
 @torch.inference_mode()
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. CPU tensors in, CPU tensors out."""
     rows, vocab = inputs.logits.shape
+    params = inputs.params
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
     z[:, :vocab] = inputs.logits
-    params = inputs.params
-    base = _read_rows(z, params)
-    within = (base.statistic > params.tau) & (base.statistic <= params.ceiling)
-    is_open = base.alive & params.steered & (within | (params.gate == GATE_ALWAYS))
-    fired = is_open & (params.strength != 0)
-    record = _empty_record(rows, inputs.alternatives)
-    record.entropy.copy_(base.entropy)
-    record.statistic.copy_(base.statistic)
-    record.status.copy_(is_open * OPEN + fired * FIRED + ~base.alive * DEAD)
-    record.applied_strength.copy_(params.strength * fired)
-    for row, (alive, acts) in enumerate(zip(base.alive.tolist(), fired.tolist(), strict=True)):
-        if alive:
-            candidates = correct(inputs, row, z[row], base.maxima[row], float(base.normaliser[row])) if acts else None
-            _finish_row(inputs, row, z[row], base, candidates, record)
-    return record
+    base = [_read(*row) for row in zip(z, params.gate.tolist(), params.chance.tolist(), strict=True)]
+    entropy, statistic = torch.tensor([(row.entropy, row.statistic) for row in base]).unbind(1)
+    opened = _open(base, statistic, params)
+    strength = [s if gate else 0.0 for s, gate in zip(params.strength.tolist(), opened, strict=True)]
+    changed = _correct(inputs, z, base, strength)
+    top_ids = torch.full((rows, inputs.alternatives), -1, dtype=torch.int32)
+    top_logprobs = torch.full((rows, inputs.alternatives), float("-inf"))
+    drawn = [
+        _finish(inputs, row, z[row], of, changed.get(row), top_ids, top_logprobs) if of.alive else _Drawn()
+        for row, of in enumerate(base)
+    ]
+    status = [
+        (OPEN if gate else 0) | (FIRED if s != 0 else 0) | (DEAD if row.token < 0 else 0)
+        for gate, s, row in zip(opened, strength, drawn, strict=True)
+    ]
+    token, base_token, steered_token = torch.tensor([row[:3] for row in drawn], dtype=torch.int32).unbind(1)
+    kl = torch.tensor([changed[row].kl if row in changed else 0.0 for row in range(rows)])
+    applied = torch.tensor([changed[row].strength if row in changed else s for row, s in enumerate(strength)])
+    logprobs = torch.tensor([row[3:] for row in drawn]).unbind(1)
+    integers = (token, torch.tensor(status, dtype=torch.int32), base_token, steered_token)
+    return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs])
 
 
-def _read_rows(z: Tensor, params: RowParams) -> _Rows:
-    """z [rows, padded] -> its statistics, with one pass a row while the row is in cache."""
-    rows = len(z)
-    groups = z.shape[1] // GROUP
-    entropy, best, normaliser = torch.zeros(3, rows)
-    maxima, masses = torch.zeros(2, rows, groups)
-    alive = torch.zeros(rows, dtype=torch.bool)
-    others: dict[int, Tensor] = {}  # statistics that are not the entropy, by row
-    for row, (values, gate) in enumerate(zip(z, params.gate.tolist(), strict=True)):
-        torch.amax(values.view(-1, GROUP), 1, out=maxima[row])
-        top = maxima[row].amax()
-        if not torch.isfinite(top):  # NaN and +inf surface in the maximum; -inf means no token is left
-            continue
-        d = (values - top).clamp_(min=_FLOOR)
-        e = d.exp()
-        torch.sum(e.view(-1, GROUP), 1, out=masses[row])
-        mass = masses[row].sum()
-        log_mass = mass.log()
-        mean = total_mass(d.mul_(e)) / mass
-        entropy[row] = (log_mass - mean).clamp_(min=0)  # shifted: exact as |z| grows
-        best[row] = top
-        normaliser[row] = top + log_mass
-        alive[row] = True
-        if gate == GATE_VARENTROPY:
-            deviation = (values - top).clamp_(min=_FLOOR).sub_(mean)
-            others[row] = total_mass(deviation.square_().mul_(e)) / mass
-        elif gate == GATE_MARGIN:
-            first, second = best_tokens(z[row : row + 1], maxima[row : row + 1], 2)[0][0]
-            others[row] = (second - first).expm1() / mass
-        elif gate == GATE_RANDOM:
-            others[row] = params.chance[row]
-    statistic = entropy.clone()
-    for row, value in others.items():
-        statistic[row] = value
-    return _Rows(entropy, statistic, alive, best, normaliser, maxima, masses)
+def _read(z: Tensor, gate: int, chance: float) -> _Row:
+    """z [padded] of one row -> its statistics, in one pass while it is in cache."""
+    maxima = z.view(-1, GROUP).amax(1)
+    best = float(maxima.amax())
+    if not math.isfinite(best):  # NaN and +inf surface in the maximum; -inf means no token is left
+        return _Row()
+    d = (z - best).clamp_(min=_FLOOR)
+    e = d.exp()
+    masses = e.view(-1, GROUP).sum(1)
+    mass = float(masses.sum())
+    log_mass = math.log(mass)
+    mean = float(total_mass(d.mul_(e))) / mass  # of d
+    entropy = max(log_mass - mean, 0.0)  # shifted: exact as |z| grows
+    statistic = entropy
+    if gate == GATE_VARENTROPY:
+        statistic = float(total_mass((z - best).clamp_(min=_FLOOR).sub_(mean).square_().mul_(e))) / mass
+    elif gate == GATE_MARGIN:
+        first, second = best_tokens(z, maxima, 2)[0].tolist()
+        statistic = math.expm1(second - first) / mass
+    elif gate == GATE_RANDOM:
+        statistic = chance
+    return _Row(True, entropy, statistic, best, best + log_mass, maxima, masses)
 
 
-def _finish_row(
-    inputs: StepInputs, row: int, z: Tensor, base: _Rows, candidates: Candidates | None, out: StepRecord
-) -> None:
-    """Steer, edit, draw and report one live row. z [padded] is the base's and is overwritten."""
-    maxima, base_normaliser = base.maxima[row], float(base.normaliser[row])
+def _open(base: list[_Row], statistic: Tensor, params: RowParams) -> list[bool]:
+    """Which gates open, judged on the statistic as it is reported: float32."""
+    asked = (statistic, params.tau, params.ceiling, params.gate, params.steered)
+    return [
+        row.alive and steered and (gate == GATE_ALWAYS or tau < value <= ceiling)
+        for row, value, tau, ceiling, gate, steered in zip(base, *(column.tolist() for column in asked), strict=True)
+    ]
+
+
+def _correct(inputs: StepInputs, z: Tensor, base: list[_Row], strength: list[float]) -> dict[int, Changed]:
+    """What changes in each row that has fired (its strength is not 0) and has a head-tier correction, by row."""
+    if inputs.corrections is None or not any(strength):
+        return {}
+    mixes = inputs.params.correction.tolist()
+    rows = [row for row, mix in enumerate(mixes) if strength[row] != 0 and max(mix) >= 0]
+    if not rows:
+        return {}
+    k = min(inputs.corrections.max_top_k, inputs.logits.shape[1])
+    best = [best_tokens(z[row], base[row].maxima, k) for row in rows]
+    return dict(zip(rows, correct(inputs, rows, best, [base[row].normaliser for row in rows]), strict=True))
+
+
+def _finish(
+    inputs: StepInputs,
+    row: int,
+    z: Tensor,
+    base: _Row,
+    changed: Changed | None,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+) -> _Drawn:
+    """Steer, edit and draw one live row. z [padded] is the base's and is overwritten; so is the row of top_*."""
+    maxima, normaliser = base.maxima, base.normaliser
     base_token = steered_token = best_token(z, maxima)
-    base_best = steered_best = float(base.best[row])
-    normaliser, steered_normaliser = base_normaliser, base_normaliser
-    applied = candidates is not None and not inputs.params.shadow[row]
-    if candidates is not None:
-        out.kl[row], out.applied_strength[row] = candidates.kl, candidates.strength
-        z[candidates.ids] = candidates.steered
-        steered_maxima, steered_normaliser = _read_steered(z, base, row, candidates.ids)
+    steered_best, steered_normaliser = base.best, normaliser
+    if changed is not None:
+        z[changed.ids] = changed.steered
+        steered_maxima, steered_normaliser = _read_steered(z, base, changed.ids)
         steered_token = best_token(z, steered_maxima)
         steered_best = float(z[steered_token])
-        if applied:
-            maxima, normaliser = steered_maxima, steered_normaliser
+        if inputs.params.shadow[row]:
+            z[changed.ids] = changed.base
         else:
-            z[candidates.ids] = candidates.base
-    final = z if inputs.edits is None else _edit(z, inputs.edits, inputs, row)
+            maxima, normaliser = steered_maxima, steered_normaliser
+    final = z if inputs.edits is None else _edit(z, inputs, row)
     token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits forbade every token
-        out.status[row] |= DEAD
-        return
-    base_value = steered_value = float(inputs.logits[row, token])
-    if candidates is not None and (at := (candidates.ids == token).nonzero()).numel():
-        steered_value = float(candidates.steered[at[0, 0]])
-    out.token[row] = token
-    out.base_token[row], out.steered_token[row] = base_token, steered_token
-    out.base_logprob[row] = base_value - base_normaliser
-    out.steered_logprob[row] = steered_value - steered_normaliser
-    out.base_token_logprob[row] = base_best - base_normaliser
-    out.steered_token_logprob[row] = steered_best - steered_normaliser
+        return _Drawn()
     if inputs.alternatives:
         k = min(inputs.alternatives, inputs.logits.shape[1])
-        values, ids = best_tokens(z[None], maxima[None], k)
-        out.top_ids[row, :k] = ids[0].int()
-        # float64, as the token's own log-probability above: the two must be the same float
-        out.top_logprobs[row, :k] = values[0].double() - normaliser
+        values, ids = best_tokens(z, maxima, k)
+        top_ids[row, :k] = ids.int()
+        # float64, as the token's own log-probability below: the two must be the same float
+        top_logprobs[row, :k] = values.double() - normaliser
+    base_value = steered_value = float(inputs.logits[row, token])
+    if changed is not None and (at := (changed.ids == token).nonzero()).numel():
+        steered_value = float(changed.steered[at[0, 0]])
+    return _Drawn(
+        token=token,
+        base_token=base_token,
+        steered_token=steered_token,
+        base_logprob=base_value - base.normaliser,
+        steered_logprob=steered_value - steered_normaliser,
+        base_token_logprob=base.best - base.normaliser,
+        steered_token_logprob=steered_best - steered_normaliser,
+    )
 
 
-def _read_steered(z: Tensor, base: _Rows, row: int, ids: Tensor) -> tuple[Tensor, float]:
+def _read_steered(z: Tensor, base: _Row, ids: Tensor) -> tuple[Tensor, float]:
     """Maxima and log-normaliser of a row whose `ids` have changed: only their groups are read again."""
     touched = ids // GROUP
     groups = z.view(-1, GROUP)[touched]
-    maxima = base.maxima[row].index_copy(0, touched, groups.amax(1))
-    best = maxima.amax()
-    masses = base.masses[row] * (base.best[row] - best).exp()
+    maxima = base.maxima.index_copy(0, touched, groups.amax(1))
+    best = float(maxima.amax())
+    masses = base.masses * math.exp(base.best - best)
     masses[touched] = (groups - best).exp_().sum(1)
-    return maxima, float(best + masses.sum().log())
+    return maxima, best + math.log(float(masses.sum()))
 
 
-def _edit(z: Tensor, edits: Edits, inputs: StepInputs, row: int) -> Tensor:
+def _edit(z: Tensor, inputs: StepInputs, row: int) -> Tensor:
     """Penalties and bias on the row's listed tokens (record.py, 5). -> z itself when it lists none, else a copy."""
+    params, edits = inputs.params, inputs.edits
+    assert edits is not None
     begin, end = edits.spans[row].tolist()
     if begin == end:
         return z
     token, count = edits.token[begin:end].long(), edits.counts[begin:end]
-    params = inputs.params
     values = z[token]
     repeated = torch.where(values > 0, values / params.repetition[row], values * params.repetition[row])
     values = torch.where(count >= 0, repeated, values)
     values = values - params.frequency[row] * count.clamp(min=0)
     values = values - params.presence[row] * (count > 0)
     return z.scatter(0, token, values + edits.bias[begin:end])
-
-
-def _empty_record(rows: int, alternatives: int) -> StepRecord:
-    """A record of dead rows: every live one overwrites its own."""
-    integers = [torch.full((rows,), fill, dtype=torch.int32) for fill in (-1, 0, -1, -1)]
-    floats = [torch.zeros(rows) for _ in range(4, FIELDS)]
-    top = torch.full((rows, alternatives), -1, dtype=torch.int32)
-    return StepRecord._make([*integers, *floats, top, torch.full((rows, alternatives), float("-inf"))])

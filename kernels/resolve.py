@@ -113,7 +113,8 @@ def resolve_kernel(
     logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
     edit_spans, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
-    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
+    base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
+    top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""

@@ -7,15 +7,19 @@ nor the batch, and mass that a distant peak would round to 0 survives until the 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from trimtab.kernels import record as rules
 from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
+from trimtab.kernels.record import RowParams
 
 CHUNK = 4096  # tokens a program
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
+VARENTROPY = tl.constexpr(rules.GATE_VARENTROPY)
 FLOOR = tl.constexpr(-200.0)  # exp is 0 there; 0 * FLOOR is 0 where 0 * -inf is NaN
 
 
@@ -25,13 +29,15 @@ class Groups(NamedTuple):
     peak: Tensor  # the maximum; +inf where the group holds a NaN or +inf
     mass: Tensor  # sum of exp(z - peak)
     moment: Tensor  # sum of exp(z - peak) * (z - peak)
+    spread: Tensor  # sum of exp(z - peak) * (z - peak)^2; unwritten but for rows with GATE_VARENTROPY
     tempered: Tensor  # sum of exp((z - peak) / temperature); unwritten where the temperature is 0 or 1
 
 
 @triton.jit
 def stats_kernel(
-    logits, logits_stride, vocab, temperature, peak_out, mass_out, moment_out, tempered_out, stride, CHUNK: tl.constexpr
-):
+    logits, logits_stride, vocab, temperature, gate,
+    peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
@@ -45,16 +51,21 @@ def stats_kernel(
     tl.store(peak_out + at, tl.where(mass == mass, peak + 0.0, INF))  # a NaN or +inf has spoiled the mass
     tl.store(mass_out + at, mass)
     tl.store(moment_out + at, tl.sum(e * tl.maximum(below, FLOOR), axis=1))
+    if tl.load(gate + row) == VARENTROPY:
+        depth = tl.maximum(below, FLOOR)
+        tl.store(spread_out + at, tl.sum(e * depth * depth, axis=1))
     inverse = inverse_temperature(tl.load(temperature + row))
     if inverse != 1.0:
         tl.store(tempered_out + at, tl.sum(tl.exp2(below * (inverse * LOG2_E)), axis=1))
 
 
-def measure_groups(logits: Tensor, temperature: Tensor) -> Groups:
-    """logits [rows, vocab], temperature float32 [rows]."""
+def measure_groups(logits: Tensor, params: RowParams) -> Groups:
+    """logits [rows, vocab]; of params the temperature and the gate."""
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
     stride = chunks * (CHUNK // GROUP.value)
-    groups = Groups(*logits.new_empty(4, rows, stride, dtype=temperature.dtype).unbind(0))
-    stats_kernel[chunks, rows](logits, logits.stride(0), vocab, temperature, *groups, stride, CHUNK=CHUNK, **LAUNCH)
+    groups = Groups(*logits.new_empty(5, rows, stride, dtype=torch.float32).unbind(0))
+    stats_kernel[chunks, rows](
+        logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride, CHUNK=CHUNK, **LAUNCH
+    )
     return groups

@@ -1,7 +1,8 @@
-"""One decode step on the GPU: three Triton kernels, the signature and the semantics of `reference.step`.
+"""One decode step on the GPU: four Triton kernels, the signature and the semantics of `reference.step`.
 
     measure_groups   grid (chunks, rows)   reads the logits once
-    finish_rows      grid (rows)           entropy, gate, correction, the best tokens, most draws
+    finish_rows      grid (rows)           entropy, gate, the best tokens, most draws
+    tilt_rows        grid (rows)           the corrections of the rows that fired, and their draws
     resolve_rows     grid (rows)           the rare rest: edits, and filters that keep many tokens
 
 Invariant: no word from the device is needed between the launches, so a step never makes the host wait.
@@ -10,7 +11,7 @@ Invariant: no word from the device is needed between the launches, so a step nev
 import torch
 
 from trimtab.kernels.finish import finish_rows
-from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.record import FIELDS, StepInputs, StepRecord
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
 from trimtab.kernels.tilt import tilt_rows
@@ -20,10 +21,11 @@ from trimtab.kernels.tilt import tilt_rows
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. All tensors on one device, rows contiguous within themselves."""
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
+    assert all(column.is_contiguous() for column in inputs.params)
     record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
-    groups = measure_groups(inputs.logits, inputs.params.temperature)
-    tasks, state = finish_rows(inputs, groups, record)
-    tilt_rows(inputs, groups, tasks, state, record)
+    groups = measure_groups(inputs.logits, inputs.params)
+    tasks, found = finish_rows(inputs, groups, record)
+    tilt_rows(inputs, groups, tasks, found, record)
     resolve_rows(inputs, tasks, record)
     return record
 
@@ -31,6 +33,6 @@ def step(inputs: StepInputs) -> StepRecord:
 def _new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
     """Unwritten: the kernels write every field of every row."""
     integers = torch.empty(4, rows, dtype=torch.int32, device=device).unbind(0)
-    floats = torch.empty(8, rows, dtype=torch.float32, device=device).unbind(0)
+    floats = torch.empty(FIELDS - 4, rows, dtype=torch.float32, device=device).unbind(0)
     top_ids = torch.empty(rows, alternatives, dtype=torch.int32, device=device)
     return StepRecord._make([*integers, *floats, top_ids, torch.empty_like(top_ids, dtype=torch.float32)])

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
-from trimtab.kernels.delta import deltas
-from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks
+from trimtab.kernels.delta import bound, compose
+from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks, count_own
 from trimtab.kernels.keys import (
     COLUMNS,
     GROUP,
@@ -29,39 +29,50 @@ from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.select import TURN, from_rank, places, weigh_rest
 from trimtab.kernels.stats import Groups
 
-LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+LAUNCH: dict[str, Any] = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}  # two programs a multiprocessor
 ROWS = 16  # groups that are read at once
-DOWN_TILE = 8192  # elements of a program's tile of A or B
+DOWN_TILE = 4096  # elements of a program's tile of A or B
 HEAD_TILE = 8192  # ... and of the head's rows, where those have two bytes
 
 
-@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
+@triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def tilt_kernel(
     logits, logits_stride, vocab, group_mass, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, strength, shadow, edit_spans,
+    temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, edit_spans,
     hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
     state, chosen, scratch, ranked, far, moves, rests, shifts, task, steered_keys, norms,
     token_out, steered_token_out, base_logprob_out, steered_logprob_out, steered_token_logprob_out,
-    top_ids_out, top_logprobs_out,
+    kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, BLOCK: tl.constexpr,
+    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
-    index = tl.load(correction + row).to(tl.int64)
-    if tl.load(state + row * 4) == 0:
+    candidates = tl.load(state + row * 4)
+    if candidates == 0:
         return
     logits += row * logits_stride
     POOL: tl.constexpr = 2 * SLOTS
     chosen += row * SLOTS
     ranked += row * POOL
     far += row * stride
+    group_mass += row * stride
+    group_tempered += row * stride
     moves += row * SLOTS
     rests += row * SLOTS
     steered_keys += row * SLOTS
     scratch += row * (2 * POOL)
     slot = tl.arange(0, SLOTS)
     c = tl.arange(0, CANDIDATES)
+    of_candidate = tl.load(ranked + c, mask=c < candidates, other=LOWEST)
+    delta = compose(
+        correction + row * mix, weight + row * mix, mix, key_token(of_candidate), vocab, hidden + row * hidden_stride,
+        size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, shifts + row * size,
+        CANDIDATES, RANK, DOWN, BLOCK,
+    )  # fmt: skip
+    tl.store(moves + c, delta, mask=c < candidates)
+    tl.debug_barrier()
+
     found = tl.load(state + row * 4 + 1)
     held = tl.load(state + row * 4 + 2)
     outside = tl.load(state + row * 4 + 3)
@@ -77,29 +88,9 @@ def tilt_kernel(
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
-    candidates = tl.minimum(tl.load(correction_top_k + index), vocab)
+    most = tl.load(kl_cap + row)
 
-    of_candidate = tl.load(ranked + c, mask=c < candidates, other=LOWEST)
-    delta = deltas(
-        index, key_token(of_candidate), c < candidates, hidden + row * hidden_stride, size, head, head_stride,
-        A, B, b, cap, silu, rank, shifts + row * size, CANDIDATES, RANK, DOWN, UP, BLOCK,
-    )  # fmt: skip
-    tl.store(moves + c, delta, mask=c < candidates)
-    tl.debug_barrier()
-    keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
-    in_play = slot < tl.minimum(held, SLOTS)
-    member = slot < candidates
-    tokens = key_token(keys)
-    values = key_value(keys)
-    steered = values + force * tl.load(moves + slot, mask=member, other=0.0)
-    steered = tl.where(member, steered, values) + 0.0
-    steered_order = tl.where(in_play, to_key(steered, tokens), LOWEST)
-    tl.store(steered_keys + slot, steered_order)
-    first = tl.max(steered_order, axis=0)
-    steered_token = key_token(first)
-    steered_best = key_value(first)
-
-    # The mass of all other tokens, above the best of them; then the candidates' new mass.
+    # The mass of all other tokens, above the best of them.
     lowest = tl.load(ranked + candidates - 1)
     next_key = tl.load(ranked + candidates, mask=candidates < held, other=LOWEST)
     ceiling = tl.where(candidates < held, key_value(next_key), from_rank(outside))
@@ -109,9 +100,26 @@ def tilt_kernel(
     group = tl.arange(0, GROUPS)
     exists = group * GROUP < vocab
     away = tl.load(far + group, mask=exists, other=NEG_INF)
-    mass1 = tl.load(group_mass + row * stride + group, mask=exists, other=0.0)
-    shifted = tl.where(member, steered - steered_best, NEG_INF)
+    mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
     rest_mass = tl.sum((mass1 * tl.exp(away - shift)).to(tl.float64), axis=0) + rest
+
+    # The strength, as far as the cap allows; then the candidates' new logits, and the best of all.
+    keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
+    in_play = slot < tl.minimum(held, SLOTS)
+    member = slot < candidates
+    tokens = key_token(keys)
+    values = key_value(keys)
+    delta = tl.load(moves + slot, mask=member, other=0.0)
+    share = tl.where(member, values - best - log_mass, NEG_INF).to(tl.float64)
+    rest_share = (ceiling - best - log_mass).to(tl.float64) + tl.log(rest_mass)
+    force, kl = bound(share, rest_share, delta.to(tl.float64), force, most)
+    steered = tl.where(member, values + force * delta, values) + 0.0
+    steered_order = tl.where(in_play, to_key(steered, tokens), LOWEST)
+    tl.store(steered_keys + slot, steered_order)
+    first = tl.max(steered_order, axis=0)
+    steered_token = key_token(first)
+    steered_best = key_value(first)
+    shifted = tl.where(member, steered - steered_best, NEG_INF)
     rest_mass *= tl.exp(ceiling - steered_best).to(tl.float64)
     steered_mass = rest_mass + tl.sum(tl.exp(shifted).to(tl.float64), axis=0)
     steered_log_mass = tl.log(steered_mass.to(tl.float32))
@@ -119,24 +127,25 @@ def tilt_kernel(
     tl.store(norms + row * 4 + 3, steered_log_mass)
     tl.store(steered_token_out + row, steered_token)
     tl.store(steered_token_logprob_out + row, -steered_log_mass)
+    tl.store(kl_out + row, kl)
+    tl.store(applied_strength_out + row, force)
     tl.store(task + row * 2 + 1, candidates)
 
     token = tl.load(token_out + row)  # in shadow
     if applied:
         scale = tl.exp((ceiling - steered_best) * inverse)
         moved = tl.exp(shifted * inverse)
-        tempered = mass1
+        # Read again: neither would have fitted beside the rest.
+        away = tl.load(far + group, mask=exists, other=NEG_INF)
+        tempered = tl.load(group_mass + group, mask=exists, other=0.0)
         if inverse != 1.0:
-            tempered = tl.load(group_tempered + row * stride + group, mask=exists, other=0.0)
+            tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
         # The order after the correction, through memory: ranks are a permutation of the held slots.
         tl.debug_barrier()
         place = places(steered_order, steered_keys, tl.minimum(held, SLOTS), SLOTS)
         limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
         filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
-        own = candidates + 1
-        if filtered & (t > 0.0) & (edited == 0):
-            own = tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER))
-        own = tl.minimum(tl.minimum(own, vocab), SLOTS)
+        own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
         other = tl.load(ranked + own, mask=own < held, other=LOWEST)
         beyond = tl.where(own < held, key_value(other), from_rank(outside))
         tl.store(ranked + place, steered_order, mask=in_play)
@@ -197,7 +206,7 @@ def tiles(most: int, rank: int, itemsize: int) -> dict[str, int]:
     candidates, padded = max(16, triton.next_power_of_2(most)), triton.next_power_of_2(max(rank, 1))
     down = max(16, DOWN_TILE // padded)
     block = max(16, HEAD_TILE * 2 // itemsize // candidates)
-    return {"CANDIDATES": candidates, "RANK": padded, "DOWN": down, "UP": down, "BLOCK": block}
+    return {"CANDIDATES": candidates, "RANK": padded, "DOWN": down, "BLOCK": block}
 
 
 def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, record: StepRecord) -> None:
@@ -214,13 +223,15 @@ def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, re
     tilt_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, groups.mass, groups.tempered, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
-        params.correction, params.strength, params.shadow.view(torch.int8),
+        params.correction, params.weight, params.correction.shape[1],
+        params.strength, params.kl_cap, params.shadow.view(torch.int8),
         inputs.edits.spans if inputs.edits else params.top_k,
         inputs.hidden, inputs.hidden.stride(0), size, inputs.head, inputs.head.stride(0),
         bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k, rank, inputs.alternatives,
-        state.state, state.chosen, state.pool.view(torch.float32), state.ranked, state.far, moves, rests, shifts, *tasks,
+        state.state, state.chosen, state.pool.view(torch.float32), state.ranked, state.far, moves, rests, shifts,
+        *tasks,
         record.token, record.steered_token, record.base_logprob, record.steered_logprob, record.steered_token_logprob,
-        record.top_ids, record.top_logprobs,
+        record.kl, record.applied_strength, record.top_ids, record.top_logprobs,
         HAS_EDITS=inputs.edits is not None, SLOTS=state.chosen.shape[1], GROUPS=triton.next_power_of_2(stride),
         ROWS=ROWS, **shape, **LAUNCH,
     )  # fmt: skip

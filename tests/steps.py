@@ -80,14 +80,18 @@ def make_inputs(
     top_k: tuple[int, ...] = (5, 20),
     alternatives: int = 0,
 ) -> StepInputs:
-    """Random logits (quantised with `ties`), and one random correction for each entry of top_k, every other with SiLU."""
+    """Random logits (quantised with `ties`), and a random correction for each of top_k.
+
+    Every second has SiLU, every third the rank 0.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows), vocab, generator=g) * spread
     if ties:
         logits = (logits * 2).round() / 2
     n = len(top_k)
+    ranked = (torch.arange(n) % 3 != 2)[:, None, None]
     corrections = Corrections(
-        A=torch.randn(n, RANK, HIDDEN, generator=g) / HIDDEN**0.5,
+        A=ranked * torch.randn(n, RANK, HIDDEN, generator=g) / HIDDEN**0.5,
         B=torch.randn(n, HIDDEN, RANK, generator=g),
         b=torch.randn(n, HIDDEN, generator=g) * 0.2,
         cap=torch.full((n,), 3.0),

@@ -40,6 +40,14 @@ def test_uniforms_are_uniform_over_positions_and_over_seeds() -> None:
         assert chi_square < 43.8  # 19 degrees of freedom, one in a thousand; the seeds are fixed
 
 
+def test_streams_are_independent_of_one_another() -> None:
+    first, second = uniform([7] * 20000, range(20000)), uniform([7] * 20000, range(20000), stream=1)
+    assert np.array_equal(first, uniform([7] * 20000, range(20000), stream=0))
+    assert abs(float(np.corrcoef(first, second)[0, 1])) < 0.03  # four deviations
+    counts, _ = np.histogram(second, bins=20, range=(0, 1))
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8
+
+
 def test_samples_of_one_request_have_distinct_seeds_and_the_first_keeps_its_own() -> None:
     seeds = [derive(1234, i) for i in range(128)]
     assert seeds[0] == 1234

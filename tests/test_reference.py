@@ -8,9 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracle import draw, expect
-from steps import make_inputs
-from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord, pack, unpack
+from oracle import Expected, draw, expect
+from steps import make_inputs, make_params
+from trimtab.kernels.record import (
+    DEAD,
+    FIRED,
+    GATE_ALWAYS,
+    GATE_ENTROPY,
+    OPEN,
+    StepInputs,
+    StepRecord,
+    pack,
+    unpack,
+)
 from trimtab.kernels.reference import step
 
 row_params = st.fixed_dictionaries(
@@ -23,9 +33,17 @@ row_params = st.fixed_dictionaries(
         "repetition": st.sampled_from([1.0, 1.5]),
         "presence": st.sampled_from([0.0, 0.7]),
         "frequency": st.sampled_from([0.0, 0.3]),
-        "correction": st.sampled_from([-1, 0, 1]),
-        "strength": st.sampled_from([0.0, 1.0, -4.0]),
-        "tau": st.sampled_from([0.0, 2.0, math.inf]),
+        "steered": st.sampled_from([None, None, None, True, False]),
+        "gate": st.integers(GATE_ENTROPY, GATE_ALWAYS),
+        "tau": st.sampled_from([-0.9, -0.1, 0.05, 0.4, 2.0, math.inf]),
+        "ceiling": st.sampled_from([0.7, 3.0, math.inf, math.inf]),
+        "chance": st.floats(1e-6, 1 - 1e-6),
+        "correction": st.one_of(
+            st.integers(-1, 2),
+            st.dictionaries(st.integers(0, 2), st.sampled_from([1.0, 0.5, -2.0, 0.0]), max_size=3),
+        ),
+        "strength": st.sampled_from([0.0, 1.0, 1.0, -4.0]),
+        "kl_cap": st.sampled_from([0.0, 1e-3, 0.3, math.inf, math.inf]),
         "shadow": st.booleans(),
     }
 )
@@ -44,7 +62,9 @@ def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
             continue
         assert not status & DEAD
         assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
+        assert float(record.statistic[row]) == pytest.approx(expected.statistic, abs=2e-5, rel=2e-5)
         assert (bool(status & OPEN), bool(status & FIRED)) == (expected.open, expected.fired)
+        check_divergence(inputs, row, expected, record)
         assert token in draw(expected, float(inputs.params.uniform[row]))
         for value, ids, distribution in (
             (record.base_logprob, token, expected.base),
@@ -60,7 +80,19 @@ def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
         )
 
 
-@settings(max_examples=120, deadline=None)
+def check_divergence(inputs: StepInputs, row: int, expected: Expected, record: StepRecord) -> None:
+    kl, strength = float(record.kl[row]), float(record.applied_strength[row])
+    asked, cap = float(inputs.params.strength[row]), float(inputs.params.kl_cap[row])
+    assert kl == pytest.approx(expected.kl, abs=2e-5, rel=2e-4)
+    assert strength == pytest.approx(expected.strength, abs=4e-5 * abs(asked), rel=2e-4)
+    assert kl <= cap * (1 + 1e-6)
+    if not expected.fired:
+        assert (kl, strength) == (0, 0)
+    elif cap > 0 and expected.kl < cap / 2:
+        assert strength == asked
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(row_params, edit_rows), min_size=1, max_size=4),
     vocab=st.sampled_from([5, 63, 64, 65, 127, 128, 129, 300]),
@@ -69,7 +101,7 @@ def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
     ties=st.booleans(),
 )
 def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int, spread: float, ties: bool) -> None:
-    inputs = make_inputs([p for p, _ in rows], vocab, seed, spread, ties, edits=[e for _, e in rows])
+    inputs = make_inputs([p for p, _ in rows], vocab, seed, spread, ties, edits=[e for _, e in rows], top_k=(5, 20, 33))
     check_against_oracle(inputs, step(inputs))
 
 
@@ -86,20 +118,81 @@ def test_a_real_vocabulary_agrees_with_the_oracle(dtype: torch.dtype) -> None:
 
 
 def test_a_row_is_bit_identical_whoever_shares_its_batch() -> None:
-    rows = [{"correction": i % 3 - 1, "temperature": 0.5 * (i % 3), "top_p": 0.9, "uniform": 0.1 * i} for i in range(8)]
-    inputs = make_inputs(rows, 5003, alternatives=4)
+    """The others compose more corrections, look at other statistics, and are capped."""
+    rows: list[dict[str, Any]] = [
+        {
+            "correction": [-1, 0, {1: 1.0}, {2: 0.5, 0: 1.0}, {0: 1.0, 1: -1.0, 2: 2.0}][i % 5],
+            "gate": i % 5,
+            "kl_cap": 0.1 if i % 3 == 0 else math.inf,
+            "tau": -1.0,
+            "temperature": 0.5 * (i % 3),
+            "top_p": 0.9,
+            "uniform": 0.09 * i,
+        }
+        for i in range(10)
+    ]
+    inputs = make_inputs(rows, 5003, top_k=(5, 20, 33), alternatives=4)
     together = pack(step(inputs))
-    for row in range(len(rows)):
-        one = StepInputs(
-            inputs.logits[row : row + 1],
-            inputs.hidden[row : row + 1],
-            inputs.head,
-            type(inputs.params)(*(column[row : row + 1] for column in inputs.params)),
-            None,
-            inputs.corrections,
-            4,
+    for row, params in enumerate(rows):
+        one = inputs._replace(
+            logits=inputs.logits[row : row + 1],
+            hidden=inputs.hidden[row : row + 1],
+            params=make_params([params]),  # as few columns as its own mix needs
         )
         assert torch.equal(pack(step(one))[0], together[row])
+
+
+def test_composed_corrections_add_up_each_on_its_own_candidates() -> None:
+    mix = {0: 1.0, 1: -0.5}
+    rows = [{"correction": c, "tau": -1.0, "strength": 0.7} for c in (0, 1, mix)]
+    inputs = make_inputs(rows, 300, top_k=(3, 20), alternatives=20)
+    inputs = inputs._replace(logits=inputs.logits[:1].expand(3, -1), hidden=inputs.hidden[:1].expand(3, -1))
+    z = inputs.logits[0].log_softmax(0)
+    best = z.topk(20).indices.tolist()
+    record = step(inputs)
+    change = []
+    for row in range(3):  # of the log-probability of each token, against the token that no correction reaches
+        found = dict(zip(record.top_ids[row].tolist(), record.top_logprobs[row].tolist(), strict=True))
+        change.append({i: found[i] - float(z[i]) for i in best if i in found})
+    first, second, both = change
+    pairs = [(i, j) for i in both for j in both if all(i in c and j in c for c in (first, second))]
+    assert len(pairs) > 9
+    for i, j in pairs:
+        wanted = first[i] - first[j] - 0.5 * (second[i] - second[j])
+        assert both[i] - both[j] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_bank_of_rank_zero_adds_its_vector_alone() -> None:
+    inputs = make_inputs([{"correction": 0, "tau": -1.0}] * 3, 300, top_k=(20,))
+    bank = inputs.corrections
+    assert bank is not None
+    zeros = inputs._replace(corrections=bank._replace(A=bank.A * 0))
+    none = inputs._replace(corrections=bank._replace(A=bank.A[:, :0], B=bank.B[:, :, :0]))
+    assert torch.equal(pack(step(none)), pack(step(zeros)))
+    assert (step(none).kl > 0).all()
+
+
+def test_a_cap_of_nothing_leaves_the_base_bit_for_bit() -> None:
+    rows = [{"temperature": 0.3 * i, "uniform": 0.13 * i, "correction": i % 3, "tau": -1.0} for i in range(6)]
+    base = step(make_inputs([row | {"steered": False} for row in rows], 300, top_k=(5, 20, 33), alternatives=9))
+    capped = step(make_inputs([row | {"kl_cap": 0.0} for row in rows], 300, top_k=(5, 20, 33), alternatives=9))
+    assert (capped.status == OPEN + FIRED).all()
+    assert (capped.applied_strength == 0).all()
+    for name in StepRecord._fields:
+        if name not in ("status", "kl", "steered_logprob", "steered_token_logprob"):  # the mass is summed again
+            assert torch.equal(getattr(base, name), getattr(capped, name)), name
+
+
+def test_a_row_steered_by_no_head_fires_and_keeps_the_base() -> None:
+    """What the tiers inside the network ask of the step: the gate's word, and z as it is."""
+    rows: list[dict[str, Any]] = [{"gate": GATE_ALWAYS, "strength": 1.5, "uniform": 0.1 * i} for i in range(5)]
+    plain = step(make_inputs(rows, 300))
+    fired = step(make_inputs([row | {"steered": True} for row in rows], 300))
+    assert (plain.status == 0).all()
+    assert (fired.status == OPEN + FIRED).all()
+    assert (fired.applied_strength == 1.5).all()
+    for name in set(StepRecord._fields) - {"status", "applied_strength"}:
+        assert torch.equal(getattr(plain, name), getattr(fired, name)), name
 
 
 @pytest.mark.parametrize("change", [{"tau": math.inf}, {"strength": 0.0}, {"shadow": True}])
