@@ -11,38 +11,73 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from trimtab.kernels.draw import GROUP, best_tokens, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
+from trimtab.kernels.rows import Row
+
+_DEEP = 60.0  # nats below which masses in float32 lose tokens
 
 
 class Changed(NamedTuple):
-    """The logits that corrections change in one row; k is the bank's largest top_k."""
+    """What corrections make of one row; k is the bank's largest top_k."""
 
-    ids: Tensor  # int64 [k]
+    ids: Tensor  # int64 [k]: the candidates, and what follows them
     base: Tensor  # float32 [k]: z
     steered: Tensor  # float32 [k]: z'
+    maxima: Tensor  # [groups]: of z'
+    normaliser: float  # log sum exp of z'
     kl: float  # KL(softmax z || softmax z'), nats
     strength: float  # the one applied
 
 
-def correct(
-    inputs: StepInputs, rows: list[int], best: list[tuple[Tensor, Tensor]], normalisers: list[float]
-) -> list[Changed]:
-    """What changes in each of `rows`, which have fired and have a correction of the bank each.
+def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> dict[int, Changed]:
+    """What changes in each of `rows`, which have fired and have a correction of the bank each; by row.
 
-    best: their k best tokens, values [k] and ids [k]; normalisers: log sum exp of their logits.
+    z [all rows, padded] holds z' there when this returns; base: of all rows.
     """
     params, bank = inputs.params, inputs.corrections
     assert bank is not None
-    at = torch.tensor(rows)
+    k = min(bank.max_top_k, inputs.logits.shape[1])
+    best = [best_tokens(z[row], base[row].maxima, k) for row in rows]
     values, ids = (torch.stack(column) for column in zip(*best, strict=True))  # [n, k]
+    at = torch.tensor(rows)
     delta = _delta(inputs, bank, at, ids)
-    strengths, caps = params.strength[at].tolist(), params.kl_cap[at].tolist()
-    columns = zip(values.tolist(), delta.tolist(), normalisers, strengths, caps, strict=True)
-    taken = [_take(*row) for row in columns]
-    strength = torch.tensor([strength for strength, _ in taken])
+    z[at[:, None], ids] = -math.inf
+    maxima, rests = _read_rest(z, [base[row] for row in rows], at, ids)
+    asked = zip(params.strength[at].tolist(), params.kl_cap[at].tolist(), strict=True)
+    lines = map(_Line, values.tolist(), delta.tolist(), rests, [base[row].normaliser for row in rows])
+    taken = [line.bound(strength, cap) for line, (strength, cap) in zip(lines, asked, strict=True)]
+    strength = torch.tensor([strength for strength, _, _ in taken])
     steered = values + strength[:, None] * delta
-    found = zip(ids, values, steered, taken, strict=True)
-    return [Changed(i, b, s, kl, strength) for i, b, s, (strength, kl) in found]
+    z[at[:, None], ids] = steered
+    maxima.scatter_reduce_(1, ids // GROUP, steered, "amax")
+    found = zip(rows, ids, values, steered, maxima, taken, strict=True)
+    return {
+        row: Changed(tokens, z_before, z_after, peaks, base[row].normaliser + gain, kl, taken_strength)
+        for row, tokens, z_before, z_after, peaks, (taken_strength, kl, gain) in found
+    }
+
+
+def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor) -> tuple[Tensor, list[float]]:
+    """The groups' maxima [n, groups] and log sum exp of the tokens that are left, now that `ids` are -inf in z.
+
+    Only their groups are read again, unless what is left lies too deep under the best logit for the masses to show.
+    """
+    touched = ids // GROUP
+    groups = z.view(len(z), -1, GROUP)[rows[:, None], touched]  # [n, k, GROUP]
+    maxima = torch.stack([row.maxima for row in base]).scatter_(1, touched, groups.amax(2))
+    best = torch.tensor([row.best for row in base])
+    masses = torch.stack([row.masses for row in base])
+    masses.scatter_(1, touched, (groups - best[:, None, None]).exp_().sum(2))
+    rests = []
+    for at, row, peak, mass in zip(rows.tolist(), base, maxima.amax(1).tolist(), masses.sum(1).tolist(), strict=True):
+        if row.best - peak <= _DEEP:
+            rests.append(row.best + math.log(mass))
+        elif peak > -math.inf:
+            rests.append(peak + math.log(float(total_mass((z[at] - peak).exp_()))))
+        else:
+            rests.append(peak)
+    return maxima, rests
 
 
 def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> Tensor:
@@ -57,8 +92,7 @@ def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> 
         if len(here) == len(which):
             total += weight * _delta_of(bank, which, h, directions)
         elif here:
-            part = _delta_of(bank, [which[i] for i in here], h[here], directions[here])
-            total[here] += weight[here] * part
+            total[here] += weight[here] * _delta_of(bank, [which[i] for i in here], h[here], directions[here])
     return total
 
 
@@ -76,30 +110,38 @@ def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor
     return torch.where(within, cap * torch.tanh(raw / cap), 0.0)
 
 
-def _take(
-    logits: list[float], delta: list[float], normaliser: float, strength: float, cap: float
-) -> tuple[float, float]:
-    """The strength that the cap allows (record.py, 3) and the divergence that it brings, of one row."""
-    share = [math.exp(z - normaliser) for z in logits]
-    kl = divergence(share, delta, strength)
-    if kl <= cap:
-        return strength, kl
-    low = 0.0
-    for halving in range(1, HALVINGS + 1):
-        middle = low + 0.5**halving
-        if divergence(share, delta, strength * middle) <= cap:
-            low = middle
-    return strength * low, divergence(share, delta, strength * low)
+class _Line:
+    """One row's distributions softmax(z + strength * delta), by strength. float64; the other tokens count as one."""
 
+    def __init__(self, logits: list[float], delta: list[float], rest: float, normaliser: float) -> None:
+        """Of the candidates; rest: log sum exp of the other tokens' z; normaliser: that of all."""
+        self._logs = [z - normaliser for z in (*logits, rest)]
+        self._delta = [*delta, 0.0]
+        shares = [math.exp(p) for p in self._logs]
+        self._mean = sum(p * d for p, d in zip(shares, self._delta, strict=True)) / sum(shares)
+        self._start = self._gain(0.0)  # 0, but for the rounding of what came in
 
-def divergence(share: list[float], delta: list[float], strength: float) -> float:
-    """KL(p || q) in nats, where q is p with the logits of these tokens changed by strength * delta, and of no others.
+    def bound(self, strength: float, cap: float) -> tuple[float, float, float]:
+        """The strength as far as the cap on the divergence allows (record.py, 3).
 
-    share: the tokens' probabilities under p. That they are rounded cannot make the divergence negative.
-    """
-    change = [strength * d for d in delta]
-    held = sum(share)
-    total = max(held, 1.0)
-    peak = max(0.0, *change)
-    mass = (total - held) * math.exp(-peak) + sum(p * math.exp(c - peak) for p, c in zip(share, change, strict=True))
-    return max(0.0, peak + math.log(mass / total) - sum(p * c for p, c in zip(share, change, strict=True)) / total)
+        -> it, the divergence KL(softmax z || softmax z') in nats, and what log sum exp gains.
+        """
+        kl, gain = self._measure(strength)
+        if kl <= cap:
+            return strength, kl, gain
+        low, kl, gain = 0.0, 0.0, 0.0
+        for halving in range(1, HALVINGS + 1):
+            middle = low + 0.5**halving
+            further = self._measure(strength * middle)
+            if further[0] <= cap:
+                low, (kl, gain) = middle, further
+        return strength * low, kl, gain
+
+    def _measure(self, strength: float) -> tuple[float, float]:
+        gain = self._gain(strength) - self._start
+        return max(gain - strength * self._mean, 0.0), gain
+
+    def _gain(self, strength: float) -> float:
+        logs = [p + strength * d for p, d in zip(self._logs, self._delta, strict=True)]
+        peak = max(logs)
+        return peak + math.log(sum(math.exp(p - peak) for p in logs))

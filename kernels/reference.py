@@ -7,40 +7,15 @@ Rows are walked one by one because a row of logits fits a core's cache and a bat
 heads.py, order and the draw in draw.py.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token, total_mass
+from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
-from trimtab.kernels.record import (
-    DEAD,
-    FIRED,
-    GATE_ALWAYS,
-    GATE_MARGIN,
-    GATE_RANDOM,
-    GATE_VARENTROPY,
-    OPEN,
-    RowParams,
-    StepInputs,
-    StepRecord,
-)
-
-_FLOOR = -1e4  # exp is 0 there, and 0 * _FLOOR is 0 where 0 * -inf is NaN
-
-
-class _Row(NamedTuple):
-    """What one pass over a row's logits leaves: the rest of a step reads groups, not rows. By default of a dead row."""
-
-    alive: bool = False
-    entropy: float = 0.0  # nats
-    statistic: float = 0.0  # of the row's gate
-    best: float = 0.0  # the largest logit
-    normaliser: float = 0.0  # log sum exp
-    maxima: Tensor = torch.empty(0)  # [groups]: each group's largest logit
-    masses: Tensor = torch.empty(0)  # [groups]: each group's sum of exp(z - best)
+from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, RowParams, StepInputs, StepRecord
+from trimtab.kernels.rows import Row, read_row
 
 
 class _Drawn(NamedTuple):
@@ -62,11 +37,15 @@ def step(inputs: StepInputs) -> StepRecord:
     params = inputs.params
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
     z[:, :vocab] = inputs.logits
-    base = [_read(*row) for row in zip(z, params.gate.tolist(), params.chance.tolist(), strict=True)]
+    base = [read_row(*row) for row in zip(z, params.gate.tolist(), params.chance.tolist(), strict=True)]
     entropy, statistic = torch.tensor([(row.entropy, row.statistic) for row in base]).unbind(1)
     opened = _open(base, statistic, params)
     strength = [s if gate else 0.0 for s, gate in zip(params.strength.tolist(), opened, strict=True)]
-    changed = _correct(inputs, z, base, strength)
+    changed: dict[int, Changed] = {}
+    if inputs.corrections is not None and any(strength):
+        mixes = params.correction.tolist()
+        acts = [row for row, mix in enumerate(mixes) if strength[row] != 0 and max(mix) >= 0]
+        changed = correct(inputs, z, base, acts) if acts else {}
     top_ids = torch.full((rows, inputs.alternatives), -1, dtype=torch.int32)
     top_logprobs = torch.full((rows, inputs.alternatives), float("-inf"))
     drawn = [
@@ -85,31 +64,7 @@ def step(inputs: StepInputs) -> StepRecord:
     return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs])
 
 
-def _read(z: Tensor, gate: int, chance: float) -> _Row:
-    """z [padded] of one row -> its statistics, in one pass while it is in cache."""
-    maxima = z.view(-1, GROUP).amax(1)
-    best = float(maxima.amax())
-    if not math.isfinite(best):  # NaN and +inf surface in the maximum; -inf means no token is left
-        return _Row()
-    d = (z - best).clamp_(min=_FLOOR)
-    e = d.exp()
-    masses = e.view(-1, GROUP).sum(1)
-    mass = float(masses.sum())
-    log_mass = math.log(mass)
-    mean = float(total_mass(d.mul_(e))) / mass  # of d
-    entropy = max(log_mass - mean, 0.0)  # shifted: exact as |z| grows
-    statistic = entropy
-    if gate == GATE_VARENTROPY:
-        statistic = float(total_mass((z - best).clamp_(min=_FLOOR).sub_(mean).square_().mul_(e))) / mass
-    elif gate == GATE_MARGIN:
-        first, second = best_tokens(z, maxima, 2)[0].tolist()
-        statistic = math.expm1(second - first) / mass
-    elif gate == GATE_RANDOM:
-        statistic = chance
-    return _Row(True, entropy, statistic, best, best + log_mass, maxima, masses)
-
-
-def _open(base: list[_Row], statistic: Tensor, params: RowParams) -> list[bool]:
+def _open(base: list[Row], statistic: Tensor, params: RowParams) -> list[bool]:
     """Which gates open, judged on the statistic as it is reported: float32."""
     asked = (statistic, params.tau, params.ceiling, params.gate, params.steered)
     return [
@@ -118,41 +73,27 @@ def _open(base: list[_Row], statistic: Tensor, params: RowParams) -> list[bool]:
     ]
 
 
-def _correct(inputs: StepInputs, z: Tensor, base: list[_Row], strength: list[float]) -> dict[int, Changed]:
-    """What changes in each row that has fired (its strength is not 0) and has a head-tier correction, by row."""
-    if inputs.corrections is None or not any(strength):
-        return {}
-    mixes = inputs.params.correction.tolist()
-    rows = [row for row, mix in enumerate(mixes) if strength[row] != 0 and max(mix) >= 0]
-    if not rows:
-        return {}
-    k = min(inputs.corrections.max_top_k, inputs.logits.shape[1])
-    best = [best_tokens(z[row], base[row].maxima, k) for row in rows]
-    return dict(zip(rows, correct(inputs, rows, best, [base[row].normaliser for row in rows]), strict=True))
-
-
 def _finish(
     inputs: StepInputs,
     row: int,
     z: Tensor,
-    base: _Row,
+    base: Row,
     changed: Changed | None,
     top_ids: Tensor,
     top_logprobs: Tensor,
 ) -> _Drawn:
-    """Steer, edit and draw one live row. z [padded] is the base's and is overwritten; so is the row of top_*."""
+    """Edit and draw one live row, and report it. z [padded] holds z'; it is overwritten, as the row of top_* is."""
     maxima, normaliser = base.maxima, base.normaliser
     base_token = steered_token = best_token(z, maxima)
     steered_best, steered_normaliser = base.best, normaliser
     if changed is not None:
-        z[changed.ids] = changed.steered
-        steered_maxima, steered_normaliser = _read_steered(z, base, changed.ids)
-        steered_token = best_token(z, steered_maxima)
-        steered_best = float(z[steered_token])
+        base_token = int(changed.ids[0])
+        steered_token = best_token(z, changed.maxima)
+        steered_best, steered_normaliser = float(z[steered_token]), changed.normaliser
         if inputs.params.shadow[row]:
             z[changed.ids] = changed.base
         else:
-            maxima, normaliser = steered_maxima, steered_normaliser
+            maxima, normaliser = changed.maxima, changed.normaliser
     final = z if inputs.edits is None else _edit(z, inputs, row)
     token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits forbade every token
@@ -175,17 +116,6 @@ def _finish(
         base_token_logprob=base.best - base.normaliser,
         steered_token_logprob=steered_best - steered_normaliser,
     )
-
-
-def _read_steered(z: Tensor, base: _Row, ids: Tensor) -> tuple[Tensor, float]:
-    """Maxima and log-normaliser of a row whose `ids` have changed: only their groups are read again."""
-    touched = ids // GROUP
-    groups = z.view(-1, GROUP)[touched]
-    maxima = base.maxima.index_copy(0, touched, groups.amax(1))
-    best = float(maxima.amax())
-    masses = base.masses * math.exp(base.best - best)
-    masses[touched] = (groups - best).exp_().sum(1)
-    return maxima, best + math.log(float(masses.sum()))
 
 
 def _edit(z: Tensor, inputs: StepInputs, row: int) -> Tensor:

@@ -34,6 +34,15 @@ class Groups(NamedTuple):
 
 
 @triton.jit
+def read_groups(logits, vocab, group):
+    """-> the groups' maxima [groups], and the logits below them [groups, GROUP]."""
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    z = tl.load(logits + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
+    peak = tl.max(z, axis=1)
+    return peak, z - tl.where(peak == NEG_INF, 0.0, peak)[:, None]
+
+
+@triton.jit
 def stats_kernel(
     logits, logits_stride, vocab, temperature, gate,
     peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr,
@@ -41,22 +50,20 @@ def stats_kernel(
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = tl.load(logits + row * logits_stride + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
-    peak = tl.max(z, axis=1)
-    below = z - tl.where(peak == NEG_INF, 0.0, peak)[:, None]
+    peak, below = read_groups(logits + row * logits_stride, vocab, group)
     e = tl.exp2(below * LOG2_E)
     mass = tl.sum(e, axis=1)
     at = row * stride + group
     tl.store(peak_out + at, tl.where(mass == mass, peak + 0.0, INF))  # a NaN or +inf has spoiled the mass
     tl.store(mass_out + at, mass)
     tl.store(moment_out + at, tl.sum(e * tl.maximum(below, FLOOR), axis=1))
-    if tl.load(gate + row) == VARENTROPY:
-        depth = tl.maximum(below, FLOOR)
-        tl.store(spread_out + at, tl.sum(e * depth * depth, axis=1))
     inverse = inverse_temperature(tl.load(temperature + row))
     if inverse != 1.0:
         tl.store(tempered_out + at, tl.sum(tl.exp2(below * (inverse * LOG2_E)), axis=1))
+    if tl.load(gate + row) == VARENTROPY:  # read once more: what is kept for this rare case would halve the occupancy
+        peak, below = read_groups(logits + row * logits_stride, vocab, group)
+        depth = tl.maximum(below, FLOOR)
+        tl.store(spread_out + at, tl.sum(tl.exp2(below * LOG2_E) * depth * depth, axis=1))
 
 
 def measure_groups(logits: Tensor, params: RowParams) -> Groups:

@@ -6,6 +6,7 @@ Slow and obvious: it sorts whole rows and keeps every intermediate. Both impleme
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from trimtab.kernels.record import (
     HALVINGS,
     RANK_ORDER,
     StepInputs,
+    StepRecord,
 )
 
 
@@ -132,3 +134,17 @@ def draw(expected: Expected, uniform: float, slack: float = 1e-5) -> set[int]:
     for u in (uniform - slack, uniform, uniform + slack):
         picked.add(expected.order[min(int((edges <= u).sum()), len(edges) - 1)])
     return picked
+
+
+def check_gate_and_cap(inputs: StepInputs, row: int, expected: Expected, record: StepRecord) -> None:
+    """A live row's statistic, divergence and applied strength, to the rounding of float32."""
+    statistic, kl, strength = (float(c[row]) for c in (record.statistic, record.kl, record.applied_strength))
+    asked, cap = float(inputs.params.strength[row]), float(inputs.params.kl_cap[row])
+    assert statistic == pytest.approx(expected.statistic, abs=2e-5, rel=2e-5)
+    assert kl == pytest.approx(expected.kl, abs=2e-5, rel=2e-4)
+    assert strength == pytest.approx(expected.strength, abs=4e-5 * abs(asked), rel=2e-4)
+    assert kl <= cap * (1 + 1e-6)
+    if not expected.fired:
+        assert (kl, strength) == (0, 0)
+    elif cap > 0 and expected.kl < cap / 2:
+        assert strength == asked

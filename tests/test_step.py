@@ -10,14 +10,23 @@ import torch
 from interpreted import Interpreter
 from torch.nn import functional as F
 
-from oracle import draw, expect
-from steps import make_edits, make_inputs
+from oracle import check_gate_and_cap, draw, expect
+from steps import make_edits, make_inputs, make_params
 from trimtab.kernels import reference
 from trimtab.kernels.philox import uniform
-from trimtab.kernels.record import DEAD, FIRED, OPEN, StepInputs, StepRecord
+from trimtab.kernels.record import (
+    DEAD,
+    FIELDS,
+    FIRED,
+    GATE_ALWAYS,
+    GATE_ENTROPY,
+    OPEN,
+    StepInputs,
+    StepRecord,
+)
 
 Step = Callable[[StepInputs], StepRecord]
-NUMBERS = StepRecord._fields[4:9]  # float fields, one a row
+LOGPROBS = tuple(name for name in StepRecord._fields if name.endswith("_logprob"))
 
 
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -75,9 +84,14 @@ def random_rows(count: int, seed: int, vocab: int) -> tuple[list[dict[str, Any]]
         row = {
             "temperature": r.choice([0.0, 0.3, 1.0, 1.0, 1.7]),
             "uniform": r.random(),
-            "correction": r.choice([-1, 0, 1, 1]),
+            "steered": r.choice([None, None, None, None, True, False]),
+            "gate": r.choice([GATE_ENTROPY, *range(GATE_ENTROPY, GATE_ALWAYS + 1)]),
+            "tau": r.choice([-0.9, -0.05, 0.05, 0.6, 2.0, math.inf]),
+            "ceiling": r.choice([0.8, 3.0, math.inf, math.inf]),
+            "chance": r.uniform(0.001, 0.999),
+            "correction": r.choice([-1, 0, 1, 1, {0: 1.0, 1: 0.5}, {1: -2.0}, {1: 1.0, 0: 0.0}]),
             "strength": r.choice([0.0, 1.0, 1.0, -4.0]),
-            "tau": r.choice([0.0, 0.0, 2.0, math.inf]),
+            "kl_cap": r.choice([0.0, 1e-3, 0.3, math.inf, math.inf, math.inf]),
             "shadow": r.random() < 0.25,
             "repetition": r.choice([1.0, 1.5]),
             "presence": r.choice([0.0, 0.7]),
@@ -112,6 +126,7 @@ def check(inputs: StepInputs, record: StepRecord) -> None:
         assert len(allowed) > 1 or token == plain.token[row]
         assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
         assert status == OPEN * expected.open + FIRED * expected.fired
+        check_gate_and_cap(inputs, row, expected, record)
         for value, of, distribution in (
             (record.base_logprob, token, expected.base),
             (record.steered_logprob, token, expected.steered),
@@ -157,7 +172,8 @@ def test_a_real_vocabulary_agrees(step: Step) -> None:
 
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_far_from_zero_nothing_is_lost(step: Step, shift: float) -> None:
-    inputs = make_inputs([{"correction": 1, "uniform": 0.3}, {"temperature": 0.5, "uniform": 0.8}], 300)
+    rows = [{"correction": 1, "uniform": 0.3, "gate": gate} for gate in range(GATE_ENTROPY, GATE_ALWAYS + 1)]
+    inputs = make_inputs([*rows, {"temperature": 0.5, "uniform": 0.8}], 300)
     inputs = inputs._replace(logits=(inputs.logits * 64).round() / 64 + shift)  # exact in float32 after the shift
     check(inputs, step(inputs))
 
@@ -213,7 +229,7 @@ def test_a_dead_row_harms_nobody(step: Step) -> None:
     for field in StepRecord._fields:
         assert torch.equal(getattr(record, field)[[0, 4]], getattr(alone, field)), field
     plain = reference.step(inputs)
-    for field in (*NUMBERS[1:], "token", "base_token", "top_ids", "top_logprobs"):
+    for field in (*LOGPROBS, "token", "base_token", "top_ids", "top_logprobs"):
         assert torch.equal(getattr(record, field)[[1, 2, 3, 5]], getattr(plain, field)[[1, 2, 3, 5]]), field
 
 
@@ -233,13 +249,16 @@ def test_a_row_does_not_depend_on_its_batch(step: Step) -> None:
     assert_same(record, step(inputs))
     order = [7, 2, 11, 0, 5, 9]
     others = step(take(inputs, order, alternatives=0))
-    for field in StepRecord._fields[:9]:
+    alone = [step(take(inputs, [row])._replace(params=make_params([rows[row]]))) for row in order[:3]]
+    for field in StepRecord._fields[:FIELDS]:
         assert torch.equal(getattr(record, field)[order], getattr(others, field)), field
+        assert torch.equal(getattr(record, field)[order[:3]], torch.cat([getattr(r, field) for r in alone])), field
 
 
 def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
     rows, edits = random_rows(10, 41, 300)
-    rows = [row | {"correction": 1, "tau": 0.0, "shadow": False} for row in rows]
+    always = {"steered": None, "tau": -2.0, "ceiling": math.inf, "kl_cap": math.inf, "shadow": False}
+    rows = [row | {"correction": 1} | always for row in rows]
     sampled = ("token", "entropy", "base_token", "base_logprob", "base_token_logprob", "top_ids", "top_logprobs")
 
     def run(**change: Any) -> StepRecord:
