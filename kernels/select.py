@@ -67,7 +67,7 @@ def best_groups(
     peak = tl.load(peaks + group, mask=exists, other=NEG_INF)
     ranks = tl.where(exists, to_rank(peak), NOTHING)
     # The wanted-th best of the maxima of as many disjoint parts is a lower bound, and a close one.
-    WIDTH: tl.constexpr = min(GROUPS, PARTS)
+    WIDTH: tl.constexpr = PARTS if GROUPS > PARTS else GROUPS
     part = tl.max(tl.reshape(ranks, [GROUPS // WIDTH, WIDTH]), axis=0)
     at = tl.arange(0, WIDTH)
     ahead = (part[None, :] > part[:, None]) | ((part[None, :] == part[:, None]) & (at[None, :] < at[:, None]))

@@ -140,14 +140,14 @@ def tilt_kernel(
         tempered = tl.load(group_mass + group, mask=exists, other=0.0)
         if inverse != 1.0:
             tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
-        # The order after the correction, through memory: ranks are a permutation of the held slots.
-        tl.debug_barrier()
-        place = places(steered_order, steered_keys, tl.minimum(held, SLOTS), SLOTS)
         limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
         filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
         own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
         other = tl.load(ranked + own, mask=own < held, other=LOWEST)
         beyond = tl.where(own < held, key_value(other), from_rank(outside))
+        # The order after the correction, through memory.
+        tl.debug_barrier()
+        place = places(steered_order, steered_keys, tl.minimum(held, SLOTS), SLOTS)
         tl.store(ranked + place, steered_order, mask=in_play)
         tl.debug_barrier()
         order = tl.load(ranked + slot, mask=in_play, other=LOWEST)
