@@ -158,7 +158,8 @@ def finish_kernel(
     pool += row * POOL
     ranked += row * POOL
     only = tl.full([], LOWEST, tl.int64)
-    if end > 1:
+    selects = acts | (end > 1)
+    if selects:
         top = to_rank(best)
         early = ranks & (k <= 0) & (applied == 0)  # a nucleus usually closes within the first few
         goal = tl.where(early, tl.minimum(end, tl.maximum(tl.maximum(enough, wanted), FIRST)), end)
@@ -188,7 +189,7 @@ def finish_kernel(
                 tl.debug_barrier()
     else:
         only = to_key(best, best_token(logits, vocab, group_peak, best, GROUPS))
-    keys = tl.load(ranked + slot, mask=slot < tl.where(end > 1, held, 0), other=LOWEST)
+    keys = tl.load(ranked + slot, mask=slot < tl.where(selects, held, 0), other=LOWEST)
     keys = tl.where(slot == 0, tl.maximum(keys, only), keys)
     tokens = key_token(keys)
     base_token = tl.max(tl.where(slot == 0, tokens, -1), axis=0)
