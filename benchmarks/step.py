@@ -122,10 +122,11 @@ def measure(base: Base, correction: HeadCorrection, batch: int, args: argparse.N
     return {"batch": batch, **figures, "same_tokens": round(same_tokens, 4)}
 
 
-def start(base: Base, bank: Bank, steering: Steering, batch: int, args: argparse.Namespace) -> Core:
-    """An engine whose whole batch has read its prompts and decodes from now on."""
+def start(base: Base, bank: Bank, steering: Steering, batch: int, args: argparse.Namespace, rows: int = 1) -> Core:
+    """An engine whose whole batch, of so many rows a choice, has read its prompts and decodes from now on."""
     total = WARM_UP + args.steps + 2
-    core = Core(base, bank, EngineConfig(slots=batch, max_model_len=args.prompt + total + batch, threads=args.threads))
+    length = args.prompt + total + batch
+    core = Core(base, bank, EngineConfig(slots=rows * batch, max_model_len=length, threads=args.threads))
     draw = random.Random(args.seed)
     for row in range(batch):
         prompt = tuple(draw.randrange(base.vocab) for _ in range(args.prompt))

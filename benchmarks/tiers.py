@@ -19,11 +19,12 @@ import torch
 from step import WARM_UP, choose_correction, spread, start
 
 from trimtab.server.base import Base, load_base
-from trimtab.server.core import Core
+from trimtab.server.core import CONTRAST, Core
 from trimtab.server.request import Steering
+from trimtab.server.rule import rule_for
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import HeadCorrection, LoraCorrection, check
+from trimtab.steering.correction import ContrastCorrection, HeadCorrection, LoraCorrection, check
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
 
@@ -88,16 +89,19 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds of a decode step by tier, and the tier's tokens/s as a share of the base's within a round."""
     bank = Bank(base.hidden, base.device)
-    for correction in (head, lora):
+    for correction in (head, lora, ContrastCorrection(name=CONTRAST)):
         bank.add(correction)
     asked = {
         "base": Steering(),
         "head": Steering(head.name, tau=OPEN),
-        "contrast": Steering("contrast", tau=OPEN, companion_prompt=(0,)),
+        "contrast": Steering(CONTRAST, tau=OPEN, companion_prompt=(0,)),
         "lora gated": Steering(lora.name, gate="entropy", tau=OPEN),
         "lora always": Steering(lora.name, gate="always"),
     }
-    cores: dict[str, Core] = {tier: start(base, bank, steering, batch, args) for tier, steering in asked.items()}
+    cores: dict[str, Core] = {
+        tier: start(base, bank, steering, batch, args, rule_for(steering, bank).rows)
+        for tier, steering in asked.items()
+    }
     order, draw = list(cores), random.Random(args.seed)
     rounds: list[dict[str, float]] = []
     for _ in range(WARM_UP + args.steps):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.keys import GROUP, NEG_INF, key_token, key_value, load_logits, to_key
+from trimtab.kernels.keys import GROUP, NEG_INF, key_token, key_value
 
 RANK_ORDER = tl.constexpr(rules.RANK_ORDER)
 MANY = tl.constexpr(0x7FFFFFFF)
@@ -42,19 +42,20 @@ def draw_ranked(keys, known, best, inverse, uniform, mass, beyond, limit, has_k,
 
 
 @triton.jit
-def draw_grouped(logits, vocab, w, group, tokens, steered, lowest, applied, best, inverse, uniform):
-    """Inverse CDF over the whole vocabulary in id order, from the groups' masses w (float64) and one more read."""
+def draw_group(w, group, uniform):
+    """Inverse CDF over groups of these masses (float64) -> the group, and the uniform that is left for its tokens."""
     x = uniform * tl.sum(w, axis=0)
     chosen = tl.sum((tl.cumsum(w, axis=0) <= x).to(tl.int32), axis=0)
     chosen = tl.minimum(chosen, tl.max(tl.where(w > 0.0, group, 0), axis=0))
     x = (x - tl.sum(tl.where(group < chosen, w, 0.0), axis=0)) / tl.sum(tl.where(group == chosen, w, 0.0), axis=0)
+    return chosen, x
+
+
+@triton.jit
+def draw_within(z, chosen, uniform, best, inverse):
+    """Inverse CDF over one group's logits z [GROUP] in id order -> the token."""
     inner = tl.arange(0, GROUP)
-    lane = chosen * GROUP + inner
-    z = load_logits(logits, lane, vocab)
-    if applied:
-        corrected = tl.max(tl.where(tokens[:, None] == lane[None, :], steered[:, None], NEG_INF), axis=0)
-        z = tl.where(to_key(z, lane) >= lowest, corrected, z)
     e = tl.exp((z - best) * inverse).to(tl.float64)
-    x *= tl.sum(e, axis=0)
+    x = uniform * tl.sum(e, axis=0)
     at = tl.sum((tl.cumsum(e, axis=0) <= x).to(tl.int32), axis=0)
     return chosen * GROUP + tl.minimum(at, tl.max(tl.where(e > 0.0, inner, 0), axis=0))

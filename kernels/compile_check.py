@@ -20,13 +20,12 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats
-from trimtab.kernels.record import MAX_ALTERNATIVES
+from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, tilt
 
 TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
-    "top_k gate correction edit_spans edit_token edit_count correction_top_k task "
+    "top_k gate correction state chosen edit_spans edit_token edit_count correction_top_k task "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
@@ -34,6 +33,7 @@ _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
     "shadow": "*i8",
     "silu": "*i8",
     "uniform": "*fp64",
+    "pool": "*i64",
     "ranked": "*i64",
     "steered_keys": "*i64",
     "slot": "*i64",
@@ -59,8 +59,9 @@ _ALIGNED = {
     "slot_stride",
     "position_stride",
     "width",
+    "rank",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"mix", "rank", "alternatives", "heads", "kv_heads"}
+_INTEGERS = _ALIGNED | {"mix", "alternatives", "heads", "kv_heads"}
 _FLOATS = (
     "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
     "x residual scales summed gate_up"
@@ -97,10 +98,13 @@ def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
     result = []
     for d, itemsize in (("bf16", 2), ("fp32", 4)):
         result.append(Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH))
-        for slots in (finish.slots_for(32, 20), finish.slots_for(finish.MAX_CANDIDATES, MAX_ALTERNATIVES)):
+        for most in (32, finish.MAX_CANDIDATES):
+            slots = finish.slots_for(most)
             shape = {"HAS_EDITS": True, "SLOTS": slots}
-            sizes = shape | {"GROUPS": groups, "RANK": rank, "BLOCK": finish.block_for(slots, rank, itemsize)}
+            sizes = shape | {"GROUPS": groups, "SHIFT": 32 - 8 * itemsize, "ROWS": finish.ROWS}
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
+            sizes = shape | {"GROUPS": groups, "ROWS": tilt.ROWS} | tilt.tiles(most, rank, itemsize)
+            result.append(Build(f"tilt {d}, {slots} slots", tilt.tilt_kernel, d, sizes, tilt.LAUNCH))
         sizes = shape | {"BLOCK": resolve.BLOCK}
         result.append(Build(f"resolve {d}", resolve.resolve_kernel, d, sizes, resolve.LAUNCH))
         result += _decoding(d, itemsize)

@@ -1,10 +1,11 @@
-"""The second kernel of a step: one program a row, from the groups' numbers to a finished record.
+"""The second kernel of a step: one program a row, from the groups' numbers to the record of the base.
 
 Invariant: it never guesses. A row whose token needs more than the best few tokens and the groups' masses (edits, or
-filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know. Numbers do not
-depend on how many tokens the rest of the batch asks for: sums over tokens are float64, and extra picks are ignored.
+filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know; one that a
+correction of the bank steers, for `tilt`. Numbers do not depend on how many tokens the rest of the batch asks for: sums
+over tokens are float64, and tokens beyond those a row needs for itself are ignored.
 
-Its parts: the gate (gate.py), the best tokens (contest.py), the corrections (tilt.py), the draws (chance.py).
+Its parts: the gate (gate.py), the best tokens (select.py), the draws (chance.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -16,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import RANK_ORDER, draw_grouped, draw_ranked
-from trimtab.kernels.contest import find_best
+from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
+from trimtab.kernels.delta import count_candidates
 from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
+    COLUMNS,
     GROUP,
     INF,
     LOWEST,
@@ -31,15 +33,17 @@ from trimtab.kernels.keys import (
     to_key,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.select import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
 from trimtab.kernels.stats import Groups
-from trimtab.kernels.tilt import bound, compose, count_candidates, weigh_rest
 
 OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}  # bits must not hang on what is contracted
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-TILE_BYTES = 16384  # of the head's rows in a program's tile of products: a larger one spills
+ROWS = 16  # groups that are read at once
+FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
+SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
 
 
 class Tasks(NamedTuple):
@@ -50,28 +54,65 @@ class Tasks(NamedTuple):
     norms: Tensor  # float32 [rows, 4]: best logit and log-mass above it, of z and of z'
 
 
-@triton.jit(do_not_specialize=["mix", "rank", "alternatives"])
+class State(NamedTuple):
+    """What `finish` leaves for `tilt` of each row."""
+
+    state: Tensor  # int32 [rows, 4]: candidates (none: it is done), groups read, tokens ranked, rank of the best other
+    chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
+    pool: Tensor  # int64 [rows, 2 * slots]: scratch
+    ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
+    far: Tensor  # float32 [rows, groups]: the groups' maxima, -inf where the group was read
+
+
+@triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
     temperature, top_k, top_p, min_p, uniform,
-    steered, gate, tau, ceiling, chance, correction, weight, mix, strength, kl_cap, shadow, edit_spans,
-    hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
-    amended, ranked, task, steered_keys, norms,
+    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, edit_spans,
+    correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups, RANK a correction's rank."""
+    """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
+    POOL: tl.constexpr = 2 * SLOTS
     slot = tl.arange(0, SLOTS)
     group = tl.arange(0, GROUPS)
-    at = row * stride + group
+    group_peak += row * stride
+    group_mass += row * stride
+    group_moment += row * stride
+    group_tempered += row * stride
     exists = group * GROUP < vocab
-    peak = tl.load(group_peak + at, mask=exists, other=NEG_INF)
+    # Everything that every row reads, at once: a read costs more than most of what is done with it.
+    peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
+    mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
+    moment = tl.load(group_moment + group, mask=exists, other=0.0)
+    steers = tl.load(steered + row) != 0
+    kind = tl.load(gate + row)
+    low_end = tl.load(tau + row)
+    high_end = tl.load(ceiling + row)
+    force = tl.load(strength + row)
+    silent = tl.load(shadow + row) != 0
+    t = tl.load(temperature + row)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    least = tl.load(min_p + row)
+    u = tl.load(uniform + row)
+    edited = False
+    if HAS_EDITS:
+        edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    most = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
+    inverse = inverse_temperature(t)
+    tempered = mass1
+    if inverse != 1.0:
+        tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+
     best = tl.max(peak, axis=0)
     if (best == INF) | (best == NEG_INF):
+        tl.store(state + row * 4, 0)
         tl.store(task + row * 2, 0)
         tl.store(token_out + row, -1)
         tl.store(status_out + row, DEAD)
@@ -89,192 +130,160 @@ def finish_kernel(
         tl.store(top_logprobs_out + row * alternatives + slot, NEG_INF, mask=slot < alternatives)
         return
 
-    mass1 = tl.load(group_mass + at, mask=exists, other=0.0)
-    mass, log_mass, mean = merge(peak, mass1, tl.load(group_moment + at, mask=exists, other=0.0), best)
+    mass, log_mass, mean = merge(peak, mass1, moment, best)
     entropy = tl.maximum(log_mass - mean, 0.0)
-    kind = tl.load(gate + row)
-    moment, spread = group_moment + row * stride, group_spread + row * stride
-    statistic = look(kind, entropy, chance + row, logits, vocab, peak, mass1, moment, spread, group, best, mass, mean)
-    opened = (tl.load(steered + row) != 0) & opens(kind, statistic, tl.load(tau + row), tl.load(ceiling + row))
-    force = tl.load(strength + row)
+    statistic = look(
+        kind, entropy, chance + row, logits, vocab, peak, mass1, group_moment, group_spread + row * stride, group,
+        best, mass, mean,
+    )  # fmt: skip
+    opened = steers & opens(kind, statistic, low_end, high_end)
     fired = opened & (force != 0.0)
-    candidates = tl.full([], 0, tl.int32)
-    if fired:
-        candidates = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
-    acts = candidates > 0
-    applied = acts & (tl.load(shadow + row) == 0)
-    force = tl.where(fired, force, 0.0)
-
-    t = tl.load(temperature + row)
-    inverse = inverse_temperature(t)
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
-    least = tl.load(min_p + row)
-    edited = False
-    if HAS_EDITS:
-        edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    candidates = tl.where(fired, most, 0)
+    acts = candidates > 0  # a correction of the bank does
+    applied = acts & (silent == 0)
     filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
-    ranks = filtered & (t > 0.0) & (edited == 0)  # this kernel may draw in rank order
+    ranks = filtered & (t > 0.0) & (edited == 0)  # may be drawn in rank order, here or in `tilt`
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
-    tempered = mass1
-    if inverse != 1.0:
-        tempered = tl.load(group_tempered + at, mask=exists, other=0.0)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
 
-    # Enough of the best tokens to settle the row; the alternatives may ask for more.
-    own = tl.where(acts, candidates + 1, 1)
-    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
-    own = tl.minimum(tl.minimum(own, vocab), SLOTS)
-    wanted = alternatives + tl.where(applied, candidates, 0)
-    early = ranks & (k <= 0) & (applied == 0)  # may stop as soon as the nucleus closes
-    keys, picks, beyond, touched = find_best(
-        logits, vocab, peak, group, slot, candidates, own, wanted, early, best, inverse, mass_t, p, least, SLOTS
-    )
-    held = slot < picks
+    # The best tokens: `own` of them settle the row, the alternatives may ask for more.
+    enough = tl.where(acts, candidates + 1, 1)
+    own = count_own(candidates, ranks, limit, vocab, SLOTS)
+    wanted = tl.minimum(alternatives + tl.where(applied, candidates, 0), vocab)
+    end = tl.maximum(own, wanted)
+    held = tl.full([], 1, tl.int32)
+    found = tl.full([], 0, tl.int32)
+    outside = tl.full([], NOTHING, tl.int32)
+    chosen += row * SLOTS
+    pool += row * POOL
+    ranked += row * POOL
+    only = tl.full([], LOWEST, tl.int64)
+    selects = acts | (end > 1)
+    if selects:
+        top = to_rank(best)
+        early = ranks & (k <= 0) & (applied == 0)  # a nucleus usually closes within the first few
+        goal = tl.where(early, tl.minimum(end, tl.maximum(tl.maximum(enough, wanted), FIRST)), end)
+        again = True
+        while again:
+            none = goal >> 16  # which the compiler cannot know: it would keep all addresses in registers from the start
+            few = tl.minimum(goal, tl.cdiv(vocab, GROUP))
+            low, found, other = best_groups(
+                group_peak + none, vocab + none, top, few, chosen + none, far + row * stride + none, acts,
+                SLOTS, GROUPS, SHIFT,
+            )  # fmt: skip
+            low = tl.where(few < goal, WORST >> SHIFT, low)
+            held, outside = best_tokens(
+                logits + none, vocab + none, chosen + none, found, top, low, goal, pool + none, ranked + none,
+                POOL, ROWS, SHIFT,
+            )  # fmt: skip
+            outside = tl.maximum(outside, other)
+            again = goal < end
+            if again:
+                known = slot < held
+                key = tl.load(ranked + slot, mask=known, other=LOWEST)
+                e = tl.where(known, tl.exp(tl.where(known, (key_value(key) - best) * inverse, 0.0)), 0.0)
+                reached = (p < 1.0) & (tl.sum(e.to(tl.float64), axis=0) >= mass_t * p)
+                again = (reached == 0) & (tl.min(tl.where(known, e, INF), axis=0) >= least) & (held < own)
+                own = tl.where(again, own, tl.minimum(held, SLOTS))
+                goal = end
+                tl.debug_barrier()
+    else:
+        only = to_key(best, best_token(logits, vocab, group_peak, best, GROUPS))
+    keys = tl.load(ranked + slot, mask=slot < tl.where(selects, held, 0), other=LOWEST)
+    keys = tl.where(slot == 0, tl.maximum(keys, only), keys)
     tokens = key_token(keys)
-    values = key_value(keys)
     base_token = tl.max(tl.where(slot == 0, tokens, -1), axis=0)
+    beyond = tl.where(own < held, key_value(tl.load(ranked + own, mask=own < held, other=LOWEST)), from_rank(outside))
 
-    # The corrections. Where they did not fire nothing of them is read, and z' is z bit for bit.
-    member = slot < candidates
-    lowest = tl.max(tl.where(slot == candidates - 1, keys, LOWEST), axis=0)  # the last candidate's key
-    lifted = values  # z'
-    kl = tl.full([], 0.0, tl.float32)
-    steered_token = base_token
-    steered_best = best
-    steered_log_mass = log_mass
-    start_best = best  # of the distribution that is sampled from
-    start_log_mass = log_mass
-    order = keys  # of its best tokens
-    known = held
-    if acts:
-        delta = compose(
-            correction + row * mix, weight + row * mix, mix, tokens, slot, vocab, hidden + row * hidden_stride, size,
-            head, head_stride, A, B, b, cap, silu, correction_top_k, rank, SLOTS, RANK, BLOCK,
-        )  # fmt: skip
-        # Groups that hold candidates are summed again: what is left of each, which may lie deep under the candidates.
-        home = tl.where(member, tokens // GROUP, -1)
-        same = home[:, None] == home[None, :]
-        leader = member & (tl.sum((same & (slot[None, :] < slot[:, None])).to(tl.int32), axis=1) == 0)
-        peak_left = tl.max(tl.where(slot == candidates, values, NEG_INF), axis=0)
-        shift = tl.where(peak_left == NEG_INF, best, peak_left)
-        left = weigh_rest(logits, vocab, home, leader, lowest, shift, 1.0).to(tl.float64)
-        far = tl.where(touched, NEG_INF, peak - shift)
-        rest = tl.sum((mass1 * tl.exp(far)).to(tl.float64), axis=0) + tl.sum(left, axis=0)
-        log_z = best.to(tl.float64) + log_mass
-        log_rest = tl.where(rest > 0.0, tl.log(tl.maximum(rest, 1e-300)), NEG_INF) + (shift - log_z)
-        log_share = tl.where(member, values.to(tl.float64) - log_z, NEG_INF)
-        force, kl, gain = bound(log_share, delta, log_rest, force, tl.load(kl_cap + row))
-        lifted = tl.where(member, values + force * delta, values) + 0.0
-        steered_order = tl.where(held, to_key(lifted, tokens), LOWEST)
-        tl.store(steered_keys + row * SLOTS + slot, steered_order)
-        first = tl.max(steered_order, axis=0)
-        steered_token = key_token(first)
-        steered_best = key_value(first)
-        steered_log_mass = (log_z - steered_best + gain).to(tl.float32)
-        if applied:
-            left = weigh_rest(logits, vocab, home, leader, lowest, steered_best, inverse).to(tl.float64)
-            moved = tl.exp(tl.where(member, lifted - steered_best, NEG_INF) * inverse)
-            away = tl.where(touched, NEG_INF, peak - steered_best)
-            far_mass = tl.sum((tempered * tl.exp(away * inverse)).to(tl.float64), axis=0)
-            mass_t = far_mass + tl.sum(left + moved.to(tl.float64), axis=0)
-            joined = left.to(tl.float32) + tl.sum(tl.where(same, moved[None, :], 0.0), axis=1)
-            tl.store(amended + row * stride + home, joined, mask=leader)
-            # The order after the correction, through memory: ranks are a permutation of the held slots.
-            place = tl.sum((steered_order[None, :] > steered_order[:, None]).to(tl.int32), axis=1)
-            tl.store(ranked + row * SLOTS + place, steered_order, mask=held)
-            tl.debug_barrier()
-            order = tl.load(ranked + row * SLOTS + slot, mask=held, other=LOWEST)
-            known = held & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
-            start_best = steered_best
-            start_log_mass = steered_log_mass
-
-    u = tl.load(uniform + row)
     token = tl.full([], -1, tl.int32)
-    if edited == 0:
+    if (edited == 0) & (applied == 0):
         if t <= 0.0:
-            token = tl.where(applied, steered_token, base_token)
+            token = base_token
         elif filtered:
-            token = draw_ranked(order, known, start_best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
+            token = draw_ranked(keys, slot < own, best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
         else:
-            w = (tempered * tl.exp((peak - start_best) * inverse)).to(tl.float64)
-            if applied:
-                away2 = tl.where(touched, NEG_INF, peak - start_best)
-                w = (tempered * tl.exp(away2 * inverse)).to(tl.float64)
-                w += tl.load(amended + at, mask=touched, other=0.0).to(tl.float64)
-            token = draw_grouped(logits, vocab, w, group, tokens, lifted, lowest, applied, start_best, inverse, u)
+            # Read again: neither would have fitted beside a tile of logits.
+            peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
+            mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
+            tempered = mass1
+            if inverse != 1.0:
+                tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+            w = (tempered * tl.exp((peak - best) * inverse)).to(tl.float64)
+            home, x = draw_group(w, group, u)
+            token = draw_within(load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab), home, x, best, inverse)
+    tl.store(state + row * 4, candidates)
+    tl.store(state + row * 4 + 1, found)
+    tl.store(state + row * 4 + 2, held)
+    tl.store(state + row * 4 + 3, outside)
 
-    tl.store(task + row * 2, tl.where(token < 0, PENDING + tl.where(applied, APPLIED, 0), 0))
-    tl.store(task + row * 2 + 1, candidates)
+    tl.store(task + row * 2, tl.where(token < 0, PENDING, 0))
+    tl.store(task + row * 2 + 1, 0)
     tl.store(norms + row * 4, best)
     tl.store(norms + row * 4 + 1, log_mass)
-    tl.store(norms + row * 4 + 2, steered_best)
-    tl.store(norms + row * 4 + 3, steered_log_mass)
+    tl.store(norms + row * 4 + 2, best)
+    tl.store(norms + row * 4 + 3, log_mass)
     base_logit = load_logits(logits, tl.maximum(token, 0), vocab)
-    corrected = (tokens == token) & member
-    steered_logit = tl.max(tl.where(corrected, lifted, NEG_INF), axis=0)
-    steered_logit = tl.where(tl.sum(corrected.to(tl.int32), axis=0) > 0, steered_logit, base_logit)
+    base_logprob = base_logit - best - log_mass
     tl.store(token_out + row, token)
     tl.store(status_out + row, tl.where(opened, OPEN, 0) + tl.where(fired, FIRED, 0))
     tl.store(base_token_out + row, base_token)
-    tl.store(steered_token_out + row, steered_token)
+    tl.store(steered_token_out + row, base_token)
     tl.store(entropy_out + row, entropy)
-    tl.store(base_logprob_out + row, base_logit - best - log_mass)
-    tl.store(steered_logprob_out + row, steered_logit - steered_best - steered_log_mass)
+    tl.store(base_logprob_out + row, base_logprob)
+    tl.store(steered_logprob_out + row, base_logprob)
     tl.store(base_token_logprob_out + row, -log_mass)
-    tl.store(steered_token_logprob_out + row, -steered_log_mass)
+    tl.store(steered_token_logprob_out + row, -log_mass)
     tl.store(statistic_out + row, statistic)
-    tl.store(kl_out + row, kl)
-    tl.store(applied_strength_out + row, force)
+    tl.store(kl_out + row, 0.0)
+    tl.store(applied_strength_out + row, tl.where(fired, force, 0.0))
     top = row * alternatives + slot
-    tl.store(top_ids_out + top, key_token(order), mask=slot < alternatives)
-    tl.store(top_logprobs_out + top, key_value(order) - start_best - start_log_mass, mask=slot < alternatives)
+    tl.store(top_ids_out + top, tokens, mask=slot < alternatives)
+    tl.store(top_logprobs_out + top, key_value(keys) - best - log_mass, mask=slot < alternatives)
 
 
-def slots_for(most: int, alternatives: int) -> int:
-    """How many best tokens a row may need: its candidates, and at least one that is not."""
+@triton.jit
+def count_own(candidates, ranks, limit, vocab, SLOTS: tl.constexpr):
+    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn by rank."""
+    own = tl.where(candidates > 0, candidates + 1, 1)
+    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
+    return tl.minimum(tl.minimum(own, vocab), SLOTS)
+
+
+def slots_for(most: int) -> int:
+    """How many best tokens a row may need: its candidates and the alternatives, which may all be others."""
     assert most <= MAX_CANDIDATES
-    assert alternatives <= rules.MAX_ALTERNATIVES
-    return int(triton.next_power_of_2(max(most + max(alternatives, 1), RANK_ORDER.value)))
+    return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, RANK_ORDER.value)))
 
 
-def block_for(slots: int, rank: int, itemsize: int) -> int:
-    """How many hidden dimensions a program multiplies at once; itemsize: bytes of an element of the head."""
-    return max(16, TILE_BYTES // (itemsize * max(slots, rank)))
-
-
-def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> Tasks:
-    """Fill the record of every row whose token can be told from `groups`; -> what is left to do."""
+def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple[Tasks, State]:
+    """Fill the record of every row, as if no correction had fired; -> what is left to do."""
     rows, vocab = inputs.logits.shape
     params, bank = inputs.params, inputs.corrections
+    assert inputs.alternatives <= rules.MAX_ALTERNATIVES
     device = inputs.logits.device
-    slots = slots_for(bank.max_top_k if bank else 0, inputs.alternatives)
-    rank = bank.A.shape[1] if bank else 0
-    unread = params.tau  # stands for a bank's tensors where no row has one of its corrections: then the mix is none
-    tables = (
-        (bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k)
-        if bank
-        else (*(unread,) * 4, params.shadow.view(torch.int8), params.top_k)
-    )
-    padded_rank = triton.next_power_of_2(max(rank, 1))
+    slots = slots_for(bank.max_top_k if bank else 0)
     stride = groups.peak.stride(0)
     tasks = Tasks(
         torch.empty(rows, 2, dtype=torch.int32, device=device),
         torch.empty(rows, slots, dtype=torch.int64, device=device),
         torch.empty(rows, 4, dtype=torch.float32, device=device),
     )
-    amended = torch.empty_like(groups.peak)
-    ranked = torch.empty_like(tasks.steered)
+    pool, ranked = torch.empty(2, rows, 2 * slots, dtype=torch.int64, device=device).unbind(0)
+    state = State(
+        torch.empty(rows, 4, dtype=torch.int32, device=device),
+        torch.empty(rows, slots, dtype=torch.int32, device=device),
+        pool,
+        ranked,
+        torch.empty_like(groups.peak),
+    )
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
-        params.correction, params.weight, params.correction.shape[1] if bank else 0,
-        params.strength, params.kl_cap, params.shadow.view(torch.int8),
-        inputs.edits.spans if inputs.edits else params.top_k,
-        inputs.hidden, inputs.hidden.stride(0), inputs.hidden.shape[1], inputs.head, inputs.head.stride(0),
-        *tables, rank, inputs.alternatives, amended, ranked, *tasks, *record,
-        HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride), RANK=padded_rank,
-        BLOCK=block_for(slots, padded_rank, inputs.head.itemsize), **LAUNCH,
+        params.correction, params.correction.shape[1] if bank else 0, params.strength, params.shadow.view(torch.int8),
+        inputs.edits.spans if inputs.edits else params.top_k, bank.top_k if bank else params.top_k,
+        inputs.alternatives, *state, tasks.task, tasks.norms, *record,
+        HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride),
+        SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,
     )  # fmt: skip
-    return tasks
+    return tasks, state

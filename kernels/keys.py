@@ -13,6 +13,49 @@ NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
 LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
+# Columns of which a program reads or writes one element: where they begin must not decide which kernel is compiled.
+COLUMNS = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "uniform",
+    "repetition",
+    "presence",
+    "frequency",
+    "steered",
+    "gate",
+    "tau",
+    "ceiling",
+    "chance",
+    "correction",
+    "weight",
+    "strength",
+    "kl_cap",
+    "shadow",
+    "edit_spans",
+    "edit_token",
+    "edit_count",
+    "edit_bias",
+    "task",
+    "norms",
+    "state",
+    "token_out",
+    "status_out",
+    "base_token_out",
+    "steered_token_out",
+    "entropy_out",
+    "base_logprob_out",
+    "steered_logprob_out",
+    "base_token_logprob_out",
+    "steered_token_logprob_out",
+    "statistic_out",
+    "kl_out",
+    "applied_strength_out",
+    "top_ids_out",
+    "top_logprobs_out",
+]
+
 
 @triton.jit
 def load_logits(logits, token, vocab):

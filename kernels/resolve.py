@@ -15,7 +15,16 @@ import triton.language as tl
 
 from trimtab.kernels.chance import RANK_ORDER
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
-from trimtab.kernels.keys import LOWEST, NEG_INF, inverse_temperature, key_token, key_value, load_logits, to_key
+from trimtab.kernels.keys import (
+    COLUMNS,
+    LOWEST,
+    NEG_INF,
+    inverse_temperature,
+    key_token,
+    key_value,
+    load_logits,
+    to_key,
+)
 from trimtab.kernels.record import StepInputs, StepRecord
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
@@ -99,7 +108,7 @@ def draw_by_id(z, vocab, floor, best, inverse, uniform, mass, BLOCK: tl.constexp
     return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
 
 
-@triton.jit(do_not_specialize=["alternatives"])
+@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def resolve_kernel(
     logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
     edit_spans, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,

@@ -1,7 +1,8 @@
-"""One decode step on the GPU: three Triton kernels, the signature and the semantics of `reference.step`.
+"""One decode step on the GPU: four Triton kernels, the signature and the semantics of `reference.step`.
 
     measure_groups   grid (chunks, rows)   reads the logits once
-    finish_rows      grid (rows)           entropy, gate, correction, the best tokens, most draws
+    finish_rows      grid (rows)           entropy, gate, the best tokens, most draws
+    tilt_rows        grid (rows)           the corrections of the rows that fired, and their draws
     resolve_rows     grid (rows)           the rare rest: edits, and filters that keep many tokens
 
 Invariant: no word from the device is needed between the launches, so a step never makes the host wait.
@@ -13,6 +14,7 @@ from trimtab.kernels.finish import finish_rows
 from trimtab.kernels.record import FIELDS, StepInputs, StepRecord
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
+from trimtab.kernels.tilt import tilt_rows
 
 
 @torch.inference_mode()
@@ -22,7 +24,8 @@ def step(inputs: StepInputs) -> StepRecord:
     assert all(column.is_contiguous() for column in inputs.params)
     record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
     groups = measure_groups(inputs.logits, inputs.params)
-    tasks = finish_rows(inputs, groups, record)
+    tasks, found = finish_rows(inputs, groups, record)
+    tilt_rows(inputs, groups, tasks, found, record)
     resolve_rows(inputs, tasks, record)
     return record
 

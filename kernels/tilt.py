@@ -1,121 +1,237 @@
-"""The head-tier corrections of one row, inside its program: what they add to its candidates, and how far that may go.
+"""The third kernel of a step: the head tier, for the rows that it steers.
 
-Invariant: only a row whose gate fired reads any of this; every sum is over one candidate or one group.
+Invariant: a row that did not fire returns at once and reads nothing of a correction. The tokens that no correction
+touches count as one mass, weighed above the best of them: no peak that a correction demotes can round it to 0.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels import record as rules
-from trimtab.kernels.keys import GROUP, NEG_INF, key_token, key_value
+from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
+from trimtab.kernels.delta import bound, compose
+from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks, count_own
+from trimtab.kernels.keys import (
+    COLUMNS,
+    GROUP,
+    LOWEST,
+    NEG_INF,
+    inverse_temperature,
+    key_token,
+    key_value,
+    load_logits,
+    to_key,
+)
+from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.select import TURN, from_rank, places, weigh_rest
+from trimtab.kernels.stats import Groups
 
-HALVINGS = tl.constexpr(rules.HALVINGS)
+LAUNCH: dict[str, Any] = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}  # two programs a multiprocessor
+ROWS = 16  # groups that are read at once
+DOWN_TILE = 4096  # elements of a program's tile of A or B
+HEAD_TILE = 8192  # ... and of the head's rows, where those have two bytes
 
 
-@triton.jit
-def count_candidates(correction, mix, top_k, vocab):
-    """How many of the best tokens the row's corrections act on: the most that one of them does; 0 without any."""
-    most = tl.full([], 0, tl.int32)
-    for column in range(mix):
-        index = tl.load(correction + column)
-        if index >= 0:
-            most = tl.maximum(most, tl.minimum(tl.load(top_k + index), vocab))
-    return most
-
-
-@triton.jit
-def compose(
-    correction, weight, mix, token, slot, vocab, hidden, size, head, head_stride, A, B, b, cap, silu, top_k, rank,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
+def tilt_kernel(
+    logits, logits_stride, vocab, group_mass, group_tempered, stride,
+    temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, edit_spans,
+    hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
+    state, chosen, scratch, ranked, far, moves, rests, shifts, task, steered_keys, norms,
+    token_out, steered_token_out, base_logprob_out, steered_logprob_out, steered_token_logprob_out,
+    kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
+    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """delta [SLOTS] of the row's corrections together, each on its own candidates; correction, weight: its [mix]."""
-    total = tl.zeros([SLOTS], tl.float32)
-    for column in range(mix):
-        index = tl.load(correction + column).to(tl.int64)
-        if index >= 0:
-            member = slot < tl.minimum(tl.load(top_k + index), vocab)
-            delta = correct(
-                index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, SLOTS, RANK, BLOCK
-            )
-            total += tl.where(member & (delta == delta), tl.load(weight + column) * delta, 0.0)
-    return total
+    """Grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    candidates = tl.load(state + row * 4)
+    if candidates == 0:
+        return
+    logits += row * logits_stride
+    POOL: tl.constexpr = 2 * SLOTS
+    chosen += row * SLOTS
+    ranked += row * POOL
+    far += row * stride
+    group_mass += row * stride
+    group_tempered += row * stride
+    moves += row * SLOTS
+    rests += row * SLOTS
+    steered_keys += row * SLOTS
+    scratch += row * (2 * POOL)
+    slot = tl.arange(0, SLOTS)
+    c = tl.arange(0, CANDIDATES)
+    of_candidate = tl.load(ranked + c, mask=c < candidates, other=LOWEST)
+    delta = compose(
+        correction + row * mix, weight + row * mix, mix, key_token(of_candidate), vocab, hidden + row * hidden_stride,
+        size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, shifts + row * size,
+        CANDIDATES, RANK, DOWN, BLOCK,
+    )  # fmt: skip
+    tl.store(moves + c, delta, mask=c < candidates)
+    tl.debug_barrier()
+
+    found = tl.load(state + row * 4 + 1)
+    held = tl.load(state + row * 4 + 2)
+    outside = tl.load(state + row * 4 + 3)
+    best = tl.load(norms + row * 4)
+    log_mass = tl.load(norms + row * 4 + 1)
+    force = tl.load(strength + row)
+    applied = tl.load(shadow + row) == 0
+    t = tl.load(temperature + row)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    least = tl.load(min_p + row)
+    u = tl.load(uniform + row)
+    edited = False
+    if HAS_EDITS:
+        edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    most = tl.load(kl_cap + row)
+
+    # The mass of all other tokens, above the best of them.
+    lowest = tl.load(ranked + candidates - 1)
+    next_key = tl.load(ranked + candidates, mask=candidates < held, other=LOWEST)
+    ceiling = tl.where(candidates < held, key_value(next_key), from_rank(outside))
+    shift = tl.where(ceiling == NEG_INF, 0.0, ceiling)
+    inverse = inverse_temperature(t)
+    rest, rest_t = weigh_rest(logits, vocab, chosen, found, lowest, shift, inverse, rests, ROWS)
+    group = tl.arange(0, GROUPS)
+    exists = group * GROUP < vocab
+    away = tl.load(far + group, mask=exists, other=NEG_INF)
+    mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
+    rest_mass = tl.sum((mass1 * tl.exp(away - shift)).to(tl.float64), axis=0) + rest
+
+    # The strength, as far as the cap allows; then the candidates' new logits, and the best of all.
+    keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
+    in_play = slot < tl.minimum(held, SLOTS)
+    member = slot < candidates
+    tokens = key_token(keys)
+    values = key_value(keys)
+    delta = tl.load(moves + slot, mask=member, other=0.0)
+    share = tl.where(member, values - best - log_mass, NEG_INF).to(tl.float64)
+    rest_share = (ceiling - best - log_mass).to(tl.float64) + tl.log(rest_mass)
+    force, kl = bound(share, rest_share, delta.to(tl.float64), force, most)
+    steered = tl.where(member, values + force * delta, values) + 0.0
+    steered_order = tl.where(in_play, to_key(steered, tokens), LOWEST)
+    tl.store(steered_keys + slot, steered_order)
+    first = tl.max(steered_order, axis=0)
+    steered_token = key_token(first)
+    steered_best = key_value(first)
+    shifted = tl.where(member, steered - steered_best, NEG_INF)
+    rest_mass *= tl.exp(ceiling - steered_best).to(tl.float64)
+    steered_mass = rest_mass + tl.sum(tl.exp(shifted).to(tl.float64), axis=0)
+    steered_log_mass = tl.log(steered_mass.to(tl.float32))
+    tl.store(norms + row * 4 + 2, steered_best)
+    tl.store(norms + row * 4 + 3, steered_log_mass)
+    tl.store(steered_token_out + row, steered_token)
+    tl.store(steered_token_logprob_out + row, -steered_log_mass)
+    tl.store(kl_out + row, kl)
+    tl.store(applied_strength_out + row, force)
+    tl.store(task + row * 2 + 1, candidates)
+
+    token = tl.load(token_out + row)  # in shadow
+    if applied:
+        scale = tl.exp((ceiling - steered_best) * inverse)
+        moved = tl.exp(shifted * inverse)
+        # Read again: neither would have fitted beside the rest.
+        away = tl.load(far + group, mask=exists, other=NEG_INF)
+        tempered = tl.load(group_mass + group, mask=exists, other=0.0)
+        if inverse != 1.0:
+            tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+        limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
+        filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
+        own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
+        other = tl.load(ranked + own, mask=own < held, other=LOWEST)
+        beyond = tl.where(own < held, key_value(other), from_rank(outside))
+        # The order after the correction, through memory.
+        tl.debug_barrier()
+        place = places(steered_order, steered_keys, tl.minimum(held, SLOTS), SLOTS)
+        tl.store(ranked + place, steered_order, mask=in_play)
+        tl.debug_barrier()
+        order = tl.load(ranked + slot, mask=in_play, other=LOWEST)
+        token = tl.full([], -1, tl.int32)
+        if edited == 0:
+            if t <= 0.0:
+                token = steered_token
+            elif filtered:
+                rest_mass = tl.sum((tempered * tl.exp((away - shift) * inverse)).to(tl.float64), axis=0)
+                rest_mass = (rest_mass + rest_t) * scale.to(tl.float64)
+                mass_t = rest_mass + tl.sum(moved.to(tl.float64), axis=0)
+                known = in_play & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
+                token = draw_ranked(
+                    order, known, steered_best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot
+                )
+            else:
+                # The groups' masses, through memory: the rest of each, and the candidates that it holds.
+                tl.store(moves + slot, moved)
+                tl.debug_barrier()
+                home = tl.load(chosen + slot, mask=slot < found, other=-1)
+                new = tl.zeros([SLOTS, TURN], tl.float32)
+                for start in range(0, candidates, TURN):
+                    item = start + tl.arange(0, TURN)
+                    listed = tl.load(steered_keys + item, mask=item < candidates, other=LOWEST)
+                    theirs = tl.load(moves + item, mask=item < candidates, other=0.0)
+                    new += tl.where(home[:, None] == (key_token(listed) // GROUP)[None, :], theirs[None, :], 0.0)
+                mass = tl.sum(new, axis=1) + tl.load(rests + slot, mask=slot < found, other=0.0) * scale
+                tl.store(far + home, mass, mask=slot < found)
+                tl.debug_barrier()
+                w = tempered * tl.exp((away - steered_best) * inverse)
+                w = tl.where(away == NEG_INF, tl.load(far + group, mask=exists, other=0.0), w)
+                drawn, x = draw_group(w.to(tl.float64), group, u)
+                inner = tl.arange(0, GROUP)
+                tl.store(scratch + inner, load_logits(logits, drawn * GROUP + inner, vocab))
+                tl.debug_barrier()
+                tl.store(scratch + tokens % GROUP, steered, mask=member & (tokens // GROUP == drawn))
+                tl.debug_barrier()
+                z = tl.load(scratch + inner)
+                token = draw_within(z, drawn, x, steered_best, inverse)
+        tl.store(token_out + row, token)
+        tl.store(task + row * 2, tl.where(token < 0, PENDING | APPLIED, 0))
+        top = row * alternatives + slot
+        tl.store(top_ids_out + top, key_token(order), mask=slot < alternatives)
+        ahead = key_value(order) - steered_best - steered_log_mass
+        tl.store(top_logprobs_out + top, ahead, mask=slot < alternatives)
+    base_logit = load_logits(logits, tl.maximum(token, 0), vocab)
+    hit = (tokens == token) & member
+    steered_logit = tl.max(tl.where(hit, steered, NEG_INF), axis=0)
+    steered_logit = tl.where(tl.sum(hit.to(tl.int32), axis=0) > 0, steered_logit, base_logit)
+    tl.store(base_logprob_out + row, base_logit - best - log_mass)
+    tl.store(steered_logprob_out + row, steered_logit - steered_best - steered_log_mass)
 
 
-@triton.jit
-def correct(
-    index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank,
-    SLOTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """delta [SLOTS] of correction `index` on the members' tokens."""
-    r = tl.arange(0, RANK)
-    inner = tl.zeros([RANK], tl.float32)
-    for start in range(0, size, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        h = tl.load(hidden + d, mask=d < size, other=0.0).to(tl.float32)
-        inside = (r < rank)[:, None] & (d < size)[None, :]
-        inner += tl.sum(
-            tl.load(A + (index * rank + r[:, None]) * size + d[None, :], mask=inside, other=0.0) * h, axis=1
-        )
-    if tl.load(silu + index) != 0:
-        inner = inner / (1.0 + tl.exp(-inner))
-    raw = tl.zeros([SLOTS], tl.float32)
-    for start in range(0, size, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        inside = (d < size)[:, None] & (r < rank)[None, :]
-        up = tl.load(B + (index * size + d[:, None]) * rank + r[None, :], mask=inside, other=0.0)
-        shift = tl.sum(up * inner[None, :], axis=1) + tl.load(b + index * size + d, mask=d < size, other=0.0)
-        inside = member[:, None] & (d < size)[None, :]
-        w = tl.load(head + token.to(tl.int64)[:, None] * head_stride + d[None, :], mask=inside, other=0.0)
-        raw += tl.sum(w.to(tl.float32) * shift[None, :], axis=1)
-    limit = tl.load(cap + index)
-    return limit * (1.0 - 2.0 / (tl.exp(2.0 * (raw / limit)) + 1.0))  # limit * tanh(raw / limit)
+def tiles(most: int, rank: int, itemsize: int) -> dict[str, int]:
+    """The shapes of a correction's products; itemsize: bytes of an element of the head."""
+    candidates, padded = max(16, triton.next_power_of_2(most)), triton.next_power_of_2(max(rank, 1))
+    down = max(16, DOWN_TILE // padded)
+    block = max(16, HEAD_TILE * 2 // itemsize // candidates)
+    return {"CANDIDATES": candidates, "RANK": padded, "DOWN": down, "BLOCK": block}
 
 
-@triton.jit
-def bound(log_share, delta, log_rest, force, cap):
-    """-> the strength that a cap on the divergence allows, the divergence that it brings, what log sum exp gains.
-
-    log_share: the candidates' log-probabilities, float64 [SLOTS], -inf for others; delta: 0 for others; log_rest: the
-    logarithm of the probability of all other tokens; force: the strength. All as in heads.py.
-    """
-    share = tl.exp(log_share)
-    total = tl.sum(share, axis=0) + tl.exp(log_rest)
-    mean = tl.sum(share * delta.to(tl.float64), axis=0) / total
-    start = tl.log(total)  # 0, but for the rounding of what came in
-    gain = add_logs(log_share + (force * delta).to(tl.float64), log_rest) - start
-    kl = tl.maximum(gain - force.to(tl.float64) * mean, 0.0)
-    if kl > cap:
-        low = tl.full([], 0.0, tl.float32)
-        step = tl.full([], 1.0, tl.float32)
-        kl = tl.full([], 0.0, tl.float64)
-        gain = tl.full([], 0.0, tl.float64)
-        for _ in range(HALVINGS):
-            step *= 0.5
-            less = force * (low + step)
-            found = add_logs(log_share + (less * delta).to(tl.float64), log_rest) - start
-            further = tl.maximum(found - less.to(tl.float64) * mean, 0.0)
-            if further <= cap:
-                low += step
-                kl = further
-                gain = found
-        force *= low
-    return force, kl.to(tl.float32), gain
-
-
-@triton.jit
-def add_logs(terms, more):
-    """log(sum exp(terms) + exp(more)), float64; one of them is finite."""
-    peak = tl.maximum(tl.max(terms, axis=0), more)
-    return peak + tl.log(tl.sum(tl.exp(terms - peak), axis=0) + tl.exp(more - peak))
-
-
-@triton.jit
-def weigh_rest(logits, vocab, home, leader, lowest, best, inverse):
-    """The mass, in each leader's group, of the tokens that come after the last candidate, whose key is `lowest`."""
-    lane = home[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = leader[:, None] & (lane < vocab)
-    z = tl.load(logits + lane, mask=inside, other=NEG_INF).to(tl.float32) + 0.0
-    floor = key_value(lowest)
-    rest = (z < floor) | ((z == floor) & (lane > key_token(lowest)))
-    return tl.sum(tl.where(rest, tl.exp((z - best) * inverse), 0.0), axis=1)
+def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, record: StepRecord) -> None:
+    """Correct the rows that fired."""
+    bank, params = inputs.corrections, inputs.params
+    if bank is None:
+        return
+    rows, vocab = inputs.logits.shape
+    size, rank = inputs.hidden.shape[1], bank.A.shape[1]
+    shape = tiles(bank.max_top_k, rank, inputs.head.itemsize)
+    stride = groups.peak.stride(0)
+    moves, rests = torch.empty(2, *state.chosen.shape, dtype=torch.float32, device=inputs.logits.device).unbind(0)
+    shifts = torch.empty(rows, size, dtype=torch.float32, device=inputs.logits.device)
+    tilt_kernel[rows,](
+        inputs.logits, inputs.logits.stride(0), vocab, groups.mass, groups.tempered, stride,
+        params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
+        params.correction, params.weight, params.correction.shape[1],
+        params.strength, params.kl_cap, params.shadow.view(torch.int8),
+        inputs.edits.spans if inputs.edits else params.top_k,
+        inputs.hidden, inputs.hidden.stride(0), size, inputs.head, inputs.head.stride(0),
+        bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k, rank, inputs.alternatives,
+        state.state, state.chosen, state.pool.view(torch.float32), state.ranked, state.far, moves, rests, shifts,
+        *tasks,
+        record.token, record.steered_token, record.base_logprob, record.steered_logprob, record.steered_token_logprob,
+        record.kl, record.applied_strength, record.top_ids, record.top_logprobs,
+        HAS_EDITS=inputs.edits is not None, SLOTS=state.chosen.shape[1], GROUPS=triton.next_power_of_2(stride),
+        ROWS=ROWS, **shape, **LAUNCH,
+    )  # fmt: skip

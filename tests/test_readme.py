@@ -23,7 +23,7 @@ SMALL += ["--test-problems", "4", "--test-samples", "1", "--epochs", "2", "--max
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
 FIT = [*SMALL, "--lora-warmup", "1", "--lora-rate", "0.003", "--lora-kl-limit", "0"]
 SHORT = {"fit": FIT, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "4", "--samples", "1"]}
-SHORT["inspect"] = []
+SHORT |= {"inspect": [], "calibrate": ["--problems", "4", "--max-tokens", "12"]}
 
 pytestmark = pytest.mark.model
 

@@ -1,0 +1,118 @@
+"""The corrections of one row, inside its program: what they add to its candidates, and how far that may go.
+
+Invariant: no sum crosses threads before its loop has ended, so that the loads of several turns are in flight at once;
+products are summed in an order that hangs on the model and the bank alone.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+import triton
+import triton.language as tl
+
+from trimtab.kernels import record as rules
+
+HALVINGS = tl.constexpr(rules.HALVINGS)
+
+
+@triton.jit
+def count_candidates(correction, mix, top_k, vocab):
+    """How many of the best tokens the row's corrections act on: the most that one of them does; 0 without any."""
+    most = tl.full([], 0, tl.int32)
+    for column in range(mix):
+        index = tl.load(correction + column)
+        if index >= 0:
+            most = tl.maximum(most, tl.minimum(tl.load(top_k + index), vocab))
+    return most
+
+
+@triton.jit
+def compose(
+    correction, weight, mix, token, vocab, hidden, size, head, head_stride, A, B, b, cap, silu, top_k, rank, shift,
+    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta [CANDIDATES] of the row's corrections together, each on its own; correction, weight: its [mix].
+
+    token [CANDIDATES]: the best, in order; shift: float32 [size] of scratch.
+    """
+    total = tl.zeros([CANDIDATES], tl.float32)
+    for column in range(mix):
+        index = tl.load(correction + column).to(tl.int64)
+        if index >= 0:
+            member = tl.arange(0, CANDIDATES) < tl.minimum(tl.load(top_k + index), vocab)
+            delta = correct(
+                index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, shift,
+                CANDIDATES, RANK, DOWN, BLOCK,
+            )  # fmt: skip
+            total += tl.where(member, tl.load(weight + column) * delta, 0.0)
+    return total
+
+
+@triton.jit
+def correct(
+    index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, shift,
+    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta [CANDIDATES] of correction `index` on the members' tokens."""
+    limit = tl.load(cap + index)
+    curved = tl.load(silu + index) != 0
+    r = tl.arange(0, RANK)
+    products = tl.zeros([RANK, DOWN], tl.float32)
+    for start in range(0, size, DOWN):
+        d = start + tl.arange(0, DOWN)
+        h = tl.load(hidden + d, mask=d < size, other=0.0).to(tl.float32)
+        inside = (r < rank)[:, None] & (d < size)[None, :]
+        products += tl.load(A + (index * rank + r[:, None]) * size + d[None, :], mask=inside, other=0.0) * h[None, :]
+    inner = tl.sum(products, axis=1)
+    if curved:
+        inner = inner / (1.0 + tl.exp(-inner))
+
+    tl.debug_barrier()  # the last correction's shift has been read
+    for start in range(0, size, DOWN):
+        d = start + tl.arange(0, DOWN)
+        inside = (d < size)[:, None] & (r < rank)[None, :]
+        up = tl.load(B + (index * size + d[:, None]) * rank + r[None, :], mask=inside, other=0.0)
+        bias = tl.load(b + index * size + d, mask=d < size, other=0.0)
+        tl.store(shift + d, tl.sum(up * inner[None, :], axis=1) + bias, mask=d < size)
+    tl.debug_barrier()
+
+    rows = head + token.to(tl.int64) * head_stride
+    sums = tl.zeros([CANDIDATES, BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        w = tl.load(rows[:, None] + d[None, :], mask=member[:, None] & (d < size)[None, :], other=0.0)
+        sums += w.to(tl.float32) * tl.load(shift + d, mask=d < size, other=0.0)[None, :]
+    raw = tl.sum(sums, axis=1)
+    return limit * (1.0 - 2.0 / (tl.exp(2.0 * (raw / limit)) + 1.0))  # limit * tanh(raw / limit)
+
+
+@triton.jit
+def bound(share, rest, delta, force, cap):
+    """The strength that a cap on the divergence allows, and the divergence that it brings (record.py, 3).
+
+    share float64 [slots]: log-probabilities of the candidates, -inf elsewhere; rest: that of all other tokens together;
+    delta float64 [slots]; force: the strength.
+    """
+    p = tl.exp(share)
+    mean = tl.sum(p * delta, axis=0) / (tl.sum(p, axis=0) + tl.exp(rest))
+    start = gain(share, rest, delta, 0.0)  # 0, but for the rounding of what came in
+    kl = tl.maximum(gain(share, rest, delta, force) - start - force * mean, 0.0)
+    if kl > cap:
+        low = tl.full([], 0.0, tl.float32)
+        step = tl.full([], 1.0, tl.float32)
+        kl = tl.full([], 0.0, tl.float64)
+        for _ in range(HALVINGS):
+            step *= 0.5
+            less = force * (low + step)
+            further = tl.maximum(gain(share, rest, delta, less) - start - less * mean, 0.0)
+            if further <= cap:
+                low += step
+                kl = further
+        force *= low
+    return force, kl.to(tl.float32)
+
+
+@triton.jit
+def gain(share, rest, delta, force):
+    """What log sum exp gains as force * delta is added to the candidates' logits."""
+    logs = share + force * delta
+    peak = tl.maximum(tl.max(logs, axis=0), rest)
+    return peak + tl.log(tl.sum(tl.exp(logs - peak), axis=0) + tl.exp(rest - peak))
