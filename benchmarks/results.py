@@ -92,7 +92,9 @@ def write_eval(run: dict[str, Any], path: Path) -> str:
     known = run["problems_of_the_fits_report"]
     which = f"problems, {known} of them in the fit's own report" if known else "further problems"
     title = f"The correction {run['correction']} on {run['problems']} {which}"
-    return _section(title, {"base": run["model"], "seed": run["sampling"]["seed"]}, run, to_markdown(run) + _text(run))
+    stopped = "the run was stopped before these rows: " + ", ".join(run["missing"]) if "missing" in run else None
+    facts = {"base": run["model"], "seed": run["sampling"]["seed"], "missing": stopped}
+    return _section(title, facts, run, to_markdown(run) + _text(run))
 
 
 def write_ladder(run: dict[str, Any], path: Path) -> str:
@@ -206,6 +208,9 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[dict[str, Any]]) 
             elif row["role"] in ("tier", "control"):
                 shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
                 rows.append([f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"])
+    for run in (run for run in runs if run["benchmark"] == "eval"):
+        on = f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
+        rows.append([f"`{run['correction']}`", run["verdict"]["summary"], on])
     for run in (run for run in runs if run["benchmark"] in ("step", "tiers")):
         where = f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
         if run["benchmark"] == "step":

@@ -7,6 +7,7 @@ comes last. Such a report judges nothing: it has no verdict to ship by.
 """
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -36,7 +37,7 @@ def main() -> None:
     exam = Exam(task, task.problems("held-out", config.test_problems), sampling, config.slots, config.threads)
     (name,) = json.loads((run / "candidates.json").read_text())[-1:]
     controls = [load(folder) for folder in sorted((run / "controls").iterdir())]
-    judged = Judged(load(run / "candidates" / name), controls)
+    judged = Judged(dataclasses.replace(load(run / "candidates" / name), name=config.name), controls)
     told = json.loads((run / "timings.json").read_text())
     found = {policy.name: rows for policy in reports.policies(judged) if (rows := answered(run, policy.name, exam))}
     missing = [policy.name for policy in reports.policies(judged) if policy.name not in found]
