@@ -107,7 +107,7 @@ def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor
     raw = (directions * shift[:, None, :]).sum(-1)
     cap = bank.cap[at, None]
     within = torch.arange(raw.shape[1]) < bank.top_k[at, None]
-    return torch.where(within, cap * torch.tanh(raw / cap), 0.0)
+    return torch.where(within & (raw == raw), cap * torch.tanh(raw / cap), 0.0)
 
 
 class _Line:
@@ -118,8 +118,9 @@ class _Line:
         self._logs = [z - normaliser for z in (*logits, rest)]
         self._delta = [*delta, 0.0]
         shares = [math.exp(p) for p in self._logs]
-        self._mean = sum(p * d for p, d in zip(shares, self._delta, strict=True)) / sum(shares)
-        self._start = self._gain(0.0)  # 0, but for the rounding of what came in
+        total = sum(shares)
+        self._mean = sum(p * d for p, d in zip(shares, self._delta, strict=True)) / total
+        self._start = math.log(total)  # 0, but for the rounding of what came in
 
     def bound(self, strength: float, cap: float) -> tuple[float, float, float]:
         """The strength as far as the cap on the divergence allows (record.py, 3).
@@ -138,10 +139,7 @@ class _Line:
         return strength * low, kl, gain
 
     def _measure(self, strength: float) -> tuple[float, float]:
-        gain = self._gain(strength) - self._start
-        return max(gain - strength * self._mean, 0.0), gain
-
-    def _gain(self, strength: float) -> float:
         logs = [p + strength * d for p, d in zip(self._logs, self._delta, strict=True)]
         peak = max(logs)
-        return peak + math.log(sum(math.exp(p - peak) for p in logs))
+        gain = peak + math.log(sum(math.exp(p - peak) for p in logs)) - self._start
+        return max(gain - strength * self._mean, 0.0), gain

@@ -81,7 +81,7 @@ class Corrections(NamedTuple):
     """Head-tier corrections of one base, stacked. Ranks are padded with zeros; scales are folded in (steering/bank.py).
 
     delta_c = cap * tanh( w_c . (B act(A h) + b) / cap ), w_c the LM head's row of candidate c, all in float32;
-    act is SiLU or nothing. The rank may be 0: then b alone acts.
+    act is SiLU or nothing. The rank may be 0: then b alone acts. A delta that is not a number adds nothing.
     """
 
     A: Tensor  # float32 [corrections, rank, hidden]

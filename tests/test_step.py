@@ -278,6 +278,36 @@ def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> 
     assert_same(off, bare)
 
 
+def test_a_row_steered_by_no_head_fires_and_keeps_the_base_bit_for_bit(step: Step) -> None:
+    rows = [{"gate": GATE_ALWAYS, "strength": 1.5, "uniform": 0.2 * i, "top_p": 0.8 + 0.1 * i} for i in range(3)]
+    for bank in (True, False):
+        plain, fired = (make_inputs([row | {"steered": on} for row in rows], 200) for on in (False, True))
+        if not bank:
+            plain, fired = plain._replace(corrections=None), fired._replace(corrections=None)
+        base, record = step(plain), step(fired)
+        assert (record.status == OPEN + FIRED).all()
+        assert (record.applied_strength == 1.5).all()
+        assert_same(base, record, tuple(set(StepRecord._fields) - {"status", "applied_strength"}))
+
+
+def test_a_cap_of_nothing_keeps_the_base_bit_for_bit(step: Step) -> None:
+    rows = [{"correction": i % 3, "tau": -1.0, "uniform": 0.2 * i, "temperature": 0.5 * i} for i in range(4)]
+    base = step(make_inputs([row | {"steered": False} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
+    record = step(make_inputs([row | {"kl_cap": 0.0} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
+    assert (record.status == OPEN + FIRED).all()
+    assert_same(base, record, tuple(set(StepRecord._fields) - {"status"}))
+
+
+def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
+    inputs = make_inputs([{"correction": {0: 0.7, 1: 1.0}, "tau": -1.0, "uniform": 0.4}] * 2, 200)
+    bank = inputs.corrections
+    assert bank is not None
+    none = inputs._replace(corrections=bank._replace(A=bank.A[:, :0], B=bank.B[:, :, :0].contiguous()))
+    record = step(none)
+    assert (record.kl > 0).all()
+    check(none, record)
+
+
 @pytest.mark.parametrize(
     "row",
     [{"correction": 0}, {"top_p": 0.9}, {"top_k": 9, "frequency": 0.5}],
