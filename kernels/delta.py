@@ -42,7 +42,7 @@ def compose(
                 index, token, member, hidden, size, head, head_stride, A, B, b, cap, silu, rank, shift,
                 CANDIDATES, RANK, DOWN, BLOCK,
             )  # fmt: skip
-            total += tl.where(member, tl.load(weight + column) * delta, 0.0)
+            total += tl.where(member & (delta == delta), tl.load(weight + column) * delta, 0.0)
     return total
 
 
@@ -85,34 +85,38 @@ def correct(
 
 
 @triton.jit
-def bound(share, rest, delta, force, cap):
-    """The strength that a cap on the divergence allows, and the divergence that it brings (record.py, 3).
+def bound(log_share, delta, log_rest, force, cap):
+    """-> the strength that a cap on the divergence allows, the divergence that it brings, what log sum exp gains.
 
-    share float64 [slots]: log-probabilities of the candidates, -inf elsewhere; rest: that of all other tokens together;
-    delta float64 [slots]; force: the strength.
+    log_share: the candidates' log-probabilities, float64 [slots], -inf for others; delta: 0 for others; log_rest: the
+    logarithm of the probability of all other tokens; force: the strength. All as in heads.py.
     """
-    p = tl.exp(share)
-    mean = tl.sum(p * delta, axis=0) / (tl.sum(p, axis=0) + tl.exp(rest))
-    start = gain(share, rest, delta, 0.0)  # 0, but for the rounding of what came in
-    kl = tl.maximum(gain(share, rest, delta, force) - start - force * mean, 0.0)
+    share = tl.exp(log_share)
+    total = tl.sum(share, axis=0) + tl.exp(log_rest)
+    mean = tl.sum(share * delta.to(tl.float64), axis=0) / total
+    start = tl.log(total)  # 0, but for the rounding of what came in
+    gain = add_logs(log_share + (force * delta).to(tl.float64), log_rest) - start
+    kl = tl.maximum(gain - force.to(tl.float64) * mean, 0.0)
     if kl > cap:
         low = tl.full([], 0.0, tl.float32)
         step = tl.full([], 1.0, tl.float32)
         kl = tl.full([], 0.0, tl.float64)
+        gain = tl.full([], 0.0, tl.float64)
         for _ in range(HALVINGS):
             step *= 0.5
             less = force * (low + step)
-            further = tl.maximum(gain(share, rest, delta, less) - start - less * mean, 0.0)
+            found = add_logs(log_share + (less * delta).to(tl.float64), log_rest) - start
+            further = tl.maximum(found - less.to(tl.float64) * mean, 0.0)
             if further <= cap:
                 low += step
                 kl = further
+                gain = found
         force *= low
-    return force, kl.to(tl.float32)
+    return force, kl.to(tl.float32), gain
 
 
 @triton.jit
-def gain(share, rest, delta, force):
-    """What log sum exp gains as force * delta is added to the candidates' logits."""
-    logs = share + force * delta
-    peak = tl.maximum(tl.max(logs, axis=0), rest)
-    return peak + tl.log(tl.sum(tl.exp(logs - peak), axis=0) + tl.exp(rest - peak))
+def add_logs(terms, more):
+    """log(sum exp(terms) + exp(more)), float64; one of them is finite."""
+    peak = tl.maximum(tl.max(terms, axis=0), more)
+    return peak + tl.log(tl.sum(tl.exp(terms - peak), axis=0) + tl.exp(more - peak))

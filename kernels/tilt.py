@@ -110,19 +110,17 @@ def tilt_kernel(
     tokens = key_token(keys)
     values = key_value(keys)
     delta = tl.load(moves + slot, mask=member, other=0.0)
-    share = tl.where(member, values - best - log_mass, NEG_INF).to(tl.float64)
-    rest_share = (ceiling - best - log_mass).to(tl.float64) + tl.log(rest_mass)
-    force, kl = bound(share, rest_share, delta.to(tl.float64), force, most)
+    log_z = best.to(tl.float64) + log_mass
+    log_share = tl.where(member, values.to(tl.float64) - log_z, NEG_INF)
+    log_rest = tl.where(rest_mass > 0.0, tl.log(tl.maximum(rest_mass, 1e-300)), NEG_INF) + (shift - log_z)
+    force, kl, gain = bound(log_share, delta, log_rest, force, most)
     steered = tl.where(member, values + force * delta, values) + 0.0
     steered_order = tl.where(in_play, to_key(steered, tokens), LOWEST)
     tl.store(steered_keys + slot, steered_order)
     first = tl.max(steered_order, axis=0)
     steered_token = key_token(first)
     steered_best = key_value(first)
-    shifted = tl.where(member, steered - steered_best, NEG_INF)
-    rest_mass *= tl.exp(ceiling - steered_best).to(tl.float64)
-    steered_mass = rest_mass + tl.sum(tl.exp(shifted).to(tl.float64), axis=0)
-    steered_log_mass = tl.log(steered_mass.to(tl.float32))
+    steered_log_mass = (log_z - steered_best + gain).to(tl.float32)
     tl.store(norms + row * 4 + 2, steered_best)
     tl.store(norms + row * 4 + 3, steered_log_mass)
     tl.store(steered_token_out + row, steered_token)
@@ -134,7 +132,7 @@ def tilt_kernel(
     token = tl.load(token_out + row)  # in shadow
     if applied:
         scale = tl.exp((ceiling - steered_best) * inverse)
-        moved = tl.exp(shifted * inverse)
+        moved = tl.exp(tl.where(member, steered - steered_best, NEG_INF) * inverse)
         # Read again: neither would have fitted beside the rest.
         away = tl.load(far + group, mask=exists, other=NEG_INF)
         tempered = tl.load(group_mass + group, mask=exists, other=0.0)
