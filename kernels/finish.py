@@ -39,9 +39,13 @@ from trimtab.kernels.stats import Groups
 OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
-LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}  # bits must not hang on what is contracted
+LAUNCH: dict[str, Any] = {
+    "num_warps": 8,
+    "maxnreg": 255,  # all that there are: for sm_80 the compiler would rather spill
+    "enable_fp_fusion": False,  # bits must not hang on what is contracted
+}
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-ROWS = 16  # groups that are read at once
+ROWS = 32  # groups that are read at once
 FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
 

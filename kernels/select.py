@@ -11,7 +11,7 @@ Invariant: exact, ties to the lower id; a function of the row alone.
 import triton
 import triton.language as tl
 
-from trimtab.kernels.keys import GROUP, LOWEST, NEG_INF, key_token, key_value, to_key
+from trimtab.kernels.keys import GROUP, LOW_WORD, LOWEST, NEG_INF, key_token, key_value
 
 NOTHING = tl.constexpr(-0x80000000)  # the rank of what does not exist: below that of -inf
 WORST = tl.constexpr(-0x7F800001)  # the rank of -inf
@@ -127,7 +127,7 @@ def best_tokens(
     packing = True
     while packing:
         seen = tl.full([], 0, tl.int32)  # above the cut, and 65536 times those at it
-        others = tl.full([ROWS, GROUP], NOTHING, tl.int32)
+        others = tl.full([ROWS], NOTHING, tl.int32)
         for first in range(0, count, ROWS):
             z, token, inside = read_groups(logits, vocab, chosen, first, count, ROWS)
             rank = tl.where(inside, to_rank(z), NOTHING)
@@ -137,8 +137,9 @@ def best_tokens(
             running = tl.cumsum(packed, axis=1) + before[:, None]
             place = (running & 0xFFFF) + tl.minimum(running >> 16, spare) - 1
             take = (packed == 1) | ((packed == 65536) & ((running >> 16) <= spare))
-            tl.store(pool + place, to_key(z, token), mask=take & (place < POOL))
-            others = tl.maximum(others, tl.where(take, NOTHING, rank))
+            key = (rank.to(tl.int64) << 32) | (LOW_WORD - token.to(tl.int64))  # as to_key has it
+            tl.store(pool + place, key, mask=take & (place < POOL))
+            others = tl.maximum(others, tl.max(tl.where(take, NOTHING, rank), axis=1))
             seen += tl.sum(by_group, axis=0)
         held = (seen & 0xFFFF) + tl.minimum(seen >> 16, spare)
         packing = held > POOL
@@ -155,7 +156,7 @@ def best_tokens(
                     above = at
             spare = POOL - above
         else:
-            outside = tl.max(others)
+            outside = tl.max(others, axis=0)
         tl.debug_barrier()
 
     item = tl.arange(0, POOL)

@@ -206,6 +206,24 @@ def test_every_candidate_may_be_demoted(step: Step) -> None:
         assert int((record.steered_token != record.base_token).sum()) >= 10
 
 
+@pytest.mark.parametrize("high", [0, 1, 40, 100, 10000])
+def test_more_tokens_and_groups_tie_than_fit(step: Step, high: int) -> None:
+    """Two values for 20000 tokens: `high` of them, spread evenly, hold the better one. Lower ids come first."""
+    rows: list[dict[str, Any]] = [
+        {"top_k": 64, "uniform": 0.99},
+        {"top_k": 30, "top_p": 0.9, "uniform": 0.8},
+        {"top_p": 0.001, "uniform": 0.9},
+        {"correction": 1, "tau": -1.0, "uniform": 0.3},
+        {"correction": 0, "tau": -1.0, "top_p": 0.001, "shadow": True},
+        {"correction": 1, "tau": -1.0, "temperature": 0.0, "strength": -2.0},
+    ]
+    inputs = make_inputs(rows, 20000, alternatives=20, dtype=torch.bfloat16)
+    logits = torch.zeros_like(inputs.logits)
+    logits[:, torch.arange(high) * (20000 // max(high, 1)) + 1] = 0.5
+    inputs = inputs._replace(logits=logits)
+    check(inputs, step(inputs))
+
+
 def test_mass_under_a_demoted_peak_is_kept(step: Step) -> None:
     """The rest of the peak's own group is e^-120 of it: nothing in float32, unless summed apart from the peak."""
     inputs = make_inputs([{"correction": 0, "strength": -60.0, "uniform": u} for u in (0.1, 0.6, 0.9)], 300, top_k=(1,))
