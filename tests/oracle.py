@@ -122,6 +122,8 @@ def _delta(inputs: StepInputs, row: int, p: Any) -> Tensor:
 
 def divergence(base: Tensor, change: Tensor) -> float:
     """KL(base || base changed), of log-probabilities [vocab] and what is added to the logits."""
+    if not change.any():
+        return 0.0  # not what rounding leaves of it, which no cap of 0 would allow
     log_q = (base + change).log_softmax(0)
     possible = base > float("-inf")
     return float((base.exp() * (base - log_q))[possible].sum())
