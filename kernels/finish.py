@@ -5,7 +5,7 @@ filters that keep many tokens) is left as a task for `resolve`, with everything 
 correction of the bank steers, for `tilt`. Numbers do not depend on how many tokens the rest of the batch asks for: sums
 over tokens are float64, and tokens beyond those a row needs for itself are ignored.
 
-Its parts: the gate (gate.py), the best tokens (select.py), the draws (chance.py).
+Its parts: the gate (gate.py), the best tokens (selection.py), the draws (chance.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -33,7 +33,7 @@ from trimtab.kernels.keys import (
     to_key,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
-from trimtab.kernels.select import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
+from trimtab.kernels.selection import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
 from trimtab.kernels.stats import Groups
 
 OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)

@@ -26,7 +26,7 @@ from trimtab.kernels.keys import (
     to_key,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
-from trimtab.kernels.select import TURN, from_rank, places, weigh_rest
+from trimtab.kernels.selection import TURN, from_rank, places, weigh_rest
 from trimtab.kernels.stats import Groups
 
 LAUNCH: dict[str, Any] = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}  # two programs a multiprocessor
