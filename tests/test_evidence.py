@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(arguments: str) -> int:
-    return main(arguments.split())
+    """As the shell runs it: what a report says of its own command is read from the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trimtab", *arguments.split()])
+        return main(arguments.split())
 
 
 LADDER = "eval --correction mine --ladder --lora peft --problems 4 --out kept"
@@ -57,7 +61,7 @@ def test_a_ladder_is_printed_and_kept(capsys: pytest.CaptureFixture[str], monkey
     assert (report["benchmark"], report["model"], len(report["rows"])) == ("ladder", "tiny-llama", 13)
     assert report["text"]["file"] == "other.txt"
     assert len(report["text"]["sha256"]) == 64
-    assert report["machine"]["command"].startswith("trimtab ")
+    assert report["machine"]["command"] == f"trimtab {LADDER} --json --text other.txt"
     assert {"report.md", "report.json", "ladder.svg", "completions"} == {path.name for path in Path("kept").iterdir()}
     monkeypatch.setattr(Core, "step", None)
     assert run(LADDER) == 0
