@@ -139,7 +139,7 @@ def _edit(z: Tensor, inputs: StepInputs, row: int) -> Tensor:
 
 
 def _mask(z: Tensor, mask: Masks, row: int) -> Tensor:
-    """z [padded] with -inf where the row's mask (record.py, 5b) has no bit. -> z itself when it has none, else a copy."""
+    """z [padded] with -inf where the row's mask (record.py, 5b) has no bit. -> z itself if it has none, else a copy."""
     line = int(mask.row[row])
     if line < 0:
         return z
