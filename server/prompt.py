@@ -46,6 +46,8 @@ class Prompter:
         """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
         found: list[Ids] = []
         for word in words:
+            if not word.strip():
+                raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
             for text in (word.lstrip(), " " + word.lstrip()):
                 ids = await self._run(partial(self._encode, text, False, "bad_words"))
                 if text[0] != " " or (len(ids) == len(found[-1]) and ids[0] != found[-1][0]):
