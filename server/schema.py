@@ -61,6 +61,7 @@ class Body(StructuredBody):
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
         foreign.refuse(self.model_extra or {})
+        self.structure()
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
