@@ -7,9 +7,12 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from trimtab.server.rule import Rule
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
@@ -132,6 +135,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     steering: Steering = field(default_factory=Steering)
     n: int = 1
+    rule: "Rule | None" = None  # what `steering` came to when it was read; None: it is read at submission
 
     def __post_init__(self) -> None:
         if not self.prompt:
