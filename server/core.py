@@ -79,7 +79,7 @@ class Core:
         return self._scheduler.free_slots
 
     def check(self, request: Request) -> Request:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it with its rule. Reads only."""
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule. Reads."""
         wanted = request.sampling.max_tokens or 1
         if len(request.prompt) >= self.max_len:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
@@ -239,9 +239,9 @@ class Core:
             wanted = request.sampling.alternatives
             top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
             logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
-            cached = 0 if sequence.sampled else sequence.row.cached
+            cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
-            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached))
+            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached, queued))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events

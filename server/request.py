@@ -7,7 +7,7 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
 
@@ -40,6 +40,11 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     alternatives: int = 0  # most likely tokens to report at each step, 0..20
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -181,6 +186,7 @@ class Event:
     finish: FinishReason | None  # "stop": end-of-text or a stop token, which `token` then is
     error: str | None = None  # set with finish "error"
     cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event
+    queued: float = 0.0  # seconds that it waited for its slots, on the same
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -44,6 +44,16 @@ class Rule:
     entries: tuple[Entry, ...] = field(default=(), repr=False, compare=False)  # the one it is steered by, then others
 
     @property
+    def version(self) -> str | None:
+        """Of the correction by which it is steered."""
+        return self.entries[0].version if self.entries else None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of all that act together."""
+        return {entry.correction.name: entry.version for entry in self.entries}
+
+    @property
     def rows(self) -> int:
         """Slots that a choice takes."""
         return 1 if self.beside is None else 2
@@ -75,6 +85,14 @@ def rule_for(steering: Steering, bank: Bank) -> Rule:
     elif strength != 0 and isinstance(chosen, ContrastCorrection):
         beside = Beside(NO_ADAPTER, True, -strength)
     return Rule(True, strength, kind, tau, ceiling, heads, adapter, beside, entries)
+
+
+def slots_of(correction: Correction) -> int:
+    """Slots that a choice takes where a request leaves the correction its defaults."""
+    if isinstance(correction, HeadCorrection) or correction.strength == 0:
+        return 1
+    alone = isinstance(correction, LoraCorrection) and correction.gate.kind == "always" and correction.strength == 1
+    return 1 if alone else 2
 
 
 def _is_plain(steering: Steering) -> bool:

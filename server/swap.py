@@ -35,8 +35,9 @@ class Swap:
             check(correction, self._base.identity)
             try:
                 draft = self._bank.prepare(correction)
-                lora = isinstance(correction, LoraCorrection)
-                placed = self._base.adapted.bring(correction.adapter) if lora else None
+                placed = None
+                if isinstance(correction, LoraCorrection):
+                    placed = self._base.adapted.bring(correction.adapter)
             except torch.OutOfMemoryError as error:
                 message = f"no memory is left on the device for {correction.name}: remove another one first"
                 raise InvalidRequest(message, "correction") from error
