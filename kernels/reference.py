@@ -82,7 +82,10 @@ def _finish(
     top_ids: Tensor,
     top_logprobs: Tensor,
 ) -> _Drawn:
-    """Edit and draw one live row, and report it. z [padded] holds z'; it is overwritten, as the row of top_* is."""
+    """Edit and draw one live row, unless its token is forced, and report it.
+
+    z [padded] holds z'; it is overwritten, as the row of top_* is.
+    """
     maxima, normaliser = base.maxima, base.normaliser
     base_token = steered_token = best_token(z, maxima)
     steered_best, steered_normaliser = base.best, normaliser
@@ -94,8 +97,10 @@ def _finish(
             z[changed.ids] = changed.base
         else:
             maxima, normaliser = changed.maxima, changed.normaliser
-    final = z if inputs.edits is None else _edit(z, inputs, row)
-    token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
+    token = int(inputs.params.forced[row])
+    if token < 0:
+        final = z if inputs.edits is None else _edit(z, inputs, row)
+        token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits forbade every token
         return _Drawn()
     if inputs.alternatives:
