@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, http_errors
+from trimtab.server import chat, completions, http_errors, score
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine import Engine
@@ -113,6 +113,8 @@ def create_app(
     @app.get("/v1/corrections/{name}")
     async def get_correction(name: str) -> dict[str, Any]:
         return service.catalogue.correction(name)
+
+    score.add_routes(app, service)
 
     @app.get("/health")
     async def health() -> Response:

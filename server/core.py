@@ -109,9 +109,7 @@ class Core:
         scored = 0
         if request.score_from is not None:
             if request.sampling.max_tokens != 0:
-                message = (
-                    "a contrast scores what follows its companion's prompt, and samples nothing after: max_tokens 0"
-                )
+                message = "a contrast scores what follows its companion's prompt, then samples nothing: max_tokens 0"
                 raise InvalidRequest(message, "max_tokens")
             scored = len(request.prompt) - request.score_from
         if len(prompt) + max(scored, 1) > self.max_len:

@@ -43,7 +43,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),

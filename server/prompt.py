@@ -42,6 +42,16 @@ class Prompter:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
 
+    async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
+        """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
+
+        def work() -> Ids:
+            whole = self._encode(prompt + completion, add_special_tokens, "completion")
+            begins = whole[: len(ids)] == ids
+            return whole[len(ids) :] if begins else self._encode(completion, False, "completion")
+
+        return await self._run(work)
+
     async def negatives(self, text: str, prompts: Sequence[Ids], add_special_tokens: bool = True) -> list[Ids]:
         """What companions read beside each of these prompts: `text`, or where that is no token, the prompt's last.
 

@@ -94,6 +94,11 @@ class ChoiceStream:
             return self._release(self._held, event.finish)
         return self._release(self._held[: len(self._held) - self._hold_back()], None)
 
+    def close(self) -> Update:
+        """End without a token."""
+        assert self.finish is None, "closed after the end"
+        return self._release(self._held, "length")
+
     def _find_stop(self) -> int | None:
         """Where in the held text the answer ends, if a stop string is complete."""
         exempt = self._exempt - self._out
