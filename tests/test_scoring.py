@@ -1,19 +1,25 @@
 """Teacher-forced scoring: what is told is what decoding would have told, under every tier; the base's own numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tiny import tiny_base, tiny_correction, tiny_lora
+from scripted import loopback
+from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server import scoring
-from trimtab.server.base import Base
+from trimtab.server.app import create_app
+from trimtab.server.base import Base, load_base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
+from trimtab.server.engine import Engine
 from trimtab.server.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.weights import locate
 from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 
@@ -250,3 +256,55 @@ def test_a_contrast_scores_what_follows_and_samples_nothing(base: Base, bank: Ba
     tight = Core(base, bank, EngineConfig(slots=2, max_model_len=31))
     with pytest.raises(ContextOverflow):  # 12 tokens of its own, then 20
         tight.check(Request("a", sampling=ONLY_SCORE, **asked))  # type: ignore[arg-type]
+
+
+# as lm-eval asks
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.model)])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, Any]]:
+    """-> the URL of a server in float32, transformers' own model with the same weights, and their tokenizer."""
+    if request.param == "tiny":
+        base, plain = tiny_base(), tiny_model()
+    else:
+        base = load_base("demo", dtype="float32")
+        plain = AutoModelForCausalLM.from_pretrained(locate("demo").path, dtype=torch.float32)
+    plain.set_attn_implementation("eager")
+    engine = Engine(base, Bank(base.hidden, "cpu"), EngineConfig(slots=4, step_tokens=64, max_model_len=256))
+    with loopback(create_app(engine, base, Bank(base.hidden, "cpu")), engine) as url:
+        yield url, plain.eval(), base.tokenizer
+
+
+def test_loglikelihoods_as_lm_eval_reads_them_are_those_of_transformers(served: tuple[str, Any, Any]) -> None:
+    """Its request (a batch of ids, echo, one token, one alternative, a seed), and its sums over the answer."""
+    url, plain, tokenizer = served
+    pairs = [
+        ("The capital of France is", " Paris"),
+        ("2 + 2 =", " 5 🦊"),
+        ("A", "b"),
+        ("One, two, three,", " four, five"),
+    ]
+    split = [(tokenizer.encode(context), tokenizer.encode(continuation)) for context, continuation in pairs]
+    greedy = split[0][0]
+    best = int(plain(torch.tensor([greedy])).logits[0, -1].argmax())
+    split.append((greedy, [best]))
+    body = {
+        "prompt": [context + continuation for context, continuation in split],
+        "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True,
+    }  # fmt: skip
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status().json()
+    told = []
+    for (context, continuation), choice in zip(split, answer["choices"], strict=True):
+        logprobs = choice["logprobs"]
+        found = logprobs["token_logprobs"][len(context) : -1]
+        tops = logprobs["top_logprobs"][len(context) : -1]
+        is_greedy = all(value == max(top.values()) for value, top in zip(found, tops, strict=True))
+        told.append(is_greedy)
+        with torch.no_grad():
+            logits = plain(torch.tensor([context + continuation])).logits[0].float()
+        predicted = logits[len(context) - 1 : -1].log_softmax(-1)
+        expected = predicted.gather(1, torch.tensor(continuation)[:, None]).sum()
+        assert sum(found) == pytest.approx(float(expected), abs=1e-3)
+        assert is_greedy == (predicted.argmax(-1).tolist() == continuation)
+    assert told[-1] is True
+    assert False in told
