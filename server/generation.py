@@ -25,7 +25,7 @@ from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import receipt_json
-from trimtab.server.request import Request
+from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 from trimtab.server.tickets import Ticket, Tickets
@@ -101,8 +101,9 @@ class Generation:
         for prompt in prompts:
             if len(prompt) + min(wanted, 1) > service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
+        first, told = self._scored()
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices, **self._scoring())
+            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices, None, first, told)
             for i, prompt in enumerate(prompts)
         ]
         self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
@@ -117,26 +118,38 @@ class Generation:
                 choice.scores = self._scores[request.id]
                 self._choices[request.id, k] = choice
 
-    def _scoring(self) -> dict[str, int]:
-        """What a request says of its prompt's tokens: all but the first, where the body asks for them."""
+    def _scored(self) -> tuple[int | None, int]:
+        """The first of the prompt's tokens that is scored, and how many alternatives are told with each."""
         wanted = self._body.prompt_alternatives()
         if wanted is None:
-            return {}
-        rule = self._chosen.rule
-        if rule.beside is not None and rule.beside.own_prompt:
-            message = (
-                f"{self._chosen.steering.correction} reads other words than the prompt's, so that the prompt has no "
-            )
-            raise InvalidRequest(
-                f"{message}log-probabilities of its own: score a completion at /v1/steering/score", "echo"
-            )
-        return {"score_from": 1, "score_alternatives": wanted}
+            return None, 0
+        beside = self._chosen.rule.beside
+        if beside is not None and beside.own_prompt:
+            field = "echo" if self._body.prompt_logprobs is None else "prompt_logprobs"
+            message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
+            raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)
+        return 1, wanted
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
+
+    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+        """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
+
+        structure: takes the place of the body's own; field: what says so.
+        """
+        asked = self._body.structure() if structure is None else (structure, field)
+        if asked is not None:
+            await self._service.tickets.compile(*asked)
+            self._requests = [replace(request, structure=asked[0]) for request in self._requests]
+        if self._body.bad_words:
+            words = tuple(await self._service.prompter.words(self._body.bad_words))
+            self._requests = [
+                replace(request, sampling=replace(request.sampling, bad_words=words)) for request in self._requests
+            ]
 
     def echo(self, texts: Sequence[str]) -> None:
         """Let every choice begin with the text of its prompt."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trimtab.server.budget import Allowance
+from trimtab.server.constraint import Constraint
 from trimtab.server.request import FinishReason, Request
 from trimtab.server.rule import Rule
 from trimtab.server.slots import NO_ADAPTER
@@ -64,6 +65,7 @@ class Sequence:
     row: Row
     companion: Row | None = None
     allowance: Allowance | None = None  # None where nothing bounds the steering
+    constraint: Constraint | None = None  # None where every token is always legal
     scores: Scores | None = None
     sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
@@ -77,8 +79,9 @@ class Sequence:
 
     @property
     def steered(self) -> bool:
-        """Whether a correction may act at the next step, if the gate opens."""
-        return self.rule.steered and (self.allowance is None or self.allowance.open)
+        """Whether a correction may act at the next step, if the gate opens; its legal tokens are filled in."""
+        allowed = self.rule.steered and (self.allowance is None or self.allowance.open)
+        return allowed and (self.constraint is None or self.constraint.steers)
 
     @property
     def edits(self) -> dict[int, tuple[int, float]]:
@@ -91,7 +94,10 @@ class Sequence:
             found.update((token, (count, 0.0)) for token, count in self.counts.items())
         for token, bias in s.logit_bias.items():
             found[token] = (found[token][0] if token in found else -1, bias)
-        if self.sampled < s.min_tokens:
+        for *before, last in s.bad_words:
+            if self.row.tokens[max(self.row.prompt, len(self.row.tokens) - len(before)) :] == before:
+                found[last] = (found[last][0] if last in found else -1, float("-inf"))
+        if self.sampled < s.min_tokens and not (self.constraint and self.constraint.inside):
             for token in self.stops:
                 found[token] = (found[token][0] if token in found else -1, float("-inf"))
         return found
@@ -105,6 +111,8 @@ class Sequence:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.allowance is not None:
             self.allowance.take(token, fired)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if token in self.stops:
             return "stop"
         return "length" if self.sampled >= self.limit else None
