@@ -6,6 +6,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -155,6 +156,10 @@ class CompletionBody(Body):
 
     def alternatives(self) -> int:
         return self.logprobs or 0
+
+    def rules(self) -> TextRules:
+        """Where the prompt's tokens are told, every token is: readers count them from the end."""
+        return replace(super().rules(), show_end=bool(self.echo) and self.logprobs is not None)
 
     def prompt_alternatives(self) -> int | None:
         echoed = self.echo and (self.logprobs is not None or self.max_tokens == 0)

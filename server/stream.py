@@ -24,6 +24,7 @@ class TextRules:
     min_tokens: int = 0  # stop strings that end within these tokens are text
     include_stop: bool = False
     skip_special: bool = True
+    show_end: bool = False  # the token that ends the text is a token among others, if one without text
 
 
 class Shown(NamedTuple):
@@ -132,7 +133,7 @@ class ChoiceStream:
             assert event.token is not None
             if event.receipt is not None:
                 steps.append(Step(event.token, event.receipt))
-            ended = event.finish == "stop"
+            ended = event.finish == "stop" and not self._rules.show_end
             if not ended and (end <= last_byte or end - len(content) < last_byte):
                 shown.append(Shown(event, content[: len(content) - max(0, end - last_byte)], offset))
         return Update(text, tuple(shown), tuple(steps), finish)

@@ -134,6 +134,18 @@ def test_a_batch_of_ids_is_scored_prompt_by_prompt(ask: httpx.Client, base: Base
     }
 
 
+def test_a_token_that_ends_the_text_has_its_entry_after_the_prompts(ask: httpx.Client) -> None:
+    """lm-eval leaves out the last entry, which it takes for the one token that it asked for."""
+    for extra in ({}, {"stop_token_ids": [70], "logit_bias": {"70": 100}}):
+        body = {"max_tokens": 1, "logprobs": 1, "echo": True, "ignore_eos": False, "logit_bias": {"256": 100}} | extra
+        (choice,) = complete(ask, **body)["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
+        told = choice["logprobs"]
+        assert [len(values) for values in told.values()] == [len(TEXT.encode()) + 1] * 4
+        assert told["tokens"][-1] == ("<|im_end|>" if not extra else told["tokens"][-1])
+        assert told["text_offset"][-1] == len(TEXT)
+
+
 def test_echo_alone_may_sample_nothing(ask: httpx.Client) -> None:
     (choice,) = complete(ask, max_tokens=0, echo=True)["choices"]
     assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == (TEXT, None, "length")
