@@ -10,6 +10,7 @@ from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
 from trimtab.server.metrics import Watch
 from trimtab.server.pieces import Pieces
+from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import Tally
 from trimtab.server.request import Event
 from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
@@ -17,6 +18,8 @@ from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
 
 class Choice:
     """Choice `index` of an answer."""
+
+    scores: PromptScores  # what is told of the prompt's tokens, where they are scored
 
     def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch) -> None:
         self.index = index
@@ -35,8 +38,11 @@ class Choice:
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.finish == "abort":
             raise EngineStopped("the engine stopped before the answer was complete: send the request again")
-        self.watch.token(event)
         self.cached += event.cached
+        if event.token is None:  # max_tokens was 0
+            self.end("length")
+            return self.stream.close()
+        self.watch.token(event)
         if event.receipt is not None:
             self.tally.add(event.receipt)
         update = self.stream.push(event)

@@ -46,6 +46,16 @@ class Prompter:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
 
+    async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
+        """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
+
+        def work() -> Ids:
+            whole = self._encode(prompt + completion, add_special_tokens, "completion")
+            begins = whole[: len(ids)] == ids
+            return whole[len(ids) :] if begins else self._encode(completion, False, "completion")
+
+        return await self._run(work)
+
     async def words(self, words: Sequence[str]) -> list[Ids]:
         """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
         found: list[Ids] = []
