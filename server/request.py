@@ -123,6 +123,28 @@ class Steering:
             raise InvalidRequest("the companion's prompt is empty: give it one token", "steering.companion_prompt")
 
 
+StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the text must be, all of it: a JSON value that fits a schema, a match of a regex, one of some choices, ...
+
+    Whether a model's tokenizer can follow it, `Engine.submit` says (structure.py).
+    """
+
+    kind: StructureKind
+    text: str  # a JSON schema; nothing for json_object; a regex; a JSON list of choices; a Lark grammar
+    steer: bool = False  # corrections may act inside; a budget may say so too
+    lazy: tuple[str, ...] = ()  # it holds only from where one of these was generated, special tokens by their names
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise InvalidRequest(f"a structure is one of {', '.join(get_args(StructureKind))}, not {self.kind!r}")
+        if not all(self.lazy):
+            raise InvalidRequest("what a structure waits for must not be empty")
+
+
 @dataclass(frozen=True)
 class Structure:
     """What the text must be, token by token."""
