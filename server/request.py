@@ -146,16 +146,6 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What the text must be, token by token."""
-
-    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
-    text: str  # the schema as JSON, the regex, a JSON list of choices, a Lark grammar
-    steer: bool = False  # a correction may act within it
-    lazy: tuple[str, ...] = ()  # it begins only after one of these texts was generated
-
-
-@dataclass(frozen=True)
 class Request:
     """One prompt and n samples of its continuation. Sample i draws with the seed philox.derive(seed, i)."""
 
