@@ -30,7 +30,8 @@ class ToolFormat:
     lead: re.Pattern[str]  # between marker and object. It matches every beginning of what it matches
     tail: str
     spans: tuple[tuple[str, str], ...]  # as in request.Budget
-    signs: tuple[str, ...]  # a chat template that has one of them is for a model that writes so
+    signs: tuple[str, ...]  # a chat template that has one of them is for a model that writes so,
+    unlike: tuple[str, ...] = ()  # but for these, which tell of other formats with the same marker
     key: str = "arguments"
     bare: bool = False  # at the start of a text, and after another call, a call needs no marker
     listed: bool = False  # a comma after a call announces another
@@ -100,6 +101,7 @@ HERMES = ToolFormat(
     tail="</tool_call>",
     spans=(("<tool_call>", "</tool_call>"),),
     signs=("<tool_call>",),
+    unlike=("<function=", "<arg_key>"),
     opening="<tool_call>",
     first="\n",
     end="\n</tool_call>",
@@ -143,4 +145,8 @@ _WITHIN = ("[ARGS]", "[CALL_ID]")
 
 def format_of(template: str) -> ToolFormat | None:
     """The format that a chat template teaches, if it is known here."""
-    return next((found for found in FORMATS if any(sign in template for sign in found.signs)), None)
+
+    def has(signs: tuple[str, ...]) -> bool:
+        return any(sign in template for sign in signs)
+
+    return next((found for found in FORMATS if has(found.signs) and not has(found.unlike)), None)

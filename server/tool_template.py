@@ -7,11 +7,12 @@ known here counts as one without: what its model would write could not be read.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.server.tool_formats import HERMES, MISTRAL, MISTRAL_NAMED, format_of
+from trimtab.server.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, format_of
 
 Message = Mapping[str, Any]
 
@@ -42,6 +43,8 @@ class ToolTemplate:
             return _in_words(messages, tools), {}
         if self.format in (MISTRAL, MISTRAL_NAMED):
             messages = [_with_short_ids(message) for message in messages]
+        if self.format is LLAMA:
+            messages = list(_one_by_one(messages))
         return list(messages), {"tools": list(tools)} if tools else {}
 
 
@@ -82,6 +85,24 @@ def _in_words(messages: Sequence[Message], tools: Sequence[Message]) -> list[Mes
 def _write_call(function: Message) -> str:
     call = {"name": function["name"], "arguments": function["arguments"]}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _one_by_one(messages: Sequence[Message]) -> Iterator[Message]:
+    """Llama's templates refuse several calls in one message: each call, then what it returned."""
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            yield message
+            continue
+        results = list(itertools.takewhile(lambda other: other["role"] == "tool", rest))
+        del rest[: len(results)]
+        for call in calls:
+            yield {**message, "tool_calls": [call]}
+            yield from (result for result in results if result.get("tool_call_id") == call.get("id"))
+        known = [call.get("id") for call in calls]
+        yield from (result for result in results if result.get("tool_call_id") not in known)
 
 
 def _with_short_ids(message: Message) -> Message:
