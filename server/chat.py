@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from trimtab.errors import InvalidRequest
 from trimtab.server.generation import Generation, Service
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import replace_words
@@ -38,7 +39,20 @@ async def prepare(service: Service, body: ChatBody) -> Generation:
     prompt = await render(messages)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None)
-    return Generation(service, body, chosen, shape, [prompt], negatives, tools)
+    generation = Generation(service, body, chosen, shape, [prompt], negatives, tools)
+    await _constrain(generation, tools)
+    return generation
+
+
+async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
+    """Hold the choices to what the body says, and calls to their tools' schemas. Raises InvalidRequest."""
+    try:
+        await generation.constrain(None if tools is None else tools.structure)
+    except InvalidRequest:
+        plainer = None if tools is None else tools.relaxed()
+        if plainer is None:
+            raise
+        await generation.constrain(plainer.structure)
 
 
 class ChatShape:
