@@ -30,6 +30,7 @@ from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.tools import ToolUse
 from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -70,13 +71,13 @@ class Shape(Protocol):
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A later chunk."""
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chunks of what a step brought, at least one."""
 
     def closing(self) -> dict[str, Any]:
         """The last chunk."""
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole choice."""
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
@@ -93,14 +94,17 @@ class Generation:
         shape: Shape,
         prompts: Sequence[Ids],
         negatives: Sequence[Ids] = (),
+        tools: ToolUse | None = None,
     ) -> None:
-        """negatives: what the companions read instead of each prompt, where they do."""
+        """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(), body.rules()
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if tools is not None:
+            rules = tools.show(rules)
         for prompt in prompts:
             if len(prompt) + min(wanted, 1) > service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
@@ -126,7 +130,8 @@ class Generation:
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
+                reader = None if tools is None else tools.reader()
+                choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
                 choice.scores = self._scores[request.id]
                 self._choices[request.id, k] = choice
         self._visit = current()
@@ -249,9 +254,10 @@ class Generation:
                 yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
         logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
-        if update.text or logprobs is not None or receipts:
-            piece = self._chunk(choice, self._shape.piece(update.text, logprobs))
-            yield piece | ({"steering": {"tokens": receipts}} if receipts else {})
+        if update.text or update.calls or logprobs is not None or receipts:
+            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
+            yield first | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
 
@@ -259,14 +265,15 @@ class Generation:
         return {"index": choice.index, **content, "finish_reason": None}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        logprobs, echoed = self._logprobs(choice, choice.shown), self._echo_logprobs(choice)
+        answer = choice.whole
+        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
         if logprobs is not None and echoed is not None:
             logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
-        content = self._shape.whole(choice.text, logprobs)
-        ended = {"finish_reason": choice.stream.finish}
+        content = self._shape.whole(answer, logprobs)
+        ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(choice.steps)
+            steering["steering"]["tokens"] = self._receipts(answer.steps)
         return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
 
     def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
