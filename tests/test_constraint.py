@@ -221,7 +221,7 @@ def test_before_a_lazy_structure_begins_a_text_ends_as_any_does(core: Core) -> N
     assert run(core, lazy, logit_bias=eager, ignore_eos=True)[-1].finish == "length"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     pattern=st.lists(
         st.tuples(st.sampled_from(["[a-e]", "x", "[^a]", "(yes|no)", "."]), st.integers(1, 4)), min_size=1, max_size=5
