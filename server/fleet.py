@@ -24,9 +24,9 @@ from trimtab.server.base import load_base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import CONTRAST
 from trimtab.server.engine import Engine
-from trimtab.server.serve import choose_keys, describe
+from trimtab.server.keys import API_VARIABLE, choose_keys
+from trimtab.server.serve import describe
 from trimtab.server.sources import read_named
-from trimtab.server.swap import Swap
 from trimtab.server.weights import DEMO
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction
@@ -84,12 +84,13 @@ class Replica:
             threads=args.threads,
         )
         self._engine = Engine(self._base, self._bank, config)
-        self._swap = Swap(self._engine, self._base, self._bank)
         self._names = [args.served_model_name or self._base.name]
+        keys = choose_keys(None, API_VARIABLE, None, "api-key")
+        self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)
         self._configured = False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._engine, self._base, self._bank, names=self._names, api_keys=choose_keys(None))
+        return self._app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Ray calls it before the first request, and whenever the config has changed."""
@@ -109,12 +110,13 @@ class Replica:
 
     def _serve(self, wanted: Wanted) -> None:
         """All sources are read before anything changes."""
+        swap = self._app.state.service.swap
         read = [_read(name, source) for name, source in wanted.corrections.items() if not self._has(name, source)]
         for correction in read:
-            self._swap.put(correction)
+            swap.put(correction)
         for name in self._bank.names:
             if name not in wanted.corrections and name != CONTRAST:
-                self._swap.remove(name)
+                swap.remove(name)
         log.info(describe(self._base, self._bank, self._names, self._engine.capacity, self._engine.max_len))
 
     def _has(self, name: str, source: Source) -> bool:
