@@ -1,9 +1,9 @@
 """A fleet under Ray Serve: replicas of this server, on as many machines and GPUs as its config file says.
 
 Invariant: `user_config` alone says which corrections are served, and in which version. Ray hands it to a new replica
-before that takes requests, and to every running one when it changes. A replica then changes between two of its steps: no
-request is dropped, and each answer names the version that made it. What cannot be read, or is another version than the
-config says, stops a new replica, and leaves a running one as it is.
+before that takes requests, and to every running one when it changes. A replica then changes between two of its steps:
+no request is dropped, and each answer names the version that made it. What cannot be read, or is another version than
+the config says, stops a new replica, and leaves a running one as it is.
 
     serve run deploy/fleet.yaml          # on this machine, in the foreground
     serve deploy deploy/fleet.yaml       # on a cluster; after an edit of user_config, the same again
@@ -11,7 +11,6 @@ config says, stops a new replica, and leaves a running one as it is.
 
 import asyncio
 import logging
-import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -68,8 +67,6 @@ class Wanted(BaseModel):
     corrections: dict[str, Source] = {}
 
 
-@serve.deployment(name="trimtab")
-@serve.ingress()
 class Replica:
     """One whole server: a base, an engine, a bank."""
 
@@ -132,6 +129,6 @@ def _read(name: str, source: Source) -> Correction:
     return correction
 
 
-def build(args: Replicated) -> serve.Application:
+def build(args: Replicated) -> Any:
     """The application of a config file: import_path trimtab.server.fleet:build."""
-    return Replica.bind(args)
+    return serve.deployment(name="trimtab")(serve.ingress()(Replica)).bind(args)

@@ -84,4 +84,5 @@ def test_kubernetes_probes_what_the_server_answers_and_waits_until_it_has_left()
     assert deployment["spec"]["selector"]["matchLabels"] == labels
     assert 0 < budget["spec"]["minAvailable"] < deployment["spec"]["replicas"]
     security = container["securityContext"]
-    assert security["readOnlyRootFilesystem"] and not security["allowPrivilegeEscalation"]
+    assert security["readOnlyRootFilesystem"]
+    assert not security["allowPrivilegeEscalation"]
