@@ -18,6 +18,7 @@ from typing import Any
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
+from trimtab.server.adapters import Placed
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
@@ -31,7 +32,7 @@ from trimtab.server.scheduler import Scheduler
 from trimtab.server.sequence import Row, Scores, Sequence
 from trimtab.server.slots import NO_ADAPTER
 from trimtab.server.structure import Grammars
-from trimtab.steering.bank import Bank
+from trimtab.steering.bank import Bank, Draft
 from trimtab.steering.correction import ContrastCorrection
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ class Core:
     def free_slots(self) -> int:
         return self._scheduler.free_slots
 
-    def check(self, request: Request) -> None:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound.
+    def check(self, request: Request) -> Request:
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule.
 
         Reads only, save that a structure is compiled where `grammars` has not done so before.
         """
@@ -99,12 +100,13 @@ class Core:
             self._check_tokens("bad_words", word)
         if request.structure is not None:
             self.grammars.compile(request.structure)
-        rule = rule_for(request.steering, self.bank)
-        if max(rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER) >= self._runner.adapters:
-            message = f"{request.steering.correction} came after the engine was made, which takes adapters at its start"
+        rule = request.rule or rule_for(request.steering, self.bank)
+        if not all(map(self._runner.has, (rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER))):
+            message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
             raise InvalidRequest(message, "steering.correction")
         if rule.beside is not None:
             self._check_companion(request, rule.beside)
+        return request if request.rule is not None else replace(request, rule=rule)
 
     def _check_companion(self, request: Request, beside: Beside) -> None:
         if self.config.slots < 2:
@@ -134,13 +136,13 @@ class Core:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises as `check`."""
-        self.check(request)
-        self.add(request)
+        self.add(self.check(request))
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check` has passed."""
+        """Queue a request as `check` returned it."""
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        rule = rule_for(request.steering, self.bank)
+        rule = request.rule
+        assert rule is not None, "it was not checked"
         for index in range(request.n):
             self._scheduler.add(self._start(request, rule, index, philox.derive(seed, index)))
 
@@ -148,6 +150,12 @@ class Core:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._ahead = None
         self._scheduler.abort(request_id, index)
+
+    def publish(self, draft: Draft, placed: Placed | None) -> bool:
+        """Take a correction between two steps. placed: its adapter, brought. -> whether it takes another's place."""
+        if placed is not None:
+            self._runner.take(draft.entry, placed)
+        return self.bank.publish(draft)
 
     def amend(self, request_id: str, index: int, token: int) -> None:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
@@ -281,9 +289,9 @@ class Core:
             if scored:
                 events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, None, scored=True))
                 continue
-            cached = 0 if sequence.sampled else sequence.row.cached
+            cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
-            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached))
+            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached, queued))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 from trimtab.server.catalogue import Catalogue, Chosen
-from trimtab.server.choice import Choice
+from trimtab.server.choice import Choice, outcome
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
@@ -28,7 +28,10 @@ from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.tools import ToolUse
+from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -46,6 +49,7 @@ class Service:
     max_len: int
     capacity: int  # choices under way at once
     fingerprint: str
+    swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
 
     def check_room(self, prompts: int, n: int) -> None:
@@ -67,13 +71,13 @@ class Shape(Protocol):
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A later chunk."""
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chunks of what a step brought, at least one."""
 
     def closing(self) -> dict[str, Any]:
         """The last chunk."""
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole choice."""
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
@@ -90,20 +94,32 @@ class Generation:
         shape: Shape,
         prompts: Sequence[Ids],
         negatives: Sequence[Ids] = (),
+        tools: ToolUse | None = None,
     ) -> None:
-        """negatives: what the companions read instead of each prompt, where they do."""
+        """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(), body.rules()
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if tools is not None:
+            rules = tools.show(rules)
         for prompt in prompts:
             if len(prompt) + min(wanted, 1) > service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
         first, told = self._scored()
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices, None, first, told)
+            Request(
+                f"{self._id}-{i}",
+                prompt,
+                sampling,
+                chosen.steering,
+                body.choices,
+                chosen.rule,
+                score_from=first,
+                score_alternatives=told,
+            )
             for i, prompt in enumerate(prompts)
         ]
         self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
@@ -114,9 +130,15 @@ class Generation:
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
+                reader = None if tools is None else tools.reader()
+                choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
                 choice.scores = self._scores[request.id]
                 self._choices[request.id, k] = choice
+        self._visit = current()
+        if self._visit is not None:
+            self._visit.prompt = getattr(body, shape.subject, None)
+            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
     def _scored(self) -> tuple[int | None, int]:
         """The first of the prompt's tokens that is scored, and how many alternatives are told with each."""
@@ -161,12 +183,14 @@ class Generation:
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         with self._service.tickets.open(self._requests) as ticket:
-            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._service.metrics.accept([len(request.prompt) for request in self._requests])
             try:
                 yield ticket
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
+                if self._visit is not None:
+                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
@@ -230,9 +254,10 @@ class Generation:
                 yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
         logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
-        if update.text or logprobs is not None or receipts:
-            piece = self._chunk(choice, self._shape.piece(update.text, logprobs))
-            yield piece | ({"steering": {"tokens": receipts}} if receipts else {})
+        if update.text or update.calls or logprobs is not None or receipts:
+            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
+            yield first | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
 
@@ -240,14 +265,15 @@ class Generation:
         return {"index": choice.index, **content, "finish_reason": None}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        logprobs, echoed = self._logprobs(choice, choice.shown), self._echo_logprobs(choice)
+        answer = choice.whole
+        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
         if logprobs is not None and echoed is not None:
             logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
-        content = self._shape.whole(choice.text, logprobs)
-        ended = {"finish_reason": choice.stream.finish}
+        content = self._shape.whole(answer, logprobs)
+        ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(choice.steps)
+            steering["steering"]["tokens"] = self._receipts(answer.steps)
         return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
 
     def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
@@ -293,15 +319,18 @@ class Generation:
             "system_fingerprint": self._service.fingerprint,
         }
 
+    @property
+    def _cached(self) -> int:
+        return sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
+
     def _usage(self) -> dict[str, Any]:
         """Prompts count once, whatever n; what was sampled counts, shown or not."""
         completion = sum(choice.stream.tokens for choice in self._choices.values())
-        cached = sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
 

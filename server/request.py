@@ -7,9 +7,12 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from trimtab.server.rule import Rule
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
@@ -39,6 +42,11 @@ class SamplingParams:
     alternatives: int = 0  # most likely tokens to report at each step, 0..20
     allowed_tokens: frozenset[int] | None = None  # no others are drawn
     bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each is forbidden after the others
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -165,6 +173,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     steering: Steering = field(default_factory=Steering)
     n: int = 1
+    rule: "Rule | None" = None  # what `steering` came to when it was read; None: it is read at submission
     structure: Structure | None = None
     score_from: int | None = None  # the first token of the prompt that is scored
     score_alternatives: int = 0  # most likely tokens to report with each of them, 0..20
@@ -219,6 +228,7 @@ class Event:
     finish: FinishReason | None  # "stop": end-of-text or a stop token, which `token` then is
     error: str | None = None  # set with finish "error"
     cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
+    queued: float = 0.0  # seconds that it waited for its slots, on the same
     scored: bool = False  # the token stands in the prompt
 
 

@@ -5,6 +5,7 @@ last of them samples the next. Prefill, chunks, resumed prefixes and decode are 
 every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -69,6 +70,8 @@ class Sequence:
     scores: Scores | None = None
     sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
+    arrived: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0  # seconds until it had its slots
     rows: tuple[Row, ...] = field(init=False)
     penalised: bool = field(init=False)  # its logits are edited by what it has seen
 
