@@ -21,7 +21,7 @@ _LOW_WORD = 0xFFFFFFFF  # as keys.py packs a token
 class Candidates(NamedTuple):
     """What the corrections made of a step's rows."""
 
-    count: Tensor  # int64 [rows]: how many were corrected, 0 where nothing fired
+    found: Tensor  # int64 [rows]: how many were corrected, 0 where nothing fired
     ids: Tensor  # int64 [rows, k]; whatever past the count
     logits: Tensor  # float32 [rows, k]: z'
 
@@ -42,7 +42,7 @@ class Steered(NamedTuple):
 def steer(find: Callable[[StepInputs], tuple[StepRecord, Candidates]], inputs: StepInputs) -> Steered:
     """Gate and correct; `find` is the device's. The record's token is drawn as inputs.params say: greedy costs least."""
     record, candidates = find(inputs)
-    count = torch.where(inputs.params.shadow, 0, candidates.count)[:, None]
+    count = torch.where(inputs.params.shadow, 0, candidates.found)[:, None]
     place = torch.arange(candidates.ids.shape[1], device=count.device)
     place = torch.where(place < count, place, 0)
     ids = torch.where(count > 0, candidates.ids.gather(1, place), 0)
@@ -67,7 +67,7 @@ def find_on_cpu(inputs: StepInputs) -> tuple[StepRecord, Candidates]:
         torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     )
     for row, change in changed.items():
-        found.count[row], found.ids[row], found.logits[row] = len(change.ids), change.ids, change.steered
+        found.found[row], found.ids[row], found.logits[row] = len(change.ids), change.ids, change.steered
     return record, found
 
 
