@@ -40,7 +40,7 @@ class Steered(NamedTuple):
 
 @torch.inference_mode()
 def steer(find: Callable[[StepInputs], tuple[StepRecord, Candidates]], inputs: StepInputs) -> Steered:
-    """Gate and correct; `find` is the device's. The record's token is drawn as inputs.params say: greedy costs least."""
+    """Gate and correct; `find` is the device's. The record's token is the draw of inputs.params: best be greedy."""
     record, candidates = find(inputs)
     count = torch.where(inputs.params.shadow, 0, candidates.found)[:, None]
     place = torch.arange(candidates.ids.shape[1], device=count.device)

@@ -1,7 +1,7 @@
 """The LM head's weight as a correction reads it: whole, on every rank that draws.
 
 With tensor parallelism each rank holds a part of the vocabulary, and a delta needs the rows of any candidate: they are
-gathered once, at load, before vLLM measures how much memory is left for its cache. [vocab, hidden] in the model's dtype.
+gathered once, at load, before vLLM measures what memory is left for its cache: [vocab, hidden] in the model's dtype.
 
 Invariant: the weight that is returned makes the model's own logits of a probe, so a model whose head is something else
 is refused, not steered by nonsense.
