@@ -8,6 +8,7 @@ Invariant: the runners use no more of the plugin than vLLM does, in its order: t
 processor on float32 logits. A prompt is read `chunk` tokens a step; until it is read, its row's token is thrown away.
 """
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,7 @@ class FakeVllm:
 
     def load(self) -> Any:
         """The plugin's hook, after vLLM has called it."""
-        from trimtab.server.vllm_plugin import hook
-
+        hook = importlib.import_module(f"{PLUGIN}.hook")  # not the package's attribute, which another test has set
         hook.register()
         return hook
 

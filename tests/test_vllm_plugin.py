@@ -287,7 +287,7 @@ def test_rows_that_were_not_seen_are_never_guessed(vllm: FakeVllm, folders: dict
     engine.add("a", PROMPTS["a"], ASKED["a"])
     engine.step()
     with pytest.raises(EngineFailure, match="asked for 1 rows"):
-        engine.draw_from(torch.zeros(1, vllm.base.vocab), engine.rows())
+        engine.processor.apply(torch.zeros(1, vllm.base.vocab))
 
 
 def test_parts_of_a_head_are_put_together(vllm: FakeVllm, base: Base) -> None:
