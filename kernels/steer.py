@@ -67,7 +67,8 @@ def find_on_cpu(inputs: StepInputs) -> tuple[StepRecord, Candidates]:
         torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     )
     for row, change in changed.items():
-        found.found[row], found.ids[row], found.logits[row] = len(change.ids), change.ids, change.steered
+        found.found[row], found.ids[row] = len(change.ids), change.ids
+        found.logits[row] = torch.tensor(list(change.steered.values()))
     return record, found
 
 
