@@ -92,23 +92,24 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rules = [RULES[i // 2 % len(RULES)] if i % 2 else None for i in range(args.requests)]
     correction = load(args.correction).name
     began = time.time()
-    with serving(args, path, []) as (url, _):
-        plain = asyncio.run(ask(url, prompts, [None] * len(prompts), correction, args.tokens))
     with tempfile.TemporaryDirectory() as folder:
         log = str(Path(folder) / "receipts-{rank}.jsonl")
         given = {"trimtab": {"corrections": {correction: str(args.correction)}, "receipts": log}}
         flags = ["--logits-processors", PROCESSOR, "--additional-config", json.dumps(given)]
-        with serving(args, path, flags) as (url, metrics):
-            mixed = asyncio.run(ask(url, prompts, rules, correction, args.tokens))
+        with serving(args, path, []) as first, serving(args, path, flags) as second:
+            plain = asyncio.run(ask(first.url, prompts, [None] * len(prompts), correction, args.tokens))
+            first.stop()
+            mixed = asyncio.run(ask(second.url, prompts, rules, correction, args.tokens))
             alone = [
-                asyncio.run(ask(url, [prompt], [rule], correction, args.tokens))[0]
+                asyncio.run(ask(second.url, [prompt], [rule], correction, args.tokens))[0]
                 for prompt, rule in list(zip(prompts, rules, strict=True))[1:6:2]
             ]
             silent = [{"mode": "shadow"}, {"strength": 0}, {"mode": "off"}]
-            untouched = asyncio.run(ask(url, prompts[: len(silent)], list(silent), correction, args.tokens))
-            refused = asyncio.run(ask_badly(url, prompts[0], correction))
-            counted = read_metrics(httpx.get(f"{url}/metrics").text) | {"log": metrics}
-            time.sleep(1.0)  # the log's thread
+            untouched = asyncio.run(ask(second.url, prompts[: len(silent)], list(silent), correction, args.tokens))
+            refused = asyncio.run(ask_badly(second.url, prompts[0], correction))
+            time.sleep(2.0)  # the log's thread, and the counters of other processes
+            counted = read_metrics(httpx.get(f"{second.url}/metrics", trust_env=False).text)
+            runner = second.runner
         logs = {file.stem: read_log(file) for file in sorted(Path(folder).glob("*.jsonl"))}
     asked = [(prompt, rule) for prompt, rule in zip(prompts, rules, strict=True) if rule is not None]
     ours = call_engine(args, path, asked)
@@ -125,7 +126,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "correction": correction,
         "dtype": "float32",
-        "runner": args.runner or "vLLM's choice",
+        "runner": runner,
         "tensor_parallel": args.tensor_parallel,
         "data_parallel": args.data_parallel,
         "requests": args.requests,
@@ -270,62 +271,66 @@ def body(prompt: list[int], tokens: int) -> dict[str, Any]:
     }
 
 
+class Server:
+    """vLLM's, in a process of its own; `url` waits until it answers."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._url, self._log = f"http://127.0.0.1:{port}", folder / "log"
+        with self._log.open("w") as log:
+            told = [*command, "--port", str(port)]
+            self._process = subprocess.Popen(told, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def url(self) -> str:
+        for _ in range(1800):
+            if self._process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self._url}/health", trust_env=False).status_code == 200:
+                    return self._url
+            time.sleep(1)
+        raise SystemExit(f"vLLM did not start:\n{self._log.read_text()[-6000:]}")
+
+    @property
+    def runner(self) -> str:
+        """Which of its two it took, as its log says."""
+        return "V2" if "Using V2 Model Runner" in self._log.read_text() else "V1"
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
 @contextlib.contextmanager
-def serving(args: argparse.Namespace, path: str, flags: list[str]) -> Iterator[tuple[str, str]]:
-    """vLLM's server, and where it says which runner it took. Ends with it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        **({"VLLM_USE_V2_MODEL_RUNNER": "1" if args.runner == "v2" else "0"} if args.runner else {}),
-    }
-    split = args.tensor_parallel * args.data_parallel
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(split))) if split > 1 else "0-1")
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        path,
-        "--served-model-name",
-        "m",
-        "--port",
-        str(port),
-    ]
+def serving(args: argparse.Namespace, path: str, flags: list[str]) -> Iterator[Server]:
+    """A server that is on its way. One thread a rank: more than the free cores wait for one another at every layer."""
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", path, "--served-model-name", "m"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
     command += ["--max-num-batched-tokens", str(CHUNK), "--enable-chunked-prefill", "--enable-prefix-caching"]
     command += ["--tensor-parallel-size", str(args.tensor_parallel), "--data-parallel-size", str(args.data_parallel)]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        counts = Path(folder) / "metrics"
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts"
         counts.mkdir()
-        environment["PROMETHEUS_MULTIPROC_DIR"] = str(counts)
-        process = subprocess.Popen([*command, *flags], stdout=log, stderr=subprocess.STDOUT, env=environment)
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "PROMETHEUS_MULTIPROC_DIR": str(counts),
+            **({"VLLM_USE_V2_MODEL_RUNNER": "1" if args.runner == "v2" else "0"} if args.runner else {}),
+        }
+        server = Server([*command, *flags], environment, Path(folder))
         try:
-            wait(url, process, log.name)
-            yield url, runner_in(Path(log.name).read_text())
+            yield server
         finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def wait(url: str, process: subprocess.Popen[bytes], log: str) -> None:
-    for _ in range(900):
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
-                return
-        time.sleep(1)
-    raise SystemExit(f"vLLM did not start:\n{Path(log).read_text()[-6000:]}")
-
-
-def runner_in(log: str) -> str:
-    return "v2" if "Using V2 Model Runner" in log else "v1"
+            server.stop()
 
 
 def read_log(file: Path) -> dict[str, list[dict[str, Any]]]:
@@ -391,7 +396,7 @@ def vllm_version() -> str:
 
 def card(result: dict[str, Any]) -> str:
     facts = {
-        "vLLM": f"{result['vllm']}, {result['metrics']['log']} runner, tensor parallel {result['tensor_parallel']}, "
+        "vLLM": f"{result['vllm']}, {result['runner']} runner, tensor parallel {result['tensor_parallel']}, "
         f"data parallel {result['data_parallel']}",
         "model": f"{result['model']} ({result['dtype']})",
         "correction": result["correction"],
@@ -399,7 +404,7 @@ def card(result: dict[str, Any]) -> str:
         f"{min(result['prompt_tokens'])} to {max(result['prompt_tokens'])} tokens, {result['step_tokens']} a step",
         "steered steps": f"{result['steered_steps']}: {result['open']} open, {result['fired']} fired, "
         f"{result['flips']} flips",
-        "metrics": ", ".join(f"{name} {value:g}" for name, value in result["metrics"].items() if name != "log"),
+        "metrics": ", ".join(f"{name} {value:g}" for name, value in result["metrics"].items()),
         "seconds": result["seconds"],
     }
     lines = [machine.card(result["machine"], **facts), ""]

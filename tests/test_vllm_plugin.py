@@ -290,6 +290,19 @@ def test_rows_that_were_not_seen_are_never_guessed(vllm: FakeVllm, folders: dict
         engine.processor.apply(torch.zeros(1, vllm.base.vocab))
 
 
+def test_a_rank_that_computes_no_logits_follows_the_batch_and_draws_nothing(
+    vllm: FakeVllm, folders: dict[str, Path]
+) -> None:
+    """With pipeline parallelism only the last ranks have h and z; the others hold the batch too."""
+    vllm.group.is_last_rank = False
+    engine = start(vllm, V1Runner, folders)
+    assert "compute_logits" not in vars(engine.model)
+    engine.add("a", PROMPTS["a"], ASKED["a"])
+    engine.take_in()
+    with pytest.raises(EngineFailure, match="was not there when the model was loaded"):
+        engine.processor.apply(torch.zeros(1, vllm.base.vocab))
+
+
 def test_parts_of_a_head_are_put_together(vllm: FakeVllm, base: Base) -> None:
     from fake_vllm import FakeModel
 
