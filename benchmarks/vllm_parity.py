@@ -12,22 +12,19 @@ Invariant: exit code 0 says that every check below held; each is counted, and no
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import machine
+from vllm_server import CHUNK, serving
 
 from trimtab.server.weights import locate
 from trimtab.steering.folder import load
@@ -35,7 +32,6 @@ from trimtab.steering.folder import load
 ROOT = Path(__file__).resolve().parent.parent
 CORRECTION = ROOT / "corrections" / "smollm2-135m-instructions"
 PROCESSOR = "trimtab.server.vllm_plugin:Processor"
-CHUNK = 64  # tokens a step
 SYSTEM = (
     "You are a careful writer. You answer in plain English, without lists unless you are asked for one, and you do "
     "exactly what the user wants: no more than that, and no less. You never explain what you are about to do."
@@ -92,11 +88,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rules = [RULES[i // 2 % len(RULES)] if i % 2 else None for i in range(args.requests)]
     correction = load(args.correction).name
     began = time.time()
+    how = args.tensor_parallel, args.data_parallel, args.runner
     with tempfile.TemporaryDirectory() as folder:
         log = str(Path(folder) / "receipts-{rank}.jsonl")
         given = {"trimtab": {"corrections": {correction: str(args.correction)}, "receipts": log}}
         flags = ["--logits-processors", PROCESSOR, "--additional-config", json.dumps(given)]
-        with serving(args, path, []) as first, serving(args, path, flags) as second:
+        with serving(path, [], *how) as first, serving(path, flags, *how) as second:
             plain = asyncio.run(ask(first.url, prompts, [None] * len(prompts), correction, args.tokens))
             first.stop()
             mixed = asyncio.run(ask(second.url, prompts, rules, correction, args.tokens))
@@ -269,68 +266,6 @@ def body(prompt: list[int], tokens: int) -> dict[str, Any]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-
-
-class Server:
-    """vLLM's, in a process of its own; `url` waits until it answers."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._url, self._log = f"http://127.0.0.1:{port}", folder / "log"
-        with self._log.open("w") as log:
-            told = [*command, "--port", str(port)]
-            self._process = subprocess.Popen(told, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    @property
-    def url(self) -> str:
-        for _ in range(1800):
-            if self._process.poll() is not None:
-                break
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self._url}/health", trust_env=False).status_code == 200:
-                    return self._url
-            time.sleep(1)
-        raise SystemExit(f"vLLM did not start:\n{self._log.read_text()[-6000:]}")
-
-    @property
-    def runner(self) -> str:
-        """Which of its two it took, as its log says."""
-        return "V2" if "Using V2 Model Runner" in self._log.read_text() else "V1"
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-
-@contextlib.contextmanager
-def serving(args: argparse.Namespace, path: str, flags: list[str]) -> Iterator[Server]:
-    """A server that is on its way. One thread a rank: more than the free cores wait for one another at every layer."""
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", path, "--served-model-name", "m"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
-    command += ["--max-num-batched-tokens", str(CHUNK), "--enable-chunked-prefill", "--enable-prefix-caching"]
-    command += ["--tensor-parallel-size", str(args.tensor_parallel), "--data-parallel-size", str(args.data_parallel)]
-    with tempfile.TemporaryDirectory() as folder:
-        counts = Path(folder) / "counts"
-        counts.mkdir()
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "PROMETHEUS_MULTIPROC_DIR": str(counts),
-            **({"VLLM_USE_V2_MODEL_RUNNER": "1" if args.runner == "v2" else "0"} if args.runner else {}),
-        }
-        server = Server([*command, *flags], environment, Path(folder))
-        try:
-            yield server
-        finally:
-            server.stop()
 
 
 def read_log(file: Path) -> dict[str, list[dict[str, Any]]]:
