@@ -42,7 +42,7 @@ def test_every_folder_with_python_files_is_listed() -> None:
 def test_folders_cannot_shadow_other_packages() -> None:
     """`kernels` is another package's import name: without an __init__ here it is never found at the root."""
     inits = {file for file in module_files() if file.endswith("__init__.py")}
-    assert inits == {"__init__.py", "clients/__init__.py"}
+    assert inits == {"__init__.py", "clients/__init__.py", "server/vllm_plugin/__init__.py"}
 
 
 def test_the_base_import_is_light() -> None:
