@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, http_errors
+from trimtab.server import chat, completions, http_errors, page
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine import Engine
@@ -47,10 +47,11 @@ def create_app(
     names: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     keep_alive: float = 10.0,
+    with_page: bool = True,
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
-    keep_alive: seconds of silence after which a stream sends a comment.
+    keep_alive: seconds of silence after which a stream sends a comment. with_page: whether there is one at `/`.
     """
     names = names or [base.name]
     pieces = Pieces(base.tokenizer)
@@ -124,4 +125,6 @@ def create_app(
     async def metrics() -> Response:
         return Response(service.metrics.render(engine.stats()), media_type=CONTENT_TYPE_LATEST)
 
+    if with_page:
+        page.add_routes(app)
     return app

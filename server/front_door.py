@@ -20,7 +20,7 @@ from trimtab.errors import Unauthorized
 from trimtab.server.http_errors import failure
 
 MAX_BODY = 8 * 2**20  # bytes: some hundred prompts of a few thousand tokens each
-OPEN_PATHS = {"/health", "/metrics"}  # that need no key
+OPEN_PATHS = {"/", "/health", "/metrics"}  # that need no key; the page asks for one
 _SLASHES = re.compile("/{2,}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 

@@ -51,6 +51,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--max-num-batched-tokens", type=_at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
     add("--max-queue", type=_at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
     add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--no-page", action="store_true", help="without the page at /")
     add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     parser.set_defaults(func=serve)
@@ -79,7 +80,7 @@ def serve(args: argparse.Namespace) -> None:
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)
-    app = create_app(engine, base, bank, names=names, api_keys=choose_keys(args.api_key))
+    app = create_app(engine, base, bank, names=names, api_keys=choose_keys(args.api_key), with_page=not args.no_page)
     print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
     settings = uvicorn.Config(app, args.host, args.port, log_level=args.log_level, server_header=False)
     server = DrainingServer(settings, engine, args.drain_timeout)
