@@ -1,7 +1,7 @@
 """The page at `/`: ask, and see where the model hesitated and what the correction did there.
 
-Invariant: one response holds all of it, put together once, and asks nothing of any other host: the policy that goes with
-it lets the browser run the one script and the one style whose hashes it names, and speak to this server alone.
+Invariant: one response holds all of it, put together once, and asks nothing of any other host: the policy that goes
+with it lets the browser run the one script and the one style whose hashes it names, and speak to this server alone.
 
     add_routes(app)
 """

@@ -17,7 +17,7 @@ function entry(correction) {
   if (report) {
     const open = make("button", { type: "button", class: "quiet" }, "Full report");
     open.addEventListener("click", () => showReport(correction));
-    about.append(forest(ownDifferences(report), ({ against }) => against), open);
+    about.append(forest("over", ownDifferences(report), ({ against }) => against), open);
   }
   return about;
 }
@@ -45,10 +45,10 @@ function verdictOf({ tier, report }) {
 const ownDifferences = (report) => (report.differences ?? []).filter(({ policy }) => policy === OWN);
 
 /** Differences with their intervals, as a table with a picture in each row. */
-function forest(differences, nameOf) {
+function forest(head, differences, nameOf) {
   const reach = Math.max(0.05, ...differences.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]));
   const rows = differences.map((one) => [nameOf(one), interval(one, reach), gainOf(one)]);
-  const made = table("Gain in pass@1, with its 95 % interval", ["over", "", "gain"], rows);
+  const made = table("Gain in pass@1, with its 95 % interval", [head, "", "gain"], rows);
   made.className = "forest";
   return made;
 }
@@ -74,7 +74,7 @@ function showReport(correction) {
   const shut = make("button", { type: "button", class: "quiet" }, "Close");
   shut.addEventListener("click", () => find("report").close());
   const head = make("div", { class: "head" }, make("h2", { id: "report-title" }, id), shut);
-  const differences = forest(report.differences ?? [], ({ policy, against }) => `${policy} − ${against}`);
+  const differences = forest("policies", report.differences ?? [], ({ policy, against }) => `${policy} − ${against}`);
   find("report").replaceChildren(head, verdictOf(correction), make("p", {}, report.verdict?.summary ?? ""), setUp(correction),
     scroller("Policies", policyTable(report.policies ?? [])), scroller("Differences", differences));
   find("report").showModal();
