@@ -5,7 +5,8 @@
 The server is the real one over a scripted engine, on loopback, in this process; every load has a fresh profile. The
 answer comes in two streams, base and steered side by side, `--rate` tokens a second each. A long task is the browser's
 word for 50 ms or more without a chance to react; a frame is late when the one before it was drawn over 34 ms ago, so
-that one of 60 Hz was missed. Needs Chromium and the extra `dev`.
+that one of 60 Hz was missed. What else the machine does shows in all of these; the last line, the CPU time of the
+page's main thread, is the page's own. Needs Chromium and the extra `dev`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import machine
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, CDPSession
 
 from browser import CHROMIUM, NO_CHROMIUM, PATIENCE, PacedEngine, chromium, receipt, steps, visit
 from scripted import ids, loopback, scripted_app
@@ -42,7 +43,10 @@ WATCH = """() => {
   };
   requestAnimationFrame(tick);
 }"""
-PAINTS = "Object.fromEntries(performance.getEntriesByType('paint').map((entry) => [entry.name, entry.startTime]))"
+PAINTED = """() => new Promise((resolve) => {
+  const told = (list) => { for (const one of list.getEntriesByName("first-paint")) resolve(one.startTime); };
+  new PerformanceObserver(told).observe({ type: "paint", buffered: true });
+})"""
 
 
 def main() -> None:
@@ -58,7 +62,7 @@ def main() -> None:
     with loopback(scripted_app(engine), engine) as url, chromium() as browser:  # type: ignore[arg-type]
         paints = [paint(browser, url) for _ in range(args.loads)]
         smooth = watch(browser, url, args.tokens)
-    first, ready = ([load[key] for load in paints] for key in ("first-paint", "ready"))
+    first, ready = ([load[key] for load in paints] for key in ("painted", "ready"))
     here = machine.describe()
     print(machine.card(here, browser=version, answer=f"2 streams of {args.tokens} tokens, {args.rate:g} tokens/s each"))
     print(f"\n{'first paint':>16}  median {statistics.median(first):.0f} ms, worst {max(first):.0f} ms of {args.loads}")
@@ -66,6 +70,8 @@ def main() -> None:
     print(f"{'long tasks':>16}  {smooth['long_tasks']}, the longest {smooth['longest_task_ms']:.0f} ms")
     share = f"{smooth['late_frames']} of {smooth['frames']} frames"
     print(f"{'late frames':>16}  {share}; p50 {smooth['frame_ms_p50']:.1f} ms, p99 {smooth['frame_ms_p99']:.1f} ms")
+    parts = ", ".join(f"{name.lower()} {seconds:.2f}" for name, seconds in smooth["cpu_s"].items())
+    print(f"{'CPU':>16}  {parts} s, for both answers")
     facts = {"browser": version, "tokens": args.tokens, "rate": args.rate, "loads": args.loads}
     results = {"first_paint_ms": first, "ready_ms": ready, **smooth}
     print(json.dumps({"benchmark": "page", **facts, "machine": here, "results": results}))
@@ -76,7 +82,7 @@ def paint(browser: Browser, url: str) -> dict[str, float]:
     with visit(browser, url) as visited:
         visited.page.locator("#corrections article").first.wait_for()
         ready: float = visited.page.evaluate("performance.now()")
-        return {**visited.page.evaluate(PAINTS), "ready": ready}
+        return {"painted": visited.page.evaluate(PAINTED), "ready": ready}
 
 
 def watch(browser: Browser, url: str, tokens: int) -> dict[str, Any]:
@@ -87,14 +93,19 @@ def watch(browser: Browser, url: str, tokens: int) -> dict[str, Any]:
         page.get_by_label("Most tokens").fill(str(tokens))
         page.get_by_label("Message").fill("hi")
         page.evaluate(WATCH)
+        counters = page.context.new_cdp_session(page)
+        counters.send("Performance.enable", {"timeDomain": "threadTicks"})
+        before = cpu_of(counters)
         page.get_by_label("Message").press("Enter")
         ended = page.locator(".answer").get_by_text("ended")
         for i in range(2):
             ended.nth(i).wait_for(timeout=10 * PATIENCE)
         assert page.locator(".token").count() == 2 * tokens
+        cpu = {name: seconds - before[name] for name, seconds in cpu_of(counters).items()}
         long, frames = page.evaluate("[window.long, window.frames_]")
     frames.sort()
     return {
+        "cpu_s": cpu,
         "long_tasks": len(long),
         "longest_task_ms": max(long, default=0.0),
         "frames": len(frames),
@@ -102,6 +113,12 @@ def watch(browser: Browser, url: str, tokens: int) -> dict[str, Any]:
         "frame_ms_p50": frames[len(frames) // 2],
         "frame_ms_p99": frames[math.ceil(0.99 * len(frames)) - 1],
     }
+
+
+def cpu_of(counters: CDPSession) -> dict[str, float]:
+    """CPU seconds of the page's main thread so far: all of it, and its larger parts."""
+    found = {one["name"]: one["value"] for one in counters.send("Performance.getMetrics")["metrics"]}
+    return {name: found[f"{name}Duration"] for name in ("Task", "Script", "Layout", "RecalcStyle")}
 
 
 def script(request: Request, tokens: int) -> list[Event]:

@@ -235,5 +235,4 @@ addEventListener("resize", () => {
 });
 
 for (const text of EXAMPLES) find("examples").append(make("li", {}, again(text, () => send(text))));
-find("message").focus();
 start();
