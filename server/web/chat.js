@@ -15,9 +15,7 @@ const chat = { turns: [], base: null, running: null };
 
 async function start() {
   try {
-    const models = (await askJson("/v1/models")).data;
-    const names = models.filter((model) => model.parent).map((model) => model.id);
-    const corrections = await Promise.all(names.map((name) => askJson(`/v1/corrections/${encodeURIComponent(name)}`)));
+    const [models, corrections] = (await Promise.all(["/v1/models", "/v1/corrections"].map(askJson))).map((list) => list.data);
     chat.base = models.find((model) => !model.parent);
     find("model").textContent = `${chat.base.id} · ${chat.base.max_model_len} tokens`;
     settings.offer(corrections);
