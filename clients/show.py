@@ -10,9 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trimtab.clients.client import DEFAULT_URL, Client
-from trimtab.clients.requests import Steering
-from trimtab.clients.types import Model, Receipt, SteeringReport
+from trimtab.clients.client import Client
+from trimtab.clients.connection import DEFAULT_URL
+from trimtab.clients.facts import Model
+from trimtab.clients.options import Steering
+from trimtab.clients.types import Receipt, SteeringReport
 from trimtab.errors import TrimtabError
 
 CONTRAST = "contrast"  # the tier that every server has, as nothing is learned for it
