@@ -31,7 +31,9 @@ async def prepare(service: Service, body: ChatBody) -> Generation:
     prompt = await render(messages)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs))
-    return Generation(service, body, chosen, shape, [prompt], negatives)
+    generation = Generation(service, body, chosen, shape, [prompt], negatives)
+    await generation.constrain()
+    return generation
 
 
 class ChatShape:

@@ -3,6 +3,9 @@
 Invariant: a choice ends once, by its own end or by `end`; its tally has a step for every token it was given.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
 from trimtab.server.metrics import Watch
@@ -22,7 +25,7 @@ class Choice:
         self.tally = Tally(chosen)
         self.cached = 0
         self.opened = False  # its first chunk is out
-        self._watch = watch
+        self.watch = watch
         self._updates: list[Update] = []
 
     def take(self, event: Event) -> Update:
@@ -32,7 +35,7 @@ class Choice:
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.finish == "abort":
             raise EngineStopped("the engine stopped before the answer was complete: send the request again")
-        self._watch.token(event)
+        self.watch.token(event)
         self.cached += event.cached
         if event.receipt is not None:
             self.tally.add(event.receipt)
@@ -47,7 +50,7 @@ class Choice:
 
     def end(self, reason: str) -> None:
         """It is over, if it was not yet."""
-        self._watch.end(reason)
+        self.watch.end(reason)
 
     @property
     def text(self) -> str:
@@ -60,3 +63,15 @@ class Choice:
     @property
     def steps(self) -> list[Step]:
         return [step for update in self._updates for step in update.steps]
+
+
+def outcome(choices: Collection[Choice]) -> dict[str, Any]:
+    """What the log tells of an answer's choices, once they have ended."""
+    firsts = [choice.watch.first for choice in choices if choice.watch.first is not None]
+    return {
+        "completion_tokens": sum(choice.stream.tokens for choice in choices),
+        "ttft": min(firsts, default=None),
+        "finish": [choice.watch.reason for choice in choices],
+        "fired": sum(choice.tally.fired for choice in choices),
+        "flips": sum(choice.tally.flips for choice in choices),
+    }

@@ -28,6 +28,7 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
     shape = CompletionShape(service.pieces, body.logprobs is not None)
     generation = Generation(service, body, chosen, shape, ids, negatives)
+    await generation.constrain()
     if body.echo:
         generation.echo(texts or await service.prompter.decode(ids))
     return generation

@@ -18,16 +18,18 @@ from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 from trimtab.server.catalogue import Catalogue, Chosen
-from trimtab.server.choice import Choice
+from trimtab.server.choice import Choice, outcome
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.receipts import receipt_json
-from trimtab.server.request import Request
+from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -45,6 +47,7 @@ class Service:
     max_len: int
     capacity: int  # choices under way at once
     fingerprint: str
+    swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
 
     def check_room(self, prompts: int, n: int) -> None:
@@ -100,7 +103,7 @@ class Generation:
             if len(prompt) >= service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
+            Request(f"{self._id}-{i}", prompt, sampling, chosen.steering, body.choices, chosen.rule)
             for i, prompt in enumerate(prompts)
         ]
         if negatives:
@@ -112,12 +115,32 @@ class Generation:
                 watch = service.metrics.watch(self._chosen.steering)
                 choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
                 self._choices[request.id, k] = choice
+        self._visit = current()
+        if self._visit is not None:
+            self._visit.prompt = getattr(body, shape.subject, None)
+            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
+
+    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+        """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
+
+        structure: takes the place of the body's own; field: what says so.
+        """
+        asked = self._body.structure() if structure is None else (structure, field)
+        if asked is not None:
+            await self._service.tickets.compile(*asked)
+            self._requests = [replace(request, structure=asked[0]) for request in self._requests]
+        if self._body.bad_words:
+            words = tuple(await self._service.prompter.words(self._body.bad_words))
+            self._requests = [
+                replace(request, sampling=replace(request.sampling, bad_words=words)) for request in self._requests
+            ]
 
     def echo(self, texts: Sequence[str]) -> None:
         """Let every choice begin with the text of its prompt."""
@@ -129,12 +152,14 @@ class Generation:
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         with self._service.tickets.open(self._requests) as ticket:
-            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._service.metrics.accept([len(request.prompt) for request in self._requests])
             try:
                 yield ticket
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
+                if self._visit is not None:
+                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
@@ -236,15 +261,18 @@ class Generation:
             "system_fingerprint": self._service.fingerprint,
         }
 
+    @property
+    def _cached(self) -> int:
+        return sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
+
     def _usage(self) -> dict[str, Any]:
         """Prompts count once, whatever n; what was sampled counts, shown or not."""
         completion = sum(choice.stream.tokens for choice in self._choices.values())
-        cached = sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
 

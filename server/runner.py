@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
 from trimtab.kernels.record import StepRecord, pack, unpack
-from trimtab.server.adapters import Placed
+from trimtab.server.adapters import Placed, Shelf
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
@@ -25,7 +25,8 @@ from trimtab.server.scheduler import Work
 from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate
 from trimtab.server.slots import NO_ADAPTER
-from trimtab.steering.bank import Bank
+from trimtab.steering.bank import Bank, Entry
+from trimtab.steering.correction import LoraCorrection
 
 
 class Forward(NamedTuple):
@@ -44,7 +45,10 @@ class Runner:
         """length: of a slot, in tokens. Raises CorrectionError for an adapter that does not fit the model."""
         self.base, self.bank = base, bank
         self.cache = base.new_cache(config.slots, length)
-        self._placed: list[Placed] = [base.adapted.place(adapter) for adapter in bank.adapters]
+        self._shelf = Shelf()
+        for entry in bank.entries:
+            if isinstance(entry.correction, LoraCorrection):
+                self.take(entry, base.adapted.bring(entry.correction.adapter))
         self._slate = Slate(config.slots)
         self._step = step_for(base.device)
         capture = capture_for(base.device) if config.graphs else None
@@ -57,10 +61,14 @@ class Runner:
         """Whether decode steps are replayed."""
         return self._graphs is not None
 
-    @property
-    def adapters(self) -> int:
-        """How many there are: the bank's when the runner was made."""
-        return len(self._placed)
+    def take(self, entry: Entry, placed: Placed) -> None:
+        """An adapter that rows may run under from now on."""
+        self.base.adapted.attach(placed)
+        self._shelf.put(entry, placed)
+
+    def has(self, adapter: int) -> bool:
+        """Whether rows can run under it."""
+        return adapter == NO_ADAPTER or adapter in self._shelf.placed
 
     def forward(self, work: list[Work]) -> Forward:
         """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
@@ -74,7 +82,7 @@ class Runner:
             places = {slot: i for i, slot in enumerate(slots.tolist())}
             rows += [places[s.companion.slot] for s in sequences if s.companion is not None]
         if self._graphs is None or (ends - starts).max() > 1 or adapters.max() > NO_ADAPTER:
-            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._placed)
+            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._shelf.placed)
             tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
             hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
             return Forward(sampling, hidden, self.base.logits(hidden), False)

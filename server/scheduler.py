@@ -8,6 +8,7 @@ slots are free, or nothing runs, until the slots are taken. Nothing here touches
 cache for.
 """
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,6 +119,7 @@ class Scheduler:
                 self._place(row)
             del self.waiting[key]
             self.running[key] = sequence
+            sequence.queued = time.perf_counter() - sequence.arrived
 
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""

@@ -15,6 +15,7 @@ from trimtab.server import foreign
 from trimtab.server.request import SamplingParams
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
+from trimtab.server.structure_body import StructuredBody
 
 MAX_STOPS = 16
 
@@ -29,7 +30,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None  # padding, which is not done here
 
 
-class Body(BaseModel):
+class Body(StructuredBody):
     """What chats and completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -60,6 +61,7 @@ class Body(BaseModel):
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
         foreign.refuse(self.model_extra or {})
+        self.structure()
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
@@ -119,6 +121,7 @@ class Body(BaseModel):
             "seed": self.seed,
             "max_tokens": self.token_limit(),
             "alternatives": self.alternatives(),
+            "allowed_tokens": None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         }
         return SamplingParams(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
