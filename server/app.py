@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, corrections, http_errors
+from trimtab.server import chat, completions, corrections, http_errors, score
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
@@ -151,5 +151,6 @@ def create_app(
         return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
 
     corrections.add_routes(app, service, corrections_root)
+    score.add_routes(app, service)
 
     return app

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.pieces import Pieces
+from trimtab.server.tool_template import ToolTemplate
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
@@ -41,10 +42,22 @@ class Prompter:
         self._longest = max(len(pieces.content(token)) for token in tokenizer.get_vocab().values())  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
+        self._tools = ToolTemplate(tokenizer)
+        self.tool_format = self._tools.format  # in which the model is told to write the calls of tools
 
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
+
+    async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
+        """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
+
+        def work() -> Ids:
+            whole = self._encode(prompt + completion, add_special_tokens, "completion")
+            begins = whole[: len(ids)] == ids
+            return whole[len(ids) :] if begins else self._encode(completion, False, "completion")
+
+        return await self._run(work)
 
     async def words(self, words: Sequence[str]) -> list[Ids]:
         """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
@@ -72,8 +85,9 @@ class Prompter:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Ids:
-        """A chat through the model's template -> ids. Raises InvalidRequest."""
+        """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest."""
         extra = dict(template_kwargs or {})
         if reserved := sorted(self._ours & extra.keys()):
             message = f"chat_template_kwargs must not set {reserved[0]}"
@@ -82,7 +96,8 @@ class Prompter:
             raise InvalidRequest("continue_final_message needs add_generation_prompt: false", "continue_final_message")
 
         def work() -> Ids:
-            text = self._render(messages, add_generation_prompt, continue_final_message, extra)
+            told, offer = self._tools.apply(messages, tools)
+            text = self._render(told, add_generation_prompt, continue_final_message, extra | offer)
             return self._encode(text, False, "messages")
 
         return await self._run(work)

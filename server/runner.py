@@ -22,6 +22,7 @@ from trimtab.server.config import EngineConfig
 from trimtab.server.graphs import DecodeGraphs
 from trimtab.server.inputs import Sampling, build_inputs
 from trimtab.server.scheduler import Work
+from trimtab.server.scoring import Scored, allow, keep_states, overruled, pieces, take_ready
 from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate
 from trimtab.server.slots import NO_ADAPTER
@@ -84,9 +85,14 @@ class Runner:
         if self._graphs is None or (ends - starts).max() > 1 or adapters.max() > NO_ADAPTER:
             batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._shelf.placed)
             tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
-            hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
+            states = self.base.forward(list(tokens), batch)
+            lengths = ends - starts
+            keep_states(work, states, (lengths.cumsum() - lengths).tolist())
+            hidden = states[batch.last[rows]]
             return Forward(sampling, hidden, self.base.logits(hidden), False)
         hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
+        if any(w.row.told for w in work) and keep_states(work, hidden.clone(), range(len(work))):
+            return Forward(sampling, hidden[rows], logits[rows], False)
         if rows == list(range(len(work))):
             return Forward(sampling, hidden, logits, len(sequences) == len(rows))
         return Forward(sampling, hidden[rows], logits[rows], False)
@@ -104,6 +110,28 @@ class Runner:
         record = step_with(self._step, inputs, companions)
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
+    def score(self, work: list[Work]) -> list[tuple[Sampling, StepRecord]]:
+        """The records of the prompts' tokens that this work, whose `forward` has run, made known."""
+        scored = take_ready(list(dict.fromkeys(w.sequence for w in work if w.sequence.scores)))
+        return [] if scored is None else [self._score(piece) for piece in pieces(scored)]
+
+    def _score(self, piece: Scored) -> tuple[Sampling, StepRecord]:
+        self._slate.note(list(dict.fromkeys(piece.choices)))
+        slots = np.array([choice.row.slot for choice in piece.choices])
+        sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
+        logits = self.base.logits(torch.cat([piece.states, piece.beside]))
+        record = self._force(sampling, piece.states, logits)
+        allowed = allow(piece, record)
+        if overruled(allowed, record):
+            record = self._force(sampling._replace(allowed=allowed), piece.states, logits)
+        return sampling, record
+
+    def _force(self, sampling: Sampling, states: Tensor, logits: Tensor) -> StepRecord:
+        own = len(states)
+        inputs = build_inputs(sampling, self._slate, logits[:own], states, self.base.head_weight, self.bank.tensors())
+        record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
+        return unpack(pack(record).cpu())
+
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
         """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.
 
@@ -111,7 +139,7 @@ class Runner:
         """
         if self._graphs is None or not forward.again:
             return None
-        sequences, slots, lengths = forward.sampling
+        sequences, slots, lengths = forward.sampling[:3]
         kept = self._slate.go_on(slots, lengths + 1, tokens.numpy()).nonzero()[0]
         if not len(kept):
             return None

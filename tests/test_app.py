@@ -420,7 +420,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
@@ -477,7 +477,6 @@ def test_a_bad_value_is_a_400_that_names_the_field(body: dict[str, Any], param: 
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"suffix": "end"}, "suffix"),
     ],
 )
