@@ -23,6 +23,7 @@ from trimtab.server.request import Request, SamplingParams
 from trimtab.server.schema import Message
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step
+from trimtab.server.visit import current
 from trimtab.server.wire import ClientGone, or_gone
 
 _CLIENT_CLOSED = 499
@@ -80,7 +81,10 @@ async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
         steering = replace(steering, companion_prompt=companion)
     name = "score-" + secrets.token_hex(12)
     sampling = SamplingParams(max_tokens=0, seed=body.seed)
-    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt))
+    asked = Request(name, prompt + completion, sampling, steering, rule=chosen.rule, score_from=len(prompt))
+    if (visit := current()) is not None:
+        visit.prompt = body.messages if body.prompt is None else body.prompt
+        visit.note(kind="steering.score", answer_id=name, **chosen.facts, prompt_tokens=len(asked.prompt))
     tally, tokens = Tally(chosen), await _tokens(service, asked)
     for step, _ in tokens:
         tally.add(step.receipt)
@@ -127,7 +131,7 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
     watch = service.metrics.watch(request.steering)
     reason = "abort"
     with service.tickets.open([request]) as ticket:
-        service.metrics.prompt_tokens.inc(len(request.prompt))
+        service.metrics.accept([len(request.prompt)])
         try:
             while True:
                 for event in await ticket.next(service.keep_alive):
