@@ -23,6 +23,7 @@ from trimtab.server.request import Request, SamplingParams
 from trimtab.server.schema import Message
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step
+from trimtab.server.visit import note
 from trimtab.server.wire import ClientGone, or_gone
 
 _CLIENT_CLOSED = 499
@@ -80,16 +81,17 @@ async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
         steering = replace(steering, companion_prompt=companion)
     name = "score-" + secrets.token_hex(12)
     sampling = SamplingParams(max_tokens=0, seed=body.seed)
-    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt))
+    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt), rule=chosen.rule)
     tally, tokens = Tally(chosen), await _tokens(service, asked)
     for step, _ in tokens:
         tally.add(step.receipt)
+    sizes = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
+    note(kind="steering.score", answer_id=name, **chosen.facts, **sizes, fired=tally.fired, flips=tally.flips)
     return {
         "id": name,
         "object": "steering.score",
         "model": chosen.name,
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(completion),
+        **sizes,
         "steering": tally.summary(),
         "tokens": [receipt_json(step, service.pieces) | {"logprob": finite(logprob)} for step, logprob in tokens],
     }
@@ -127,7 +129,7 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
     watch = service.metrics.watch(request.steering)
     reason = "abort"
     with service.tickets.open([request]) as ticket:
-        service.metrics.prompt_tokens.inc(len(request.prompt))
+        service.metrics.accept([len(request.prompt)])
         try:
             while True:
                 for event in await ticket.next(service.keep_alive):
