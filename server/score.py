@@ -23,7 +23,7 @@ from trimtab.server.request import Request, SamplingParams
 from trimtab.server.schema import Message
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step
-from trimtab.server.visit import current
+from trimtab.server.visit import note
 from trimtab.server.wire import ClientGone, or_gone
 
 _CLIENT_CLOSED = 499
@@ -81,19 +81,17 @@ async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
         steering = replace(steering, companion_prompt=companion)
     name = "score-" + secrets.token_hex(12)
     sampling = SamplingParams(max_tokens=0, seed=body.seed)
-    asked = Request(name, prompt + completion, sampling, steering, rule=chosen.rule, score_from=len(prompt))
-    if (visit := current()) is not None:
-        visit.prompt = body.messages if body.prompt is None else body.prompt
-        visit.note(kind="steering.score", answer_id=name, **chosen.facts, prompt_tokens=len(asked.prompt))
+    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt), rule=chosen.rule)
     tally, tokens = Tally(chosen), await _tokens(service, asked)
     for step, _ in tokens:
         tally.add(step.receipt)
+    sizes = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
+    note(kind="steering.score", answer_id=name, **chosen.facts, **sizes, fired=tally.fired, flips=tally.flips)
     return {
         "id": name,
         "object": "steering.score",
         "model": chosen.name,
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(completion),
+        **sizes,
         "steering": tally.summary(),
         "tokens": [receipt_json(step, service.pieces) | {"logprob": finite(logprob)} for step, logprob in tokens],
     }
