@@ -65,8 +65,9 @@ const paths = {
     assert.deepEqual(Object.keys(JSON.parse(answer.choices[0].message.content)).sort(), ["rain", "sky"]);
   },
   async tools() {
-    const asked = { ...chat, max_tokens: 80, tools };
-    const answer = await client.chat.completions.create({ ...asked, tool_choice: "required" });
+    const asked = { ...chat, max_tokens: 200, tools };
+    const required = { tool_choice: "required", parallel_tool_calls: false };
+    const answer = await client.chat.completions.create({ ...asked, ...required });
     const { message, finish_reason } = answer.choices[0];
     assert.equal(finish_reason, "tool_calls");
     assert.equal(message.tool_calls[0].function.name, "look");
@@ -80,7 +81,7 @@ const paths = {
     assert.equal(finish_reason === "tool_calls", Boolean(message.tool_calls?.length));
   },
   async tools_stream() {
-    const asked = { ...chat, max_tokens: 80, tools, tool_choice: { type: "function", function: { name: "look" } } };
+    const asked = { ...chat, max_tokens: 200, tools, tool_choice: { type: "function", function: { name: "look" } } };
     const whole = await client.chat.completions.create(asked);
     const joined = await client.chat.completions.stream(asked).finalChatCompletion();
     const [call] = joined.choices[0].message.tool_calls;
@@ -114,7 +115,7 @@ const paths = {
   },
   async responses_tools() {
     const tool = { type: "function", name: "look", parameters: schema, strict: true };
-    const asked = { model, input: "Is it raining?", max_output_tokens: 80, tools: [tool], tool_choice: "required" };
+    const asked = { model, input: "Is it raining?", max_output_tokens: 200, tools: [tool], tool_choice: "required" };
     const call = (await client.responses.create(asked)).output.find((item) => item.type === "function_call");
     assert.deepEqual(Object.keys(JSON.parse(call.arguments)).sort(), ["rain", "sky"]);
   },

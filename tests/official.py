@@ -102,8 +102,8 @@ def json_schema() -> None:
 
 def tools() -> None:
     """Required, then the call's answer goes back."""
-    ask = chat | {"max_tokens": 80}
-    answer = client.chat.completions.create(**ask, tools=[TOOL], tool_choice="required")
+    ask = chat | {"max_tokens": 200}
+    answer = client.chat.completions.create(**ask, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
     call: Any = (choice.message.tool_calls or [])[0]
@@ -120,7 +120,7 @@ def tools_auto() -> None:
 
 
 def tools_stream() -> None:
-    ask = chat | {"max_tokens": 80}
+    ask = chat | {"max_tokens": 200}
     named: Any = {"type": "function", "function": {"name": "look"}}
     whole = client.chat.completions.create(**ask, tools=[TOOL], tool_choice=named)
     name, arguments, ids = "", "", set()
@@ -165,7 +165,7 @@ def responses_json_schema() -> None:
 def responses_tools() -> None:
     tool: Any = {"type": "function", "name": "look", "parameters": SCHEMA, "strict": True}
     answer = client.responses.create(
-        model=model, input="Is it raining?", max_output_tokens=80, tools=[tool], tool_choice="required"
+        model=model, input="Is it raining?", max_output_tokens=200, tools=[tool], tool_choice="required"
     )
     call: Any = next(item for item in answer.output if item.type == "function_call")
     assert set(json.loads(call.arguments)) == {"rain", "sky"}

@@ -1,11 +1,13 @@
-"""Every example runs, as its own text says, against a real server over a tiny random model.
+"""Every example runs, as its own text says, and OpenAI's own clients along their ordinary paths (official.py and .mjs),
+against a real server over a tiny random model.
 
 The libraries that they show live in an environment of their own (`pip install '.[examples]'`), as these pin what ours
 does not: TRIMTAB_EXAMPLES_PYTHON is its interpreter, and TRIMTAB_EXAMPLES_NODE a folder in which `npm install openai`
-ran. What is not installed is skipped, and named.
+ran; TRIMTAB_OPENAI_PYTHONS lists interpreters with other versions of openai. What is not installed is skipped, by name.
 """
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -25,15 +27,16 @@ from trimtab.steering.bank import Bank
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+TESTS = ROOT / "tests"
 OURS = "trimtab"
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    base = tiny_base()
+    base = tiny_base(max_position_embeddings=2048)  # a byte is a token: tools take a thousand of them
     bank = Bank(base.hidden, base.device)
     bank.add(tiny_correction(base, "bold"))
-    engine = Engine(base, bank, EngineConfig(slots=4, max_model_len=512))
+    engine = Engine(base, bank, EngineConfig(slots=4, max_model_len=2048))
     with loopback(create_app(engine, base, bank, api_keys=["secret"]), engine) as served:
         yield served
 
@@ -71,16 +74,37 @@ def test_a_python_example_runs(name: str, url: str, tmp_path: Path) -> None:
     assert ran.stdout.strip()
 
 
-def test_the_node_example_runs(url: str, tmp_path: Path) -> None:
-    node, folder = shutil.which("node"), os.environ.get("TRIMTAB_EXAMPLES_NODE")
-    if node is None or folder is None or not (Path(folder) / "node_modules" / "openai").is_dir():
+def node_program(file: Path, folder: Path) -> list[str | Path]:
+    """The command that runs a copy in a folder with the package openai, as modules are looked for beside the file."""
+    node, installed = shutil.which("node"), os.environ.get("TRIMTAB_EXAMPLES_NODE")
+    if node is None or installed is None or not (Path(installed) / "node_modules" / "openai").is_dir():
         pytest.skip("not installed: node with the package openai")
-    program = tmp_path / "openai_node.mjs"  # modules are looked for beside the file
-    shutil.copy(EXAMPLES / "openai_node.mjs", program)
-    (tmp_path / "node_modules").symlink_to(Path(folder) / "node_modules")
-    ran = subprocess.run([node, program], capture_output=True, text=True, env=environment(url), check=False)
+    shutil.copy(file, folder)
+    (folder / "node_modules").symlink_to(Path(installed) / "node_modules")
+    return [node, folder / file.name]
+
+
+def test_the_node_example_runs(url: str, tmp_path: Path) -> None:
+    command = node_program(EXAMPLES / "openai_node.mjs", tmp_path)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(url), check=False)
     assert ran.returncode == 0, ran.stderr
     assert "steps; bold acted at" in ran.stdout
+
+
+def faults(command: list[str | Path], url: str) -> dict[str, str]:
+    """What one of the scripts could not do."""
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(url), check=False)
+    assert ran.returncode == 0, ran.stderr
+    return {path: said for path, said in json.loads(ran.stdout).items() if path != "version" and said != "ok"}
+
+
+@pytest.mark.parametrize("python", [sys.executable, *os.environ.get("TRIMTAB_OPENAI_PYTHONS", "").split()])
+def test_openais_client_for_python_takes_its_ordinary_paths(python: str, url: str) -> None:
+    assert faults([python, TESTS / "official.py"], url) == {}
+
+
+def test_openais_client_for_node_takes_its_ordinary_paths(url: str, tmp_path: Path) -> None:
+    assert faults(node_program(TESTS / "official.mjs", tmp_path), url) == {}
 
 
 def test_every_library_that_is_shown_is_in_the_extra() -> None:
