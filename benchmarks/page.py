@@ -6,7 +6,7 @@ The server is the real one over a scripted engine, on loopback, in this process;
 and a fresh process of the browser, and then is loaded again. The answer comes in two streams, base and steered side by
 side, `--rate` tokens a second each. A long task is the browser's word for 50 ms or more without a chance to react; a
 frame is late when the one before it was drawn over 34 ms ago, so that one of 60 Hz was missed. What else the machine
-does shows in all of these; the CPU time of the page's main thread is the page's own. Needs Chromium and the extra `dev`.
+does shows in all of these; the CPU time of the page's main thread is its own. Needs Chromium and the extra `dev`.
 """
 
 import argparse
