@@ -2,8 +2,8 @@
 // the page is ready for the next.
 
 const EXAMPLES = [
-  "Write one short sentence about the moon that contains the word “lobster”.",
-  "Name three colours, one a line, in lower case.",
+  'Write one short sentence about the sea that contains the word "lantern".',
+  "What is the capital of France? Answer in one sentence.",
   "Explain what an anchor does, and end with the word “harbour”.",
 ];
 const NEAR = 60; // pixels from the end within which the view follows what is written
@@ -233,4 +233,4 @@ addEventListener("resize", () => {
 });
 
 for (const text of EXAMPLES) find("examples").append(make("li", {}, again(text, () => send(text))));
-start();
+requestAnimationFrame(() => setTimeout(start)); // once the page is painted

@@ -96,6 +96,7 @@ function histogramOf(totals, tau, width) {
   const picture = drawn("svg", { role: "img", "aria-label": name, width, height: HEIGHT, class: "histogram" });
   picture.append(...bars, drawn("path", { class: "axis", d: `M0 ${base}H${plot}` }));
   for (const at of [0, 2, 4]) picture.append(drawn("text", { x: xOf(at), y: HEIGHT - 3, class: "x" }, at ? String(at) : "0 nats"));
+  picture.append(drawn("text", { x: width, y: HEIGHT - 3 }, `${TOP}+`));
   if (tau !== null) {
     picture.append(drawn("path", { class: "tau", d: `M${xOf(tau)} ${EDGE.top - 2}V${base}` }));
     picture.append(drawn("text", { class: "tau-name", x: xOf(tau) + 3, y: EDGE.top + 5 }, `τ ${number(tau)}`));
