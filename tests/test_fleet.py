@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -56,6 +57,7 @@ def url(folder: Path) -> Iterator[str]:
 
 def deploy(folder: Path, which: str, version: str | None = None) -> None:
     """As `serve deploy deploy/fleet.yaml` does, after an edit."""
+    from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -67,7 +69,12 @@ def deploy(folder: Path, which: str, version: str | None = None) -> None:
     deployment["autoscaling_config"] |= {"max_replicas": 2}
     deployment["user_config"] = {"corrections": {"mine": {"source": str(folder / which), "version": version}}}
     del config["proxy_location"], config["http_options"]  # as this cluster was started
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=True)
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    for _ in range(600):
+        if serve.status().applications["trimtab"].status == "RUNNING":
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"the fleet does not run: {serve.status()}")
 
 
 def replicas() -> list[int]:
