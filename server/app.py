@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, http_errors
+from trimtab.server import chat, completions, http_errors, responses
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine import Engine
@@ -27,6 +27,7 @@ from trimtab.server.generation import Generation, Service
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
+from trimtab.server.response_body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
 from trimtab.server.tickets import Tickets
 from trimtab.server.wire import ClientGone, EventStream, or_gone
@@ -101,6 +102,10 @@ def create_app(
     @app.post("/v1/completions", response_model=None)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         return await answer(request, body, await completions.prepare(service, body))
+
+    @app.post("/v1/responses", response_model=None)
+    async def create_response(request: Request, body: ResponseBody) -> Response:
+        return await answer(request, body, await responses.prepare(service, body))
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:

@@ -4,7 +4,7 @@ Invariant: the `bytes` of the logprobs' entries, concatenated, are the content's
 character; each entry has exactly as many top_logprobs as were asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from trimtab.server.schema import ChatBody
 from trimtab.server.stream import Shown
 
 
-async def prepare(service: Service, body: ChatBody) -> Generation:
-    """A chat's body -> a generation, not yet submitted. Raises NotFound, InvalidRequest."""
+async def prepare(service: Service, body: ChatBody, make: Callable[..., Generation] = Generation) -> Generation:
+    """A chat's body -> a generation, not yet submitted. make: what tells it. Raises NotFound, InvalidRequest."""
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
     proceed = bool(body.continue_final_message)
@@ -31,7 +31,7 @@ async def prepare(service: Service, body: ChatBody) -> Generation:
     prompt = await render(messages)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs))
-    return Generation(service, body, chosen, shape, [prompt], negatives)
+    return make(service, body, chosen, shape, [prompt], negatives)
 
 
 class ChatShape:
