@@ -9,16 +9,17 @@ with it. The engine starts with the app and is closed with it.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, http_errors, responses
+from trimtab.server import chat, completions, http_errors, responses, tokens
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine import Engine
@@ -48,10 +49,14 @@ def create_app(
     names: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     keep_alive: float = 10.0,
+    defaults: Mapping[str, Any] | None = None,
+    trust_templates: bool = False,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
-    keep_alive: seconds of silence after which a stream sends a comment.
+    keep_alive: seconds of silence after which a stream sends a comment. defaults: of sampling, where a body is silent.
+    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser.
     """
     names = names or [base.name]
     pieces = Pieces(base.tokenizer)
@@ -65,6 +70,8 @@ def create_app(
         capacity=engine.capacity,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         keep_alive=keep_alive,
+        defaults=defaults or {},
+        trust_templates=trust_templates,
     )
 
     @asynccontextmanager
@@ -75,7 +82,10 @@ def create_app(
         service.prompter.close()
 
     app = FastAPI(title="Trimtab", lifespan=lifespan)
+    app.state.service = service
     app.add_middleware(FrontDoor, keys=tuple(api_keys))
+    if origins:  # outside the front door: a browser asks without its key whether it may ask
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     http_errors.install(app)
     logged: set[str] = set()
 
@@ -118,6 +128,8 @@ def create_app(
     @app.get("/v1/corrections/{name}")
     async def get_correction(name: str) -> dict[str, Any]:
         return service.catalogue.correction(name)
+
+    tokens.add_routes(app, service)
 
     @app.get("/health")
     async def health() -> Response:

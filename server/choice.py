@@ -17,6 +17,7 @@ class Choice:
 
     def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch) -> None:
         self.index = index
+        self.prompt: tuple[int, ...] = ()  # its ids, where they are to be told
         self.echo = ""  # the prompt's text, where it is to stand before the answer's
         self.stream = ChoiceStream(pieces, rules)
         self.tally = Tally(chosen)

@@ -1,7 +1,8 @@
 """What every request passes before a route sees it: its id, its key, and the size of its body.
 
-Invariant: every response has an X-Request-Id, and an error of any kind our envelope; no body above `max_body` is held
-in memory, whether its length was announced or not. Bodies of responses are not touched.
+Invariant: every response has an X-Request-Id, and the milliseconds before its first byte; an error of any kind has our
+envelope; no body above `max_body` is held in memory, whether its length was announced or not. Bodies of responses are
+not touched, but that HEAD, which probes send, is a GET whose body stays here.
 
     app.add_middleware(FrontDoor, keys=("secret",))
 """
@@ -10,6 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,6 +42,7 @@ class FrontDoor:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"req_{secrets.token_hex(12)}"
+        began = time.perf_counter()
         started = False
         received = 0
 
@@ -54,10 +57,16 @@ class FrontDoor:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["openai-processing-ms"] = str(round((time.perf_counter() - began) * 1000))
+            if bodiless and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
-        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
+        bodiless = scope["method"] == "HEAD"
+        method = "GET" if bodiless else scope["method"]
+        scope = {**scope, "method": method, "path": _SLASHES.sub("/", scope["path"])}
         try:
             self._check_key(scope, headers)
             announced = headers.get("content-length", "")

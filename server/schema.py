@@ -6,6 +6,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +56,9 @@ class Body(BaseModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     steering: SteeringBody | None = None
 
     def check(self) -> None:
@@ -64,6 +68,9 @@ class Body(BaseModel):
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
             self.steering.check()
+        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens or -2) < -1:
+            message = "truncate_prompt_tokens must be at least 1, or -1 for what fits"
+            raise InvalidRequest(message, "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
 
@@ -102,8 +109,16 @@ class Body(BaseModel):
             skip_special=self.skip_special_tokens is not False,
         )
 
-    def sampling(self) -> SamplingParams:
-        """How tokens are drawn. Raises InvalidRequest."""
+    def cut(self, prompt: tuple[int, ...], max_len: int) -> tuple[int, ...]:
+        """The last tokens of a prompt, where truncate_prompt_tokens asks: -1 leaves max_tokens of the room free."""
+        wanted = self.truncate_prompt_tokens
+        if wanted is None:
+            return prompt
+        free = min(self.token_limit() or 1, max_len - 1)
+        return prompt[-(max_len - free if wanted == -1 else wanted) :]
+
+    def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """How tokens are drawn. defaults: of what is not sent. Raises InvalidRequest."""
         given = {
             "temperature": self.temperature,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's "off"
@@ -120,7 +135,8 @@ class Body(BaseModel):
             "max_tokens": self.token_limit(),
             "alternatives": self.alternatives(),
         }
-        return SamplingParams(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        sent: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        return SamplingParams(**{**(defaults or {}), **sent})
 
     def token_limit(self) -> int | None:
         """max_tokens under the name that the endpoint gives it."""
@@ -195,6 +211,9 @@ class ChatBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
 
     def check(self) -> None:
         super().check()

@@ -5,12 +5,13 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.weights import DEMO
@@ -44,6 +45,24 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--port", type=_at_least(0), default=8000, help="0 takes a free one")
     add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {KEY_VARIABLE}")
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called; the first is reported")
+    add(
+        "--generation-config",
+        default="vllm",
+        choices=("vllm", "auto"),
+        help="sampling where a request is silent: OpenAI's (vllm), or by the model's own generation_config (auto)",
+    )
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring a chat template: it runs in a sandbox, but may run for long",
+    )
+    add(
+        "--allowed-origins",
+        type=_origins,
+        default=[],
+        metavar="JSON",
+        help="a list of origins whose pages may call the server from a browser, as in '[\"http://localhost:3000\"]'",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     add("--max-model-len", type=_at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
@@ -63,6 +82,7 @@ def serve(args: argparse.Namespace) -> None:
     from trimtab.server.app import create_app
     from trimtab.server.base import load_base
     from trimtab.server.config import EngineConfig
+    from trimtab.server.defaults import sampling_defaults
     from trimtab.server.drain import DrainingServer
     from trimtab.server.engine import Engine
 
@@ -79,8 +99,18 @@ def serve(args: argparse.Namespace) -> None:
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)
-    app = create_app(engine, base, bank, names=names, api_keys=choose_keys(args.api_key))
-    print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
+    defaults = sampling_defaults(base) if args.generation_config == "auto" else {}
+    app = create_app(
+        engine,
+        base,
+        bank,
+        names=names,
+        api_keys=choose_keys(args.api_key),
+        defaults=defaults,
+        trust_templates=args.trust_request_chat_template,
+        origins=args.allowed_origins,
+    )
+    print(describe(base, bank, names, config.slots, engine.max_len, defaults), flush=True)
     settings = uvicorn.Config(app, args.host, args.port, log_level=args.log_level, server_header=False)
     server = DrainingServer(settings, engine, args.drain_timeout)
     server.run()
@@ -128,12 +158,22 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     return bank
 
 
-def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_len: int) -> str:
-    """What is being served, for the operator."""
+def describe(
+    base: "Base",
+    bank: "Bank",
+    names: Sequence[str],
+    slots: int,
+    max_len: int,
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
+    """What is being served, for the operator. defaults: of sampling."""
+    values = {"temperature": 1, "top_p": 1} | dict(defaults or {})
+    source = " by the model's generation_config" if defaults else ""
     lines = [
         f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
         f"slots        {slots} of {max_len} tokens",
-        "sampling     temperature 1, top_p 1 unless a request says otherwise",
+        f"sampling     {', '.join(f'{name} {value:g}' for name, value in values.items())}{source}"
+        " unless a request says otherwise",
     ]
     corrections = [_describe_correction(bank.get(name), bank) for name in bank.names]
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
@@ -168,6 +208,17 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _origins(text: str) -> list[str]:
+    """A type for argparse: a JSON list of strings, as vLLM takes them."""
+    try:
+        origins = json.loads(text)
+    except ValueError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise argparse.ArgumentTypeError(f"must be a JSON list of origins, not {text}")
+    return origins
 
 
 def _leave(signum: int, frame: object) -> None:
