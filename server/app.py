@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from trimtab.server import chat, completions, http_errors, responses, tokens
+from trimtab.clients.types import ChatCompletion, Completion, Model
+from trimtab.server import chat, completions, http_errors, openapi, responses, tokens
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine import Engine
@@ -81,7 +82,7 @@ def create_app(
         await asyncio.to_thread(engine.close)  # its last events still reach their callers
         service.prompter.close()
 
-    app = FastAPI(title="Trimtab", lifespan=lifespan)
+    app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(FrontDoor, keys=tuple(api_keys))
     if origins:  # outside the front door: a browser asks without its key whether it may ask
@@ -105,40 +106,52 @@ def create_app(
             return Response(status_code=_CLIENT_CLOSED)
         return Response(content, media_type="application/json")
 
-    @app.post("/v1/chat/completions", response_model=None)
+    chats = openapi.streamed(ChatCompletion, "chat.completion.chunk")
+    texts = openapi.streamed(Completion, "text_completion")
+    newer = openapi.streamed(openapi.ResponseAnswer, "typed (response.created ... response.completed)")
+
+    @app.post("/v1/chat/completions", response_model=None, responses=chats)
     async def create_chat(request: Request, body: ChatBody) -> Response:
+        """Answer a chat."""
         return await answer(request, body, await chat.prepare(service, body))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=texts)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
+        """Continue a prompt, or each of several."""
         return await answer(request, body, await completions.prepare(service, body))
 
-    @app.post("/v1/responses", response_model=None)
+    @app.post("/v1/responses", response_model=None, responses=newer)
     async def create_response(request: Request, body: ResponseBody) -> Response:
+        """Answer a conversation, in OpenAI's newer words. Nothing is stored."""
         return await answer(request, body, await responses.prepare(service, body))
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=openapi.plain(openapi.ModelList))
     async def list_models() -> dict[str, Any]:
+        """List what may stand as `model`."""
         return service.catalogue.models()
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=openapi.plain(Model))
     async def get_model(name: str) -> dict[str, Any]:
+        """Tell of one model."""
         return service.catalogue.model(name)
 
-    @app.get("/v1/corrections/{name}")
+    @app.get("/v1/corrections/{name}", responses=openapi.plain(openapi.CorrectionAnswer))
     async def get_correction(name: str) -> dict[str, Any]:
+        """Tell of one correction, its report included."""
         return service.catalogue.correction(name)
 
     tokens.add_routes(app, service)
 
-    @app.get("/health")
+    @app.get("/health", response_model=None, responses=openapi.plain(openapi.Health) | openapi.UNHEALTHY)
     async def health() -> Response:
+        """Whether the engine is alive and moves."""
         stats = engine.stats()
         well = stats.alive and time.monotonic() - stats.heartbeat < STALE
         return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=openapi.TEXT)
     async def metrics() -> Response:
+        """Prometheus' metrics."""
         return Response(service.metrics.render(engine.stats()), media_type=CONTENT_TYPE_LATEST)
 
     return app

@@ -6,7 +6,6 @@ Invariant: a chat is tokenised by the code that a generation uses, so that `coun
 """
 
 import json
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -57,6 +56,36 @@ class DetokenizeBody(BaseModel):
     tokens: list[int]
 
 
+class Tokenized(BaseModel):
+    """The ids, and with return_token_strs how the vocabulary writes them."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The text."""
+
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """How the tokenizer was made: what its configuration says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
+
+
+class Version(BaseModel):
+    """Of the server."""
+
+    version: str
+
+
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the four routes."""
     prompter = service.prompter
@@ -71,26 +100,30 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return await chat.renderer(service, asked)([message.for_template() for message in asked.messages])
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> Tokenized:
+        """Turn a prompt or a chat into the ids that a generation would read."""
         ids = await read(body)
         strings = prompter.strings(ids) if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": service.max_len, "tokens": ids, "token_strs": strings}
+        return Tokenized(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
+        """Turn ids into text, special tokens included."""
         service.catalogue.choose(body.model, None)
         if not all(map(prompter.knows, body.tokens)):
             raise InvalidRequest("tokens holds an id that the tokenizer does not have", "tokens")
         (text,) = await prompter.decode([tuple(body.tokens)])
-        return {"prompt": text}
+        return Detokenized(prompt=text)
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        return {name: value for name, value in prompter.info().items() if _is_json(value)}
+    async def tokenizer_info() -> TokenizerInfo:
+        """Tell how the tokenizer was made, its chat template included."""
+        return TokenizerInfo(**{name: value for name, value in prompter.info().items() if _is_json(value)})
 
     @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    async def version() -> Version:
+        """Tell the server's version."""
+        return Version(version=__version__)
 
 
 def _is_json(value: object) -> bool:
