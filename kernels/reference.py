@@ -84,11 +84,12 @@ def _finish(
 ) -> _Drawn:
     """Edit and draw one live row, and report it. z [padded] holds z'; it is overwritten, as the row of top_* is."""
     maxima, normaliser = base.maxima, base.normaliser
-    base_token = steered_token = best_token(z, maxima)
     steered_best, steered_normaliser = base.best, normaliser
-    if changed is not None:
+    if changed is None:
+        base_token = steered_token = best_token(z, maxima)
+    else:
         base_token = int(changed.ids[0])
-        steered_token = best_token(z, changed.maxima)
+        steered_token = changed.token
         steered_best, steered_normaliser = float(z[steered_token]), changed.normaliser
         if inputs.params.shadow[row]:
             z[changed.ids] = changed.base
@@ -105,8 +106,8 @@ def _finish(
         # float64, as the token's own log-probability below: the two must be the same float
         top_logprobs[row, :k] = values.double() - normaliser
     base_value = steered_value = float(inputs.logits[row, token])
-    if changed is not None and (at := (changed.ids == token).nonzero()).numel():
-        steered_value = float(changed.steered[at[0, 0]])
+    if changed is not None:
+        steered_value = changed.steered.get(token, base_value)
     return _Drawn(
         token=token,
         base_token=base_token,
