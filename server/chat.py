@@ -26,7 +26,9 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
     prompt = body.cut(await render(messages), service.max_len)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs), bool(body.return_tokens_as_token_ids))
-    return make(service, body, chosen, shape, [prompt], negatives)
+    generation = make(service, body, chosen, shape, [prompt], negatives)
+    await generation.constrain()
+    return generation
 
 
 def renderer(service: Service, body: ChatBody) -> Callable[[Sequence[Mapping[str, Any]]], Awaitable[Ids]]:

@@ -29,6 +29,7 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
     shape = CompletionShape(service.pieces, body.logprobs is not None, bool(body.return_tokens_as_token_ids))
     generation = Generation(service, body, chosen, shape, ids, negatives)
+    await generation.constrain()
     if body.echo:
         cut = body.truncate_prompt_tokens is not None
         generation.echo(await service.prompter.decode(ids) if cut or not texts else texts)

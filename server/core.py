@@ -21,6 +21,7 @@ from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
+from trimtab.server.constraint import Constraint
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
 from trimtab.server.rule import Beside, Rule, rule_for
@@ -28,6 +29,7 @@ from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
 from trimtab.server.sequence import Row, Sequence
 from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.structure import Grammars
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
 
@@ -47,6 +49,7 @@ class Core:
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
+        self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
@@ -78,7 +81,10 @@ class Core:
         return self._scheduler.free_slots
 
     def check(self, request: Request) -> None:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. Reads only."""
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound.
+
+        Reads only, save that a structure is compiled where `grammars` has not done so before.
+        """
         wanted = request.sampling.max_tokens or 1
         if len(request.prompt) >= self.max_len:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
@@ -87,6 +93,11 @@ class Core:
             for token in getattr(request.sampling, field):
                 if not 0 <= token < self.base.vocab:
                     raise InvalidRequest(f"{field} names token {token}; ids are 0..{self.base.vocab - 1}", field)
+        self._check_tokens("allowed_token_ids", tuple(request.sampling.allowed_tokens or ()))
+        for word in request.sampling.bad_words:
+            self._check_tokens("bad_words", word)
+        if request.structure is not None:
+            self.grammars.compile(request.structure)
         rule = rule_for(request.steering, self.bank)
         if max(rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER) >= self._runner.adapters:
             message = f"{request.steering.correction} came after the engine was made, which takes adapters at its start"
@@ -179,11 +190,13 @@ class Core:
             yield from self.step()
 
     def _warm_up(self) -> None:
-        """Compile now what the first requests would wait for: prompts, draws, edits, and a head's correction."""
+        """Compile now what the first requests would wait for: prompts, draws, edits, masks, and a head's correction."""
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
         head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
         prompt = (0,) * min(8, self.max_len - 1)
-        for draws in (sampling, replace(sampling, logit_bias={0: 1.0})):
+        biased = replace(sampling, logit_bias={0: 1.0})
+        masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
+        for draws in (sampling, biased, *masked):
             for steering in [Steering()] + [Steering(head)] * (head is not None):
                 for event in self.run([Request("warm-up", prompt, draws, steering)]):
                     if event.error is not None:
@@ -197,6 +210,9 @@ class Core:
         if rule.beside is not None:
             read = request.steering.companion_prompt if rule.beside.own_prompt else None
             companion = Row(list(read or request.prompt), rule.beside.adapter)
+        stops = sampling.stop_token_ids | self.base.eos
+        if sampling.ignore_eos and request.structure is None:
+            stops = sampling.stop_token_ids
         room = self.max_len - max(len(request.prompt), companion.prompt if companion else 0)
         return Sequence(
             request=request,
@@ -204,11 +220,20 @@ class Core:
             seed=seed,
             limit=min(room, sampling.max_tokens or room),
             rule=rule,
-            stops=sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self.base.eos),
+            stops=stops,
             row=Row(list(request.prompt), rule.adapter),
             companion=companion,
             allowance=Allowance(budget, self._pieces) if rule.steered and rule.adapter == NO_ADAPTER else None,
+            constraint=self._constrain(request, stops),
         )
+
+    def _constrain(self, request: Request, stops: frozenset[int]) -> Constraint | None:
+        structure, sampling = request.structure, request.sampling
+        if structure is None and sampling.allowed_tokens is None:
+            return None
+        matcher = None if structure is None else self.grammars.compile(structure).start()
+        steer = request.steering.budget.structured or bool(structure and structure.steer)
+        return Constraint(matcher, sampling, stops, self.base.eos, self.base.vocab, steer)
 
     @cached_property
     def _pieces(self) -> Pieces:
@@ -225,7 +250,8 @@ class Core:
         for sequence, drawn, state, acted, receipt, ids, logprobs in rows:
             if state & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
-                events.append(self._fail(sequence, reason))
+                stuck = sequence.constraint is not None and sequence.constraint.legal == 0
+                events.append(self._fail(sequence, sequence.constraint.trouble if stuck else reason))
                 continue
             request = sequence.request
             wanted = request.sampling.alternatives

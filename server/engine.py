@@ -23,7 +23,7 @@ from trimtab.errors import EngineFailure, Overloaded
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
-from trimtab.server.request import Event, FinishReason, Request
+from trimtab.server.request import Event, FinishReason, Request, Structure
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,10 @@ class Engine:
         """Start the thread."""
         self._on_events = on_events
         self._thread.start()
+
+    def compile(self, structure: Structure, field: str) -> None:
+        """Compile what a request will need, which may take long: any thread. Raises InvalidRequest, naming `field`."""
+        self._core.grammars.compile(structure, field)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what Core.submit does, and EngineFailure once the thread has ended."""

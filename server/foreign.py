@@ -12,6 +12,7 @@ from trimtab.errors import InvalidRequest
 
 # Accepted and without effect, by OpenAI's or vLLM's own definition.
 _IGNORED = {
+    "guided_decoding_backend",
     "metadata",
     "parallel_tool_calls",
     "priority",
@@ -27,26 +28,18 @@ _IGNORED = {
 # Not done here. The values that ask for nothing stand with each. What one endpoint knows is refused at the other.
 _REFUSED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),

@@ -24,7 +24,7 @@ from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.receipts import receipt_json
-from trimtab.server.request import Request
+from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 from trimtab.server.tickets import Ticket, Tickets
@@ -122,6 +122,21 @@ class Generation:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
+
+    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+        """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
+
+        structure: takes the place of the body's own; field: what says so.
+        """
+        asked = self._body.structure() if structure is None else (structure, field)
+        if asked is not None:
+            await self._service.tickets.compile(*asked)
+            self._requests = [replace(request, structure=asked[0]) for request in self._requests]
+        if self._body.bad_words:
+            words = tuple(await self._service.prompter.words(self._body.bad_words))
+            self._requests = [
+                replace(request, sampling=replace(request.sampling, bad_words=words)) for request in self._requests
+            ]
 
     def echo(self, texts: Sequence[str]) -> None:
         """Let every choice begin with the text of its prompt."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import philox
-from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, RowParams, StepInputs
+from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, Masks, RowParams, StepInputs
 from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate, Slots
 from trimtab.server.staging import stage
@@ -30,6 +30,7 @@ def build_inputs(
     """logits [rows, vocab], hidden [rows, hidden]; tensors land on logits' device."""
     slots = sampling.slots
     columns = slate.gather(slots)
+    mask = _mask(sampling, slate, logits)  # first: a row with one legal token is not steered
     for row in slate.bounded[slots].nonzero()[0]:
         columns["steered"][row] = sampling.sequences[row].steered
     seeds, positions = slate.seed[slots], sampling.lengths - slate.prompt[slots]
@@ -48,7 +49,21 @@ def build_inputs(
         edits=_edits(sampling, slate, logits.device),
         corrections=corrections if acting else None,
         alternatives=int(slate.alternatives[slots].max()),
+        mask=mask,
     )
+
+
+def _mask(sampling: Sampling, slate: Slate, logits: Tensor) -> Masks | None:
+    constrained = slate.constrained[sampling.slots].nonzero()[0].tolist()
+    held = [(row, found) for row in constrained if (found := sampling.sequences[row].constraint) and found.holds]
+    if not held:
+        return None
+    lines = np.full(len(sampling.slots), -1, dtype=np.int32)
+    words = np.empty((len(held), -(-logits.shape[1] // 32)), dtype=np.int32)
+    for line, (row, constraint) in enumerate(held):
+        lines[row] = line
+        constraint.fill(words[line])
+    return Masks(*stage([lines, words], logits.device))
 
 
 def _edits(sampling: Sampling, slate: Slate, device: torch.device) -> Edits | None:

@@ -43,6 +43,18 @@ class Prompter:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
 
+    async def words(self, words: Sequence[str]) -> list[Ids]:
+        """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
+        found: list[Ids] = []
+        for word in words:
+            if not word.strip():
+                raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = await self._run(partial(self._encode, text, False, "bad_words"))
+                if text[0] != " " or (len(ids) == len(found[-1]) and ids[0] != found[-1][0]):
+                    found.append(ids)
+        return found
+
     async def negatives(self, text: str, prompts: Sequence[Ids], add_special_tokens: bool = True) -> list[Ids]:
         """What companions read beside each of these prompts: `text`, or where that is no token, the prompt's last.
 

@@ -37,6 +37,8 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     alternatives: int = 0  # most likely tokens to report at each step, 0..20
+    allowed_tokens: frozenset[int] | None = None  # no others are drawn
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each is forbidden after the others
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -50,6 +52,10 @@ class SamplingParams:
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if self.allowed_tokens is not None and not self.allowed_tokens:
+            raise InvalidRequest("allowed_token_ids must name a token", "allowed_token_ids")
+        if not all(self.bad_words):
+            raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
@@ -68,6 +74,7 @@ class Budget:
     kl: float | None = None  # nats: the most that one step may move the distribution; its strength is scaled down
     until: str | None = None  # steering ends with this marker
     spans: tuple[tuple[str, str], ...] = TOOL_CALLS  # from an opening to a closing marker, nothing is steered
+    structured: bool = False  # it may be steered inside of a structure too: JSON that a grammar holds to, say
 
     def __post_init__(self) -> None:
         if self.max_steps is not None:
@@ -123,6 +130,28 @@ class Steering:
             raise InvalidRequest("the companion's prompt is empty: give it one token", "steering.companion_prompt")
 
 
+StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the text must be, all of it: a JSON value that fits a schema, a match of a regex, one of some choices, ...
+
+    Whether a model's tokenizer can follow it, `Engine.submit` says (structure.py).
+    """
+
+    kind: StructureKind
+    text: str  # a JSON schema; nothing for json_object; a regex; a JSON list of choices; a Lark grammar
+    steer: bool = False  # corrections may act inside; a budget may say so too
+    lazy: tuple[str, ...] = ()  # it holds only from where one of these was generated, special tokens by their names
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise InvalidRequest(f"a structure is one of {', '.join(get_args(StructureKind))}, not {self.kind!r}")
+        if not all(self.lazy):
+            raise InvalidRequest("what a structure waits for must not be empty")
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt and n samples of its continuation. Sample i draws with the seed philox.derive(seed, i)."""
@@ -132,6 +161,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     steering: Steering = field(default_factory=Steering)
     n: int = 1
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -16,6 +16,7 @@ from trimtab.server import foreign
 from trimtab.server.request import SamplingParams
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
+from trimtab.server.structure_body import StructuredBody
 
 MAX_STOPS = 16
 
@@ -30,7 +31,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None  # padding, which is not done here
 
 
-class Body(BaseModel):
+class Body(StructuredBody):
     """What chats and completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -134,6 +135,7 @@ class Body(BaseModel):
             "seed": self.seed,
             "max_tokens": self.token_limit(),
             "alternatives": self.alternatives(),
+            "allowed_tokens": None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         }
         sent: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         return SamplingParams(**{**(defaults or {}), **sent})

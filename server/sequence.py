@@ -8,6 +8,7 @@ every token that was sampled, as its sequence's own row does, and comes to its l
 from dataclasses import dataclass, field
 
 from trimtab.server.budget import Allowance
+from trimtab.server.constraint import Constraint
 from trimtab.server.request import FinishReason, Request
 from trimtab.server.rule import Rule
 from trimtab.server.slots import NO_ADAPTER
@@ -46,6 +47,7 @@ class Sequence:
     row: Row
     companion: Row | None = None
     allowance: Allowance | None = None  # None where nothing bounds the steering
+    constraint: Constraint | None = None  # None where every token is always legal
     sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
     rows: tuple[Row, ...] = field(init=False)
@@ -58,8 +60,9 @@ class Sequence:
 
     @property
     def steered(self) -> bool:
-        """Whether a correction may act at the next step, if the gate opens."""
-        return self.rule.steered and (self.allowance is None or self.allowance.open)
+        """Whether a correction may act at the next step, if the gate opens; its legal tokens are filled in."""
+        allowed = self.rule.steered and (self.allowance is None or self.allowance.open)
+        return allowed and (self.constraint is None or self.constraint.steers)
 
     @property
     def edits(self) -> dict[int, tuple[int, float]]:
@@ -72,7 +75,10 @@ class Sequence:
             found.update((token, (count, 0.0)) for token, count in self.counts.items())
         for token, bias in s.logit_bias.items():
             found[token] = (found[token][0] if token in found else -1, bias)
-        if self.sampled < s.min_tokens:
+        for *before, last in s.bad_words:
+            if self.row.tokens[max(self.row.prompt, len(self.row.tokens) - len(before)) :] == before:
+                found[last] = (found[last][0] if last in found else -1, float("-inf"))
+        if self.sampled < s.min_tokens and not (self.constraint and self.constraint.inside):
             for token in self.stops:
                 found[token] = (found[token][0] if token in found else -1, float("-inf"))
         return found
@@ -86,6 +92,8 @@ class Sequence:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.allowance is not None:
             self.allowance.take(token, fired)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if token in self.stops:
             return "stop"
         return "length" if self.sampled >= self.limit else None

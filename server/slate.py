@@ -1,7 +1,7 @@
 """What the choice in each slot asks of every step, as arrays over the slots: written once, gathered at each step.
 
-Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, the draw)
-is asked of the few choices that have it.
+Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, legal
+tokens, the draw) is asked of the few choices that have it.
 
     slate.note(sequences);  columns = slate.gather(slots, sampled)
 """
@@ -46,7 +46,8 @@ class Slate:
         self.seed = np.zeros(slots, dtype=np.uint64)
         self.prompt = np.zeros(slots, dtype=np.int64)  # tokens
         self.alternatives = np.zeros(slots, dtype=np.int64)
-        self.bounded = np.zeros(slots, dtype=np.bool_)  # has an allowance
+        self.bounded = np.zeros(slots, dtype=np.bool_)  # has an allowance, or a constraint
+        self.constrained = np.zeros(slots, dtype=np.bool_)  # not every token is always legal
         self.edited = np.zeros(slots, dtype=np.bool_)  # its logits may be edited
         self.paired = np.zeros(slots, dtype=np.bool_)  # has a companion
 
@@ -98,8 +99,10 @@ class Slate:
             self._correction[slot, place], self._weight[slot, place] = head, weight
         self.seed[slot] = sequence.seed & 0xFFFFFFFFFFFFFFFF
         self.prompt[slot], self.alternatives[slot] = sequence.row.prompt, s.alternatives
-        self.bounded[slot], self.paired[slot] = sequence.allowance is not None, sequence.companion is not None
-        self.edited[slot] = sequence.penalised or bool(s.logit_bias) or s.min_tokens > 0
+        self.constrained[slot] = sequence.constraint is not None
+        self.bounded[slot] = sequence.allowance is not None or sequence.constraint is not None
+        self.paired[slot] = sequence.companion is not None
+        self.edited[slot] = sequence.penalised or bool(s.logit_bias) or bool(s.bad_words) or s.min_tokens > 0
 
 
 def _widen(array: npt.NDArray[Any], width: int, filler: int) -> npt.NDArray[Any]:

@@ -78,6 +78,10 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
             if count >= 0:
                 value = value / p.repetition if value > 0 else value * p.repetition
             final[token] = value - p.frequency * max(count, 0) - p.presence * (count > 0) + bias
+    if inputs.mask is not None and (line := int(inputs.mask.row[row])) >= 0:
+        words = inputs.mask.words[line].tolist()
+        illegal = [i for i in range(len(final)) if not words[i // 32] >> i % 32 & 1]
+        final[illegal] = float("-inf")
     order = [i for i in rank(final) if final[i] > float("-inf")]
     if not order:
         return None

@@ -11,7 +11,7 @@ from interpreted import Interpreter
 from torch.nn import functional as F
 
 from oracle import check_gate_and_cap, draw, expect
-from steps import make_edits, make_inputs, make_params
+from steps import make_edits, make_inputs, make_params, random_mask
 from trimtab.kernels import reference
 from trimtab.kernels.philox import uniform
 from trimtab.kernels.record import (
@@ -63,7 +63,7 @@ def move(value: Any, device: str) -> Any:
 
 def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
     """The step of some of the rows, in this order."""
-    edits = inputs.edits
+    edits, mask = inputs.edits, inputs.mask
     if edits is not None:
         spans = [range(*edits.spans[r].tolist()) for r in rows]
         edits = make_edits(
@@ -74,6 +74,7 @@ def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
         hidden=inputs.hidden[rows],
         params=type(inputs.params)(*(t[rows] for t in inputs.params)),
         edits=edits,
+        mask=mask and mask._replace(row=mask.row[rows]),
         **changes,
     )
 
@@ -262,9 +263,37 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
     assert record.token.tolist() == reference.step(inputs).token.tolist()
 
 
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 129, 300])
+def test_masked_rows_agree(step: Step, vocab: int) -> None:
+    rows, edits = random_rows(14, vocab, vocab)
+    masks = [random_mask(vocab + seed, vocab) for seed in range(14)]
+    assert {None, frozenset()} < {mask if mask is None else frozenset(mask) for mask in masks} or vocab == 1
+    check(inputs := make_inputs(rows, vocab, edits=edits, alternatives=vocab % 7, masks=masks), step(inputs))
+
+
+def test_a_mask_of_a_real_vocabulary_agrees(step: Step) -> None:
+    """Of few tokens, as where a grammar wants a digit, and of nearly all, as within a string."""
+    rows: list[dict[str, Any]] = [
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
+        {"correction": 0, "uniform": 0.999},
+        {"uniform": 0.4},
+        {"top_p": 0.9, "uniform": 0.6},
+    ]
+    few = set(range(17, 49152, 4900))
+    masks = [few, few, set(range(49152)) - few, None]
+    inputs = make_inputs(rows, 49152, dtype=torch.bfloat16, alternatives=3, masks=masks)
+    record = step(inputs)
+    check(inputs, record)
+    assert {int(record.token[0]), int(record.token[1])} < few
+    bare = step(inputs._replace(mask=None))
+    for field in StepRecord._fields:
+        assert torch.equal(getattr(record, field)[3], getattr(bare, field)[3]), field
+
+
 def test_a_row_does_not_depend_on_its_batch(step: Step) -> None:
     rows, edits = random_rows(12, 99, 700)
-    inputs = make_inputs(rows, 700, edits=edits, alternatives=20, top_k=(5, 60))
+    masks = [random_mask(row, 700) for row in range(12)]
+    inputs = make_inputs(rows, 700, edits=edits, alternatives=20, top_k=(5, 60), masks=masks)
     record = step(inputs)
     assert_same(record, step(inputs))
     order = [7, 2, 11, 0, 5, 9]
