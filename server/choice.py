@@ -9,13 +9,23 @@ from trimtab.server.metrics import Watch
 from trimtab.server.pieces import Pieces
 from trimtab.server.receipts import Tally
 from trimtab.server.request import Event
-from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
+from trimtab.server.stream import ChoiceStream, TextRules, Update
+from trimtab.server.tool_reader import CallReader
 
 
 class Choice:
     """Choice `index` of an answer."""
 
-    def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch) -> None:
+    def __init__(
+        self,
+        index: int,
+        pieces: Pieces,
+        rules: TextRules,
+        chosen: Chosen,
+        watch: Watch,
+        reader: CallReader | None = None,
+    ) -> None:
+        """reader: takes the calls of tools out of the text."""
         self.index = index
         self.prompt: tuple[int, ...] = ()  # its ids, where they are to be told
         self.echo = ""  # the prompt's text, where it is to stand before the answer's
@@ -24,6 +34,7 @@ class Choice:
         self.cached = 0
         self.opened = False  # its first chunk is out
         self._watch = watch
+        self._reader = reader
         self._updates: list[Update] = []
 
     def take(self, event: Event) -> Update:
@@ -40,7 +51,7 @@ class Choice:
         update = self.stream.push(event)
         if update.finish is not None:
             self.end(update.finish)
-        return update
+        return update if self._reader is None else self._read(update, self._reader)
 
     def keep(self, update: Update) -> None:
         """Gather an update for the whole answer."""
@@ -51,13 +62,20 @@ class Choice:
         self._watch.end(reason)
 
     @property
-    def text(self) -> str:
-        return self.echo + "".join(update.text for update in self._updates)
+    def whole(self) -> Update:
+        """All that was kept, as one update."""
+        updates = self._updates
+        return Update(
+            self.echo + "".join(update.text for update in updates),
+            tuple(token for update in updates for token in update.tokens),
+            tuple(step for update in updates for step in update.steps),
+            updates[-1].finish if updates else None,
+            tuple(piece for update in updates for piece in update.calls),
+        )
 
-    @property
-    def shown(self) -> list[Shown]:
-        return [token for update in self._updates for token in update.tokens]
-
-    @property
-    def steps(self) -> list[Step]:
-        return [step for update in self._updates for step in update.steps]
+    @staticmethod
+    def _read(update: Update, reader: CallReader) -> Update:
+        """The calls in an update's text, apart from the rest of it."""
+        said = reader.push(update.text, update.finish is not None)
+        called = update.finish == "stop" and reader.calls and reader.complete
+        return update._replace(text=said.content, calls=said.calls, finish="tool_calls" if called else update.finish)

@@ -47,13 +47,16 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
 }
 
+_NEWER = {"functions": "tools", "function_call": "tool_choice"}  # OpenAI's own words for what replaced them
+
 
 def refuse(extra: Mapping[str, object]) -> None:
     """Raise InvalidRequest for a key that asks for something which is not done here."""
     for key, nothing in _REFUSED.items():
         value = extra.get(key)
         if value is not None and value not in nothing:
-            raise InvalidRequest(f"{key} is not supported by this server: leave it out", key)
+            advice = f"send {_NEWER[key]}" if key in _NEWER else "leave it out"
+            raise InvalidRequest(f"{key} is not supported by this server: {advice}", key)
 
 
 def unknown(extra: Mapping[str, object]) -> set[str]:

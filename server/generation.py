@@ -28,6 +28,7 @@ from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.tools import ToolUse
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -69,13 +70,13 @@ class Shape(Protocol):
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A later chunk."""
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chunks of what a step brought, at least one."""
 
     def closing(self) -> dict[str, Any]:
         """The last chunk."""
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole choice."""
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
@@ -92,18 +93,22 @@ class Generation:
         shape: Shape,
         prompts: Sequence[Ids],
         negatives: Sequence[Ids] = (),
+        tools: ToolUse | None = None,
     ) -> None:
-        """negatives: what the companions read instead of each prompt, where they do."""
+        """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(service.defaults), body.rules()
+        structure = None
+        if tools is not None:
+            rules, structure = tools.show(rules), tools.structure
         for prompt in prompts:
             if len(prompt) >= service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
+            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices, structure)
             for i, prompt in enumerate(prompts)
         ]
         if negatives:
@@ -113,7 +118,8 @@ class Generation:
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
+                reader = None if tools is None else tools.reader()
+                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch, reader)
                 choice.prompt = request.prompt
                 self._choices[request.id, k] = choice
 
@@ -214,13 +220,14 @@ class Generation:
             opening = self._shape.opening(choice.echo)
             told = self._prompt_ids(not self._shape.one_prompt, choice)
             if opening is not None or told:
-                yield self._chunk(choice, opening or self._shape.piece("", None)) | told
+                yield self._chunk(choice, opening or self._shape.closing()) | told
         logprobs = self._logprobs(update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
         ids = self._token_ids(update.steps)
-        if update.text or logprobs is not None or receipts or ids.get("token_ids"):
-            piece = self._chunk(choice, self._shape.piece(update.text, logprobs)) | ids
-            yield piece | ({"steering": {"tokens": receipts}} if receipts else {})
+        if update.text or update.calls or logprobs is not None or receipts or ids.get("token_ids"):
+            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
+            yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
 
@@ -228,12 +235,13 @@ class Generation:
         return {"index": choice.index, **content, "finish_reason": None}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        content = self._shape.whole(choice.text, self._logprobs(choice.shown))
-        ended = {"finish_reason": choice.stream.finish}
+        answer = choice.whole
+        content = self._shape.whole(answer, self._logprobs(answer.tokens))
+        ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(choice.steps)
-        ids = self._prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(choice.steps)
+            steering["steering"]["tokens"] = self._receipts(answer.steps)
+        ids = self._prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
         return {"index": choice.index, **content, **ended, **ids, **steering}
 
     def _prompt_ids(self, here: bool, choice: Choice | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.pieces import Pieces
+from trimtab.server.tool_template import ToolTemplate
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
@@ -38,6 +39,8 @@ class Prompter:
         self._longest = max(len(pieces.content(token)) for token in self._known)  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
+        self._tools = ToolTemplate(tokenizer)
+        self.tool_format = self._tools.format  # in which the model is told to write the calls of tools
 
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
@@ -70,10 +73,11 @@ class Prompter:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         beside: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Ids:
-        """A chat through the model's template -> ids. beside: what else the template reads, by transformers' names.
+        """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest.
 
-        Raises InvalidRequest.
+        beside: what else the template reads, by transformers' names.
         """
         extra = dict(template_kwargs or {})
         if reserved := sorted(self._ours & extra.keys()):
@@ -83,7 +87,10 @@ class Prompter:
             raise InvalidRequest("continue_final_message needs add_generation_prompt: false", "continue_final_message")
 
         def work() -> Ids:
-            text = self._render(messages, add_generation_prompt, continue_final_message, {**(beside or {}), **extra})
+            told, offer = self._tools.apply(messages, tools)
+            text = self._render(
+                told, add_generation_prompt, continue_final_message, {**(beside or {}), **extra, **offer}
+            )
             return self._encode(text, False, "messages")
 
         return await self._run(work)

@@ -88,7 +88,7 @@ class ResponseBody(Body):
 
     def chat(self) -> ChatBody:
         """The same request as a chat. Raises RequestValidationError."""
-        shared = self.model_dump(include=set(Body.model_fields), exclude_none=True)
+        shared = self.model_dump(include=set(Body.model_fields), exclude_none=True, by_alias=True)
         effort = self.reasoning and self.reasoning.effort
         own = {
             "messages": self._messages(),

@@ -17,6 +17,7 @@ from trimtab.server.request import SamplingParams
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
+from trimtab.server.tool_body import CalledTool, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 
@@ -194,13 +195,17 @@ class Message(BaseModel):
 
     role: str
     content: str | list[MessagePart] | None = None
+    tool_calls: list[CalledTool] | None = None  # the assistant's
+    function_call: None = None  # older than tool_calls, and not known here
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`."""
+        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`. No nulls."""
         content = self.content
         text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
         role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": text}
+        extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        return {**extra, **calls, "role": role, "content": text}
 
 
 class ChatBody(Body):
@@ -216,11 +221,23 @@ class ChatBody(Body):
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         super().check()
+        self.callable_tools()
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+
+    def callable_tools(self) -> tuple[list[Tool], bool]:
+        """The tools that may be called, and whether one must be. Raises InvalidRequest."""
+        return choose(self.tools or [], self.tool_choice)
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """As the model's template is to have them: all of them, or none where none may be called."""
+        return [] if self.tool_choice == "none" else [tool.for_template() for tool in self.tools or []]
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

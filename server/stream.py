@@ -10,10 +10,11 @@ wins. A token is shown when its last character is; of a token that a stop string
 import codecs
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, FinishReason, Receipt
+from trimtab.server.tool_reader import CallPiece
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TextRules:
     min_tokens: int = 0  # stop strings that end within these tokens are text
     include_stop: bool = False
     skip_special: bool = True
+    keep: frozenset[int] = frozenset()  # special tokens that are shown all the same
 
 
 class Shown(NamedTuple):
@@ -47,7 +49,8 @@ class Update(NamedTuple):
     text: str
     tokens: tuple[Shown, ...]
     steps: tuple[Step, ...]
-    finish: FinishReason | None
+    finish: FinishReason | Literal["tool_calls"] | None
+    calls: tuple[CallPiece, ...] = ()  # tools' calls, which a reader has taken out of the text
 
 
 class _Pending(NamedTuple):
@@ -77,7 +80,9 @@ class ChoiceStream:
         assert self.finish is None, "pushed after the end"
         assert event.token is not None
         self.tokens += 1
-        hidden = event.finish == "stop" or (self._rules.skip_special and self._pieces.special(event.token))
+        hidden = event.finish == "stop" or (
+            self._rules.skip_special and self._pieces.special(event.token) and event.token not in self._rules.keep
+        )
         content = b"" if hidden else self._pieces.content(event.token)
         before = self._out + len(self._held)
         self._bytes += content

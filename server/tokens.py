@@ -42,7 +42,7 @@ class TokenizeBody(BaseModel):
         """The chat that is tokenised. Raises RequestValidationError."""
         own = ("prompt", "add_special_tokens", "return_token_strs")
         try:
-            return ChatBody.model_validate(self.model_dump(exclude=set(own), exclude_none=True))
+            return ChatBody.model_validate(self.model_dump(exclude=set(own), exclude_none=True, by_alias=True))
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
 

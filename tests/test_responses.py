@@ -147,12 +147,12 @@ def test_a_json_schema_stands_where_a_chat_has_it() -> None:
     tool = {"type": "function", "name": "f", "parameters": {}, "strict": True}
     choice = {"type": "function", "name": "f"}
     asked = ResponseBody.model_validate({"input": "x", "text": text, "tools": [tool], "tool_choice": choice}).chat()
-    chat = asked.model_dump()
+    chat = asked.model_dump(by_alias=True)
     schema = {"name": "n", "schema": {"type": "object"}, "strict": True}
     assert chat["response_format"]["type"] == "json_schema"
-    assert schema.items() <= chat["response_format"]["json_schema"].items()
+    assert {key: chat["response_format"]["json_schema"][key] for key in schema} == schema
     assert chat["tools"][0]["function"]["name"] == "f"
-    assert chat["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    assert chat["tool_choice"]["function"]["name"] == "f"
 
 
 @pytest.mark.parametrize(

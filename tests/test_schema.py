@@ -61,7 +61,7 @@ def test_rules() -> None:
 @pytest.mark.parametrize(
     ("key", "fine", "refused"),
     [
-        ("tools", [], [{}]),
+        ("functions", [], [{}]),
         ("response_format", {"type": "text"}, {"type": "json_schema"}),
         ("suffix", "", "x"),
         ("use_beam_search", False, True),
