@@ -33,7 +33,7 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None, bool(body.return_tokens_as_token_ids))
     generation = make(service, body, chosen, shape, [prompt], negatives, tools)
-    await generation.constrain(None if tools is None else tools.structure)
+    await _constrain(generation, tools)
     return generation
 
 
@@ -56,6 +56,17 @@ def renderer(service: Service, body: ChatBody) -> Callable[[Sequence[Mapping[str
         beside={name: value for name, value in beside.items() if value is not None},
         tools=body.shown_tools(),
     )
+
+
+async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
+    """Hold the choices to what the body says, and calls to their tools' schemas. Raises InvalidRequest."""
+    try:
+        await generation.constrain(None if tools is None else tools.structure)
+    except InvalidRequest:
+        plainer = None if tools is None else tools.relaxed()
+        if plainer is None:
+            raise
+        await generation.constrain(plainer.structure)
 
 
 class ChatShape:

@@ -101,14 +101,13 @@ class Generation:
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(service.defaults), body.rules()
-        structure = None
         if tools is not None:
-            rules, structure = tools.show(rules), tools.structure
+            rules = tools.show(rules)
         for prompt in prompts:
             if len(prompt) >= service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices, structure)
+            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
             for i, prompt in enumerate(prompts)
         ]
         if negatives:

@@ -65,8 +65,9 @@ class Writer:
         cut = self._finish == "length"
         status = "incomplete" if cut else "completed"
         events = []
-        if not self.response["output"] or self._untold or self._logprobs:
-            events += self._text("")  # an answer without text is a message too, and what was held back is told
+        telling = self._item is not None and self._item["type"] == "message" and (self._untold or self._logprobs)
+        if telling or not self.response["output"]:
+            events += self._text("")  # what was held back is told, and an answer without text is a message too
         events += self._close(status)
         details = {"reason": "max_output_tokens"} if cut else None
         self.response |= {"status": status, "incomplete_details": details, "usage": _usage(usage)}
@@ -106,6 +107,7 @@ class Writer:
     def _arguments(self, call: dict[str, Any]) -> list[Event]:
         """A part of a function call; with another index, a new one."""
         events, function = [], call.get("function") or {}
+        self._logprobs = []  # a call has no place for them
         if self._item is None or self._item["type"] != "function_call" or call["index"] != self._call:
             self._call = call["index"]
             item = {"type": "function_call", "id": _new("fc"), "call_id": call["id"], "name": function["name"]}

@@ -42,22 +42,30 @@ class ToolFormat:
     between: str = ""
     closing: str = ""
 
-    def grammar(self, tools: Sequence["Callee"], several: bool, opened: bool, tokens: Mapping[str, int]) -> str:
+    def grammar(
+        self,
+        tools: Sequence["Callee"],
+        several: bool,
+        opened: bool,
+        tokens: Mapping[str, int],
+        answer: str | None = None,
+    ) -> str:
         """A Lark grammar of calls of these tools, one or more. opened: the opening is out already.
 
-        tokens: the special ones among the names that this format uses.
+        tokens: the special ones among the names that this format uses; answer: a JSON schema of what else may be said.
         """
         text = _Literals(tokens)
         more = f"({text(self.between)} call)*" if several else ""
         rules = [
-            _rule("start", "" if opened else text(self.opening), text(self.first), "call", more, text(self.closing)),
+            "start: calls" if answer is None else f"start: calls | answer\nanswer: %json {_no_gbnf(answer)}",
+            _rule("calls", "" if opened else text(self.opening), text(self.first), "call", more, text(self.closing)),
             _rule("call", " | ".join(f"call_{i}" for i in range(len(tools)))),
         ]
         for i, tool in enumerate(tools):
             name = json.dumps(tool.name, ensure_ascii=False)
             before, after = (f"{tool.name}[ARGS]", "") if self.named else (f'{{"name": {name}, "{self.key}": ', "}")
             rules.append(_rule(f"call_{i}", text(before), f"arguments_{i}", text(after + self.end)))
-            rules.append(_rule(f"arguments_{i}", "%json", json.dumps(tool.constraint())))
+            rules.append(_rule(f"arguments_{i}", "%json", _no_gbnf(json.dumps(tool.constraint()))))
         return "\n".join(rules)
 
     def tokens(self, pieces: Pieces) -> dict[str, int]:
@@ -76,6 +84,11 @@ class Callee:
     def constraint(self) -> dict[str, JsonValue]:
         """The schema as llguidance reads it. What it does not know in one that is not strict, it leaves out."""
         return {**self.parameters, "type": "object", "x-guidance": {**_LAYOUT, "lenient": not self.strict}}
+
+
+def _no_gbnf(text: str) -> str:
+    """The same JSON without the sign by which llguidance knows the other kind of grammar."""
+    return text.replace("::=", "\\u003a:=")
 
 
 def _rule(name: str, *parts: str) -> str:

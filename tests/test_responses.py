@@ -316,6 +316,43 @@ def test_calls_are_items_of_their_own() -> None:
     assert {item["status"] for item in output} == {"completed"}
 
 
+CALLS = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_calls_a_function(stream: bool) -> None:
+    body = {"tools": [FUNCTION], "stream": stream, "include": ["message.output_text.logprobs"]}
+    told = respond(say(f"Hm. {CALLS}"), **body)
+    answer = events_of(told)[-1]["response"] if stream else told.json()
+    message, call = answer["output"]
+    assert message["content"][0]["text"].strip() == "Hm."
+    assert (call["type"], call["name"], json.loads(call["arguments"])) == ("function_call", "f", {"a": 1})
+    assert answer["status"] == "completed"
+    assert [item.type for item in Response.model_validate(answer).output] == ["message", "function_call"]
+
+
+def test_a_call_and_its_output_are_told_to_the_model() -> None:
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
+    ]
+    assert "rain" in prompt_of(input=items, tools=[FUNCTION])
+
+
+def test_text_formats_reach_the_engine() -> None:
+    engine = ScriptedEngine(say("{}"))
+    schema = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    with in_memory(engine) as ask:
+        answer = ask("POST", PATH, json={"input": "hi", "text": {"format": schema}})
+    assert answer.status_code == 200, answer.text
+    structure = engine.requests[0].structure
+    assert structure is not None
+    assert (structure.kind, json.loads(structure.text)) == ("json_schema", {"type": "object"})
+    assert answer.json()["text"]["format"] == schema
+
+
 # openai's client
 
 
