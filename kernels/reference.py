@@ -85,7 +85,10 @@ def _finish(
     top_ids: Tensor,
     top_logprobs: Tensor,
 ) -> _Drawn:
-    """Edit and draw one live row, and report it. z [padded] holds z'; it is overwritten, as the row of top_* is."""
+    """Edit and draw one live row, unless its token is forced, and report it.
+
+    z [padded] holds z'; it is overwritten, as the row of top_* is.
+    """
     maxima, normaliser = base.maxima, base.normaliser
     steered_best, steered_normaliser = base.best, normaliser
     if changed is None:
@@ -98,9 +101,11 @@ def _finish(
             z[changed.ids] = changed.base
         else:
             maxima, normaliser = changed.maxima, changed.normaliser
-    final = z if inputs.edits is None else _edit(z, inputs, row)
-    final = final if inputs.mask is None else _mask(final, inputs.mask, row)
-    token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
+    token = int(inputs.params.forced[row])
+    if token < 0:
+        final = z if inputs.edits is None else _edit(z, inputs, row)
+        final = final if inputs.mask is None else _mask(final, inputs.mask, row)
+        token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits or the mask forbade every token
         return _Drawn()
     if inputs.alternatives:

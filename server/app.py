@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,18 +21,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from trimtab.clients.types import ChatCompletion, Completion, Model
-from trimtab.server import chat, completions, http_errors, openapi, responses, tokens
+from trimtab.server import chat, completions, corrections, http_errors, openapi, responses, score, tokens
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
+from trimtab.server.drain import Lifecycle
 from trimtab.server.engine import Engine
 from trimtab.server.front_door import FrontDoor
 from trimtab.server.generation import Generation, Service
+from trimtab.server.keys import Keys
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
 from trimtab.server.response_body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
+from trimtab.server.visit import Observer
 from trimtab.server.wire import ClientGone, EventStream, or_gone
 from trimtab.steering.bank import Bank
 
@@ -50,16 +55,24 @@ def create_app(
     names: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     keep_alive: float = 10.0,
+    admin_keys: Sequence[str] = (),
+    corrections_root: Path | None = None,
+    max_per_key: int | None = None,
+    lifecycle: Lifecycle | None = None,
+    observers: Sequence[Observer] = (),
     defaults: Mapping[str, Any] | None = None,
     trust_templates: bool = False,
     origins: Sequence[str] = (),
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
-    keep_alive: seconds of silence after which a stream sends a comment. defaults: of sampling, where a body is silent.
-    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser.
+    keep_alive: seconds of silence after which a stream sends a comment. admin_keys: none means that corrections stay as
+    they are. corrections_root: where those that are loaded must lie. defaults: of sampling, where a body is silent.
+    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser. For the rest see
+    front_door.py.
     """
     names = names or [base.name]
+    lifecycle = lifecycle or Lifecycle()
     pieces = Pieces(base.tokenizer)
     service = Service(
         tickets=Tickets(engine),
@@ -70,10 +83,12 @@ def create_app(
         max_len=engine.max_len,
         capacity=engine.capacity,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
+        swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
         defaults=defaults or {},
         trust_templates=trust_templates,
     )
+    lifecycle.at_end.append(service.prompter.close)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,7 +99,9 @@ def create_app(
 
     app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(FrontDoor, keys=tuple(api_keys))
+    app.add_middleware(
+        FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
+    )
     if origins:  # outside the front door: a browser asks without its key whether it may ask
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     http_errors.install(app)
@@ -140,18 +157,30 @@ def create_app(
         """Tell of one correction, its report included."""
         return service.catalogue.correction(name)
 
-    tokens.add_routes(app, service)
+    def is_well() -> bool:
+        stats = engine.stats()
+        return stats.alive and time.monotonic() - stats.heartbeat < STALE
 
-    @app.get("/health", response_model=None, responses=openapi.plain(openapi.Health) | openapi.UNHEALTHY)
+    @app.get("/health", response_model=None, responses=openapi.status("ok", "unhealthy"))
     async def health() -> Response:
         """Whether the engine is alive and moves."""
-        stats = engine.stats()
-        well = stats.alive and time.monotonic() - stats.heartbeat < STALE
+        well = is_well()
         return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
+
+    @app.get("/ready", response_model=None, responses=openapi.status("ready", "draining or unhealthy"))
+    async def ready() -> Response:
+        """Whether new requests are taken."""
+        draining = lifecycle.draining
+        up = not draining and is_well()
+        return JSONResponse({"status": "ready" if up else "draining" if draining else "unhealthy"}, 200 if up else 503)
 
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=openapi.TEXT)
     async def metrics() -> Response:
         """Prometheus' metrics."""
-        return Response(service.metrics.render(engine.stats()), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
+
+    tokens.add_routes(app, service)
+    corrections.add_routes(app, service, corrections_root)
+    score.add_routes(app, service)
 
     return app

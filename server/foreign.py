@@ -39,7 +39,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),

@@ -75,10 +75,10 @@ class ResponseAnswer(_Answer):
     steering: SteeringReport | None = None
 
 
-class Health(BaseModel):
-    """Whether the engine's thread lives and moves."""
+class Status(BaseModel):
+    """How the server is."""
 
-    status: Literal["ok", "unhealthy"]
+    status: str
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -110,7 +110,11 @@ def plain(model: type[BaseModel], description: str = "The answer.") -> dict[int 
     return {200: {"model": model, "description": description}}
 
 
-UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "The engine is dead or stuck."}}
+def status(well: str, ill: str) -> dict[int | str, dict[str, Any]]:
+    """The answers of a probe."""
+    return {200: {"model": Status, "description": well}, 503: {"model": Status, "description": ill}}
+
+
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }

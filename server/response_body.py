@@ -69,9 +69,10 @@ class ResponseBody(Body):
                 raise InvalidRequest(message, field)
         if self.background:
             raise InvalidRequest("background is not supported, as nothing is stored here: leave it out", "background")
-        if self.return_token_ids:
-            message = "return_token_ids is for chats and completions: a response has no place for them"
-            raise InvalidRequest(message, "return_token_ids")
+        for field in ("return_token_ids", "prompt_logprobs"):
+            if getattr(self, field) not in (None, False):
+                message = f"{field} is for chats and completions: a response has no place for it"
+                raise InvalidRequest(message, field)
         if self.choices != 1:
             raise InvalidRequest("n must be 1: a response is one answer", "n")
         if "messages" in (self.model_extra or {}):

@@ -34,6 +34,8 @@ class ResponseGeneration(Generation):
         super().__init__(*chat)
         self._asked = asked
         self._id = f"resp_{self._id.removeprefix(self._shape.prefix)}"
+        if self._visit is not None:
+            self._visit.note(kind="response", answer_id=self._id)
 
     async def whole(self) -> bytes:
         writer = Writer(self._settled())

@@ -7,6 +7,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,11 +62,13 @@ class Body(StructuredBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
         foreign.refuse(self.model_extra or {})
+        self.structure()
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
@@ -75,6 +78,8 @@ class Body(StructuredBody):
             raise InvalidRequest(message, "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs is told in whole answers: leave out stream", "prompt_logprobs")
 
     @property
     def choices(self) -> int:
@@ -149,6 +154,10 @@ class Body(StructuredBody):
         """How many of the most likely tokens each step reports: none, unless the endpoint has a word for it."""
         return 0
 
+    def prompt_alternatives(self) -> int | None:
+        """How many of them each token of the prompt reports; None: the prompt is not scored."""
+        return self.prompt_logprobs
+
 
 class CompletionBody(Body):
     """POST /v1/completions."""
@@ -160,16 +169,19 @@ class CompletionBody(Body):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo is not supported together with logprobs: leave one of them out", "echo")
-
     def token_limit(self) -> int | None:
         return self.DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def alternatives(self) -> int:
         return self.logprobs or 0
+
+    def rules(self) -> TextRules:
+        """Where the prompt's tokens are told, every token is: readers count them from the end."""
+        return replace(super().rules(), show_end=bool(self.echo) and self.logprobs is not None)
+
+    def prompt_alternatives(self) -> int | None:
+        echoed = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return max(self.prompt_logprobs or 0, self.logprobs or 0) if echoed else self.prompt_logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
