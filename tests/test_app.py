@@ -421,7 +421,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
