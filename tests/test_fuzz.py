@@ -28,6 +28,7 @@ from scripted import loopback
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
 from trimtab.server.config import EngineConfig
+from trimtab.server.corrections import changes
 from trimtab.server.engine import Engine
 from trimtab.steering.bank import Bank
 
@@ -63,7 +64,7 @@ def fuzz(served: Served, document: dict[str, Any], url: str, checks: list[Any]) 
     """CASES requests, shared among the operations that take a body; the others get a few."""
     schema = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
-    writing = [operation for operation in operations if operation.method.upper() == "POST"]
+    writing = [found for found in operations if found.method == "post" and not changes("POST", found.path)]
     for operation in operations:
         tries = max(5, CASES // len(writing)) if operation in writing else 5
         modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
@@ -92,7 +93,7 @@ def fuzz(served: Served, document: dict[str, Any], url: str, checks: list[Any]) 
 def test_our_own_document(served: Served) -> None:
     served.statuses.clear()
     fuzz(served, served.document, served.url, CHECKS)
-    assert set(served.statuses) <= {200, 400, 404}
+    assert set(served.statuses) <= {200, 400, 403, 404}, "403: there is no admin key"
     assert served.statuses[200] > CASES // 20, f"hardly anything was answered: {served.statuses}"
 
 

@@ -19,8 +19,15 @@ PATH = "/v1/responses"
 TEXT = "Hello 😀 wörld!"
 
 
+class Roomy(ScriptedEngine):
+    """Tools take a long prompt."""
+
+    max_len = 4000
+
+
 def respond(script: Any = None, **body: Any) -> httpx.Response:
-    with in_memory(ScriptedEngine(script or say(TEXT))) as ask:
+    engine = Roomy if "tools" in body else ScriptedEngine
+    with in_memory(engine(script or say(TEXT))) as ask:
         return ask("POST", PATH, json={"input": "hi"} | body)
 
 
@@ -38,7 +45,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def prompt_of(**body: Any) -> str:
-    engine = ScriptedEngine(say("x"))
+    engine = Roomy(say("x"))
     with in_memory(engine) as ask:
         response = ask("POST", PATH, json=body)
     assert response.status_code == 200, response.text
