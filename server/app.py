@@ -20,8 +20,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from trimtab.clients.types import ChatCompletion, Completion, Model
-from trimtab.server import chat, completions, corrections, http_errors, openapi, responses, score, tokens
+from trimtab.clients import facts
+from trimtab.server import chat, completions, corrections, http_errors, openapi, page, responses, score, tokens
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
@@ -43,7 +43,6 @@ from trimtab.steering.bank import Bank
 log = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
-_CLIENT_CLOSED = 499  # nginx's word, for the access log: nobody reads it
 _MAX_UNKNOWN = 100  # unknown body keys that are remembered as logged
 
 
@@ -63,13 +62,14 @@ def create_app(
     defaults: Mapping[str, Any] | None = None,
     trust_templates: bool = False,
     origins: Sequence[str] = (),
+    with_page: bool = True,
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
     keep_alive: seconds of silence after which a stream sends a comment. admin_keys: none means that corrections stay as
     they are. corrections_root: where those that are loaded must lie. defaults: of sampling, where a body is silent.
-    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser. For the rest see
-    front_door.py.
+    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser. with_page:
+    whether there is one at `/`. For the rest see front_door.py.
     """
     names = names or [base.name]
     lifecycle = lifecycle or Lifecycle()
@@ -82,6 +82,7 @@ def create_app(
         metrics=Metrics(names[0]),
         max_len=engine.max_len,
         capacity=engine.capacity,
+        queue_tokens=engine.queue_tokens,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
@@ -120,39 +121,35 @@ def create_app(
         try:
             content = await or_gone(request.receive, generation.whole())
         except ClientGone:
-            return Response(status_code=_CLIENT_CLOSED)
+            return Response(status_code=http_errors.CLIENT_CLOSED)
         return Response(content, media_type="application/json")
 
-    chats = openapi.streamed(ChatCompletion, "chat.completion.chunk")
-    texts = openapi.streamed(Completion, "text_completion")
-    newer = openapi.streamed(openapi.ResponseAnswer, "typed (response.created ... response.completed)")
-
-    @app.post("/v1/chat/completions", response_model=None, responses=chats)
+    @app.post("/v1/chat/completions", response_model=None, responses=openapi.CHATS)
     async def create_chat(request: Request, body: ChatBody) -> Response:
         """Answer a chat."""
         return await answer(request, body, await chat.prepare(service, body))
 
-    @app.post("/v1/completions", response_model=None, responses=texts)
+    @app.post("/v1/completions", response_model=None, responses=openapi.TEXTS)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         """Continue a prompt, or each of several."""
         return await answer(request, body, await completions.prepare(service, body))
 
-    @app.post("/v1/responses", response_model=None, responses=newer)
+    @app.post("/v1/responses", response_model=None, responses=openapi.RESPONSES)
     async def create_response(request: Request, body: ResponseBody) -> Response:
         """Answer a conversation, in OpenAI's newer words. Nothing is stored."""
         return await answer(request, body, await responses.prepare(service, body))
 
-    @app.get("/v1/models", responses=openapi.plain(openapi.ModelList))
+    @app.get("/v1/models", responses=openapi.plain(facts.ModelList))
     async def list_models() -> dict[str, Any]:
         """List what may stand as `model`."""
         return service.catalogue.models()
 
-    @app.get("/v1/models/{name:path}", responses=openapi.plain(Model))
+    @app.get("/v1/models/{name:path}", responses=openapi.plain(facts.Model))
     async def get_model(name: str) -> dict[str, Any]:
         """Tell of one model."""
         return service.catalogue.model(name)
 
-    @app.get("/v1/corrections/{name}", responses=openapi.plain(openapi.CorrectionAnswer))
+    @app.get("/v1/corrections/{name}", responses=openapi.plain(facts.Correction))
     async def get_correction(name: str) -> dict[str, Any]:
         """Tell of one correction, its report included."""
         return service.catalogue.correction(name)
@@ -182,5 +179,6 @@ def create_app(
     tokens.add_routes(app, service)
     corrections.add_routes(app, service, corrections_root)
     score.add_routes(app, service)
-
+    if with_page:
+        page.add_routes(app)
     return app

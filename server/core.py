@@ -161,6 +161,7 @@ class Core:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
+        assert sequence.constraint is None, "its structure has taken the token that was sampled"
         if sequence.row.tokens[-1] != token:
             self._ahead = None
         for row in sequence.rows:

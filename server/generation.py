@@ -48,6 +48,7 @@ class Service:
     metrics: Metrics
     max_len: int
     capacity: int  # choices under way at once
+    queue_tokens: int | None  # of prompts that may wait at once, where there are several
     fingerprint: str
     swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
@@ -59,6 +60,13 @@ class Service:
         if prompts * n > self.capacity:
             message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
             raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
+
+    def check_queue(self, prompts: Sequence[Ids]) -> None:
+        """Raise InvalidRequest for more text than can ever wait."""
+        tokens = sum(map(len, prompts))
+        if self.queue_tokens is not None and len(prompts) > 1 and tokens > self.queue_tokens:
+            message = f"this server takes {self.queue_tokens} tokens of prompts at once, not {tokens}: send fewer"
+            raise InvalidRequest(message, "prompt")
 
 
 class Shape(Protocol):
@@ -129,6 +137,7 @@ class Generation:
         if negatives:
             self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
+        service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):

@@ -3,15 +3,16 @@
 Invariant: answers are documented by the models with which our client reads them, so document and client agree. Nothing
 here runs when a request is answered.
 
-    FastAPI(**DOCUMENT);  app.post(path, responses=streamed(ChatCompletion, "chat.completion.chunk"))
+    FastAPI(**DOCUMENT);  app.post(path, responses=CHATS);  app.get(path, responses=plain(Model))
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from trimtab import __version__
-from trimtab.clients.types import Model, SteeringReport
+from trimtab.clients.responses import Response
+from trimtab.clients.types import ChatCompletion, Completion
 
 
 class ErrorDetail(BaseModel):
@@ -27,52 +28,6 @@ class ErrorEnvelope(BaseModel):
     """The body of every error."""
 
     error: ErrorDetail
-
-
-class ModelList(BaseModel):
-    """The base, and every correction as a model whose parent is the base."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-class CorrectionAnswer(_Answer):
-    """A correction: how it acts by default, how it was made, and what it did on held-out problems."""
-
-    id: str
-    object: Literal["correction"]
-    parent: str
-    tier: Literal["head", "lora", "contrast"]
-    strength: float
-    gate: dict[str, Any]
-    provenance: dict[str, Any]
-    report: dict[str, Any] | None
-
-
-class ResponseUsage(_Answer):
-    """Tokens read and written."""
-
-    input_tokens: int
-    output_tokens: int
-    total_tokens: int
-
-
-class ResponseAnswer(_Answer):
-    """OpenAI's response object; `output` holds messages and calls of functions."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    status: Literal["completed", "incomplete"]
-    incomplete_details: dict[str, str] | None
-    model: str
-    output: list[dict[str, Any]]
-    usage: ResponseUsage
-    steering: SteeringReport | None = None
 
 
 class Status(BaseModel):
@@ -99,7 +54,7 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
-def streamed(whole: type[BaseModel], chunk: str) -> dict[int | str, dict[str, Any]]:
+def _streamed(whole: type[BaseModel], chunk: str) -> dict[int | str, dict[str, Any]]:
     """An answer that `stream: true` turns into server-sent events, each a `chunk`."""
     events = {"text/event-stream": {"schema": {"type": "string", "description": f"with `stream`: {chunk} events"}}}
     return {200: {"model": whole, "description": "The answer.", "content": events}}
@@ -118,3 +73,7 @@ def status(well: str, ill: str) -> dict[int | str, dict[str, Any]]:
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }
+
+CHATS = _streamed(ChatCompletion, "chat.completion.chunk")
+TEXTS = _streamed(Completion, "text_completion")
+RESPONSES = _streamed(Response, "typed (response.created ... response.completed)")

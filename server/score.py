@@ -6,6 +6,7 @@ sampled. What a body may say of its prompt is what completions and chats may.
 
 import secrets
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -55,7 +56,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/steering/score", response_model=None)
     async def score(request: HttpRequest, body: ScoreBody) -> Response:
-        """Tell what the gate and the correction would have done at each token of a given completion."""
+        """What steering would have done at every token of a completion, had the model written it."""
         try:
             return JSONResponse(await or_gone(request.receive, _score(service, body)))
         except ClientGone:
@@ -99,18 +100,15 @@ async def _read(service: Service, body: ScoreBody, chosen: Chosen) -> tuple[Ids,
     prompter, special = service.prompter, body.add_special_tokens is not False
     negatives: list[Ids] = []
     if body.messages is not None:
-        generation = body.add_generation_prompt is not False
-        render = {"add_generation_prompt": generation, "template_kwargs": body.chat_template_kwargs}
+        opens = body.add_generation_prompt is not False
+        render = partial(prompter.chat, add_generation_prompt=opens, template_kwargs=body.chat_template_kwargs)
         messages = [message.for_template() for message in body.messages]
-        prompt = await prompter.chat(messages, **render)  # type: ignore[arg-type]
+        prompt = await render(messages)
         if chosen.negative is not None:
-            negatives = [await prompter.chat(replace_words(messages, chosen.negative), **render)]  # type: ignore[arg-type]
+            negatives = [await render(replace_words(messages, chosen.negative))]
     else:
-        prompt = (
-            (await prompter.text([body.prompt], special))[0]
-            if isinstance(body.prompt, str)
-            else tuple(body.prompt or ())
-        )
+        given = body.prompt or ()
+        prompt = (await prompter.text([given], special))[0] if isinstance(given, str) else tuple(given)
         if chosen.negative is not None:
             negatives = await prompter.negatives(chosen.negative, [prompt], special)
     text = body.completion

@@ -77,6 +77,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--max-queue-tokens", type=_at_least(1), default=2**20, metavar="TOKENS", help=tokens)
     add("--max-requests-per-key", type=_at_least(1), metavar="N", help="at once; more get a 429")
     add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--no-page", action="store_true", help="without the page at /")
     add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     add("--log-format", default="text", choices=("text", "json"), help="json: an object a line")
@@ -135,6 +136,7 @@ def serve(args: argparse.Namespace) -> None:
         trust_templates=args.trust_request_chat_template,
         origins=args.allowed_origins,
         observers=[logs.RequestLog(args.log_prompts), *([tracer] if tracer else [])],
+        with_page=not args.no_page,
     )
     print(describe(base, bank, names, config.slots, engine.max_len, defaults), flush=True)
     settings = uvicorn.Config(app, args.host, args.port, log_config=None, access_log=False, server_header=False)
