@@ -26,6 +26,7 @@ TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
     "top_k gate correction state chosen edit_spans edit_token edit_count mask_row mask_words correction_top_k task "
+    "forced "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {

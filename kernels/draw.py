@@ -107,6 +107,21 @@ def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:k], (groups[group] * GROUP + lane)[order[:k]]
 
 
+def best_tokens_of_rows(z: Tensor, rows: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`best_tokens` of rows [n] of z [all rows, padded] at once -> [n, k] each. maxima [n, groups]: theirs."""
+    groups = maxima.topk(min(k, maxima.shape[1])).indices
+    inside = z.view(len(z), -1, GROUP)[rows[:, None], groups].flatten(1)
+    values, places = inside.topk(k)
+    ids, order = (groups.gather(1, places // GROUP) * GROUP + places % GROUP).sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    ids = ids.gather(1, order)
+    least = values[:, -1:]
+    tied = ((inside >= least).sum(1) > k) | ((maxima >= least).sum(1) > k)  # topk may have kept a higher id
+    for row in tied.nonzero()[:, 0].tolist():
+        values[row], ids[row] = best_tokens(z[rows[row]], maxima[row], k)
+    return values, ids
+
+
 def total_mass(weights: Tensor) -> Tensor:
     """The sum of weights [padded], by groups: short chains of additions keep the entropy within 1e-6, not 1e-4."""
     return weights.view(-1, GROUP).sum(1).sum()

@@ -72,7 +72,7 @@ class State(NamedTuple):
 def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
     temperature, top_k, top_p, min_p, uniform,
-    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, edit_spans, mask_row,
+    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, forced, edit_spans, mask_row,
     correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
@@ -111,6 +111,9 @@ def finish_kernel(
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
     if HAS_MASKS:
         edited = edited | (tl.load(mask_row + row) >= 0)
+    if tl.load(forced + row) >= 0:  # as a greedy row without edits, whose token is another
+        t = 0.0
+        edited = False
     most = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
     inverse = inverse_temperature(t)
     tempered = mass1
@@ -205,7 +208,8 @@ def finish_kernel(
     token = tl.full([], -1, tl.int32)
     if (edited == 0) & (applied == 0):
         if t <= 0.0:
-            token = base_token
+            asked = tl.load(forced + row)
+            token = tl.where(asked >= 0, asked, base_token)
         elif filtered:
             token = draw_ranked(keys, slot < own, best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
         else:
@@ -288,8 +292,8 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
         params.correction, params.correction.shape[1] if bank else 0, params.strength, params.shadow.view(torch.int8),
-        inputs.edits.spans if inputs.edits else params.top_k, inputs.mask.row if inputs.mask else params.top_k,
-        bank.top_k if bank else params.top_k,
+        params.forced, inputs.edits.spans if inputs.edits else params.top_k,
+        inputs.mask.row if inputs.mask else params.top_k, bank.top_k if bank else params.top_k,
         inputs.alternatives, *state, tasks.task, tasks.norms, *record,
         HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=slots,
         GROUPS=triton.next_power_of_2(stride), SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,

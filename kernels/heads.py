@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import embedding, silu
 
-from trimtab.kernels.draw import GROUP, best_tokens, total_mass
+from trimtab.kernels.draw import GROUP, best_tokens_of_rows, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
 from trimtab.kernels.rows import Row
 
@@ -23,8 +23,9 @@ class Changed(NamedTuple):
 
     ids: Tensor  # int64 [k]: the candidates, and what follows them
     base: Tensor  # float32 [k]: z
-    steered: Tensor  # float32 [k]: z'
+    steered: dict[int, float]  # z' of the same tokens
     maxima: Tensor  # [groups]: of z'
+    token: int  # the best of z'
     normaliser: float  # log sum exp of z'
     kl: float  # KL(softmax z || softmax z'), nats
     strength: float  # the one applied
@@ -38,12 +39,12 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     params, bank = inputs.params, inputs.corrections
     assert bank is not None
     k = min(bank.max_top_k, inputs.logits.shape[1])
-    best = [best_tokens(z[row], base[row].maxima, k) for row in rows]
-    values, ids = (torch.stack(column) for column in zip(*best, strict=True))  # [n, k]
     at = torch.tensor(rows)
+    maxima = torch.stack([base[row].maxima for row in rows])
+    values, ids = best_tokens_of_rows(z, at, maxima, k)  # [n, k]
     delta = _delta(inputs, bank, at, ids)
     z[at[:, None], ids] = -math.inf
-    maxima, rests = _read_rest(z, [base[row] for row in rows], at, ids)
+    rests = _read_rest(z, [base[row] for row in rows], at, ids, maxima)
     asked = zip(params.strength[at].tolist(), params.kl_cap[at].tolist(), strict=True)
     lines = map(_Line, values.tolist(), delta.tolist(), rests, [base[row].normaliser for row in rows])
     taken = [line.bound(strength, cap) for line, (strength, cap) in zip(lines, asked, strict=True)]
@@ -51,21 +52,24 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     steered = values + strength[:, None] * delta
     z[at[:, None], ids] = steered
     maxima.scatter_reduce_(1, ids // GROUP, steered, "amax")
-    found = zip(rows, ids, values, steered, maxima, taken, strict=True)
+    peak = maxima.argmax(1)
+    tokens = peak * GROUP + z.view(len(z), -1, GROUP)[at, peak].argmax(1)
+    after = (dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), steered.tolist(), strict=True))
+    found = zip(rows, ids, values, after, maxima, tokens.tolist(), taken, strict=True)
     return {
-        row: Changed(tokens, z_before, z_after, peaks, base[row].normaliser + gain, kl, taken_strength)
-        for row, tokens, z_before, z_after, peaks, (taken_strength, kl, gain) in found
+        row: Changed(which, before, after, peaks, token, base[row].normaliser + gain, kl, taken_strength)
+        for row, which, before, after, peaks, token, (taken_strength, kl, gain) in found
     }
 
 
-def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor) -> tuple[Tensor, list[float]]:
-    """The groups' maxima [n, groups] and log sum exp of the tokens that are left, now that `ids` are -inf in z.
+def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor, maxima: Tensor) -> list[float]:
+    """The log sum exp of the tokens that are left, now that `ids` are -inf in z; maxima [n, groups] becomes theirs.
 
     Only their groups are read again, unless what is left lies too deep under the best logit for the masses to show.
     """
     touched = ids // GROUP
     groups = z.view(len(z), -1, GROUP)[rows[:, None], touched]  # [n, k, GROUP]
-    maxima = torch.stack([row.maxima for row in base]).scatter_(1, touched, groups.amax(2))
+    maxima.scatter_(1, touched, groups.amax(2))
     best = torch.tensor([row.best for row in base])
     masses = torch.stack([row.masses for row in base])
     masses.scatter_(1, touched, (groups - best[:, None, None]).exp_().sum(2))
@@ -77,13 +81,13 @@ def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor) -> tuple[T
             rests.append(peak + math.log(float(total_mass((z[at] - peak).exp_()))))
         else:
             rests.append(peak)
-    return maxima, rests
+    return rests
 
 
 def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> Tensor:
     """What the corrections of each of these rows add to its tokens ids [n, k], at strength 1: float32 [n, k]."""
     h = inputs.hidden[rows].float()
-    directions = inputs.head[ids].float()  # [n, k, hidden]
+    directions = embedding(ids, inputs.head).float()  # [n, k, hidden]; indexing would take ten times as long
     mixes, weights = inputs.params.correction[rows], inputs.params.weight[rows]
     total = torch.zeros(ids.shape)
     for column, which in enumerate(mixes.T.tolist()):
@@ -98,7 +102,7 @@ def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> 
 
 def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor) -> Tensor:
     """The delta of one correction a row: n indices, h [n, hidden], directions [n, k, hidden] -> [n, k]."""
-    at = torch.tensor(which)
+    at = torch.tensor(which if len(set(which)) > 1 else which[:1])  # rows of one correction share its tensors
     inner = (bank.A[at] * h[:, None, :]).sum(-1)  # [n, rank]
     curved = bank.silu[at, None]
     if curved.any():

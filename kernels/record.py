@@ -24,7 +24,8 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
     keep the first n tokens of that order: n = top_k if set; then the shortest prefix whose mass, renormalised over the
     kept, reaches top_p; then those with probability >= min_p times the best token's
 7.  draw with one uniform u in (0, 1) by inverse CDF: in that same order if n <= RANK_ORDER, else over the kept
-    tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER)
+    tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER). Where the row's `forced`
+    is a token, that is the record's: 5 to 7 are not done, everything else is
 8.  log-probabilities and the divergence are of z (base) and z' (steered), at temperature 1, before edits and filters
 9.  a row whose edits or mask forbid every token is DEAD too: it keeps what the gate saw and did, and reports no token
 
@@ -68,6 +69,7 @@ class RowParams(NamedTuple):
     strength: Tensor  # float32; 0 is the base
     kl_cap: Tensor  # float32 nats >= 0; inf is off
     shadow: Tensor  # bool: compute and report, apply nothing
+    forced: Tensor  # int32: the token is this one, not drawn; -1 draws
 
 
 class Edits(NamedTuple):

@@ -3,10 +3,14 @@
 Invariant: a choice ends once, by its own end or by `end`; its tally has a step for every token it was given.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
 from trimtab.server.metrics import Watch
 from trimtab.server.pieces import Pieces
+from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import Tally
 from trimtab.server.request import Event
 from trimtab.server.stream import ChoiceStream, TextRules, Update
@@ -15,6 +19,8 @@ from trimtab.server.tool_reader import CallReader
 
 class Choice:
     """Choice `index` of an answer."""
+
+    scores: PromptScores  # what is told of the prompt's tokens, where they are scored
 
     def __init__(
         self,
@@ -32,7 +38,7 @@ class Choice:
         self.tally = Tally(chosen)
         self.cached = 0
         self.opened = False  # its first chunk is out
-        self._watch = watch
+        self.watch = watch
         self._reader = reader
         self._updates: list[Update] = []
 
@@ -43,8 +49,11 @@ class Choice:
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.finish == "abort":
             raise EngineStopped("the engine stopped before the answer was complete: send the request again")
-        self._watch.token(event)
         self.cached += event.cached
+        if event.token is None:  # max_tokens was 0
+            self.end("length")
+            return self.stream.close()
+        self.watch.token(event)
         if event.receipt is not None:
             self.tally.add(event.receipt)
         update = self.stream.push(event)
@@ -58,7 +67,7 @@ class Choice:
 
     def end(self, reason: str) -> None:
         """It is over, if it was not yet."""
-        self._watch.end(reason)
+        self.watch.end(reason)
 
     @property
     def whole(self) -> Update:
@@ -78,3 +87,15 @@ class Choice:
         said = reader.push(update.text, update.finish is not None)
         called = update.finish == "stop" and reader.calls and reader.complete
         return update._replace(text=said.content, calls=said.calls, finish="tool_calls" if called else update.finish)
+
+
+def outcome(choices: Collection[Choice]) -> dict[str, Any]:
+    """What the log tells of an answer's choices, once they have ended."""
+    firsts = [choice.watch.first for choice in choices if choice.watch.first is not None]
+    return {
+        "completion_tokens": sum(choice.stream.tokens for choice in choices),
+        "ttft": min(firsts, default=None),
+        "finish": [choice.watch.reason for choice in choices],
+        "fired": sum(choice.tally.fired for choice in choices),
+        "flips": sum(choice.tally.flips for choice in choices),
+    }

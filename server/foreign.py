@@ -38,7 +38,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),

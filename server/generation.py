@@ -18,17 +18,20 @@ from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 from trimtab.server.catalogue import Catalogue, Chosen
-from trimtab.server.choice import Choice
+from trimtab.server.choice import Choice, outcome
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
+from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Ticket, Tickets
 from trimtab.server.tools import ToolUse
+from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +48,9 @@ class Service:
     metrics: Metrics
     max_len: int
     capacity: int  # choices under way at once
+    queue_tokens: int | None  # of prompts that may wait at once, where there are several
     fingerprint: str
+    swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
 
     def check_room(self, prompts: int, n: int) -> None:
@@ -53,6 +58,13 @@ class Service:
         if prompts * n > self.capacity:
             message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
             raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
+
+    def check_queue(self, prompts: Sequence[Ids]) -> None:
+        """Raise InvalidRequest for more text than can ever wait."""
+        tokens = sum(map(len, prompts))
+        if self.queue_tokens is not None and len(prompts) > 1 and tokens > self.queue_tokens:
+            message = f"this server takes {self.queue_tokens} tokens of prompts at once, not {tokens}: send fewer"
+            raise InvalidRequest(message, "prompt")
 
 
 class Shape(Protocol):
@@ -98,25 +110,44 @@ class Generation:
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(), body.rules()
+        wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if tools is not None:
             rules = tools.show(rules)
         for prompt in prompts:
-            if len(prompt) >= service.max_len:
-                raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
+            if len(prompt) + min(wanted, 1) > service.max_len:
+                raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
+        first, told = what_to_score(body, chosen.rule)
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
+            Request(
+                f"{self._id}-{i}",
+                prompt,
+                sampling,
+                chosen.steering,
+                body.choices,
+                chosen.rule,
+                score_from=first,
+                score_alternatives=told,
+            )
             for i, prompt in enumerate(prompts)
         ]
+        self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
         if negatives:
             self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
+        service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
                 reader = None if tools is None else tools.reader()
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch, reader)
+                choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
+                choice.scores = self._scores[request.id]
                 self._choices[request.id, k] = choice
+        self._visit = current()
+        if self._visit is not None:
+            self._visit.prompt = getattr(body, shape.subject, None)
+            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
@@ -149,12 +180,14 @@ class Generation:
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         with self._service.tickets.open(self._requests) as ticket:
-            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._service.metrics.accept([len(request.prompt) for request in self._requests])
             try:
                 yield ticket
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
+                if self._visit is not None:
+                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
@@ -164,6 +197,7 @@ class Generation:
                     choice.keep(update)
         choices = [self._whole_choice(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
+        answer |= self._prompt_logprobs("messages", next(iter(self._choices.values())))
         return _dumps(answer).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -190,6 +224,9 @@ class Generation:
         while going:
             news: list[tuple[Choice, Update]] = []
             for event in await ticket.next(self._service.keep_alive):
+                if event.scored:
+                    self._scores[event.request_id].add(event)
+                    continue
                 choice = self._choices[event.request_id, event.index]
                 if choice.stream.finish is not None:
                     continue  # a step that was under way when its stop string came
@@ -209,9 +246,10 @@ class Generation:
         if not choice.opened:
             choice.opened = True
             opening = self._shape.opening(choice.echo)
+            echoed = self._echo_logprobs(choice)
             if opening is not None:
-                yield self._chunk(choice, opening)
-        logprobs = self._logprobs(update.tokens) if update.tokens else None
+                yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
+        logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
         if update.text or update.calls or logprobs is not None or receipts:
             first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
@@ -225,15 +263,34 @@ class Generation:
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         answer = choice.whole
-        content = self._shape.whole(answer, self._logprobs(answer.tokens))
+        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
+        if logprobs is not None and echoed is not None:
+            logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
+        content = self._shape.whole(answer, logprobs)
         ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
             steering["steering"]["tokens"] = self._receipts(answer.steps)
-        return {"index": choice.index, **content, **ended, **steering}
+        return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
 
-    def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
-        return self._shape.write_logprobs(tokens) if self._shape.logprobs else None
+    def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
+        """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
+        most = self._body.prompt_logprobs
+        told = most is not None and subject == self._shape.subject
+        return {"prompt_logprobs": choice.scores.by_id(most or 0)} if told else {}
+
+    def _logprobs(self, choice: Choice, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+        if not self._shape.logprobs:
+            return None
+        if choice.echo:
+            tokens = [token._replace(offset=token.offset + len(choice.echo)) for token in tokens]
+        return self._shape.write_logprobs(tokens)
+
+    def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Of the prompt's tokens, where they stand before the answer's."""
+        if not (choice.echo and self._shape.logprobs):
+            return None
+        return choice.scores.write(self._shape.write_logprobs, choice.echo, self._body.alternatives())
 
     def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
         if self._body.report != "tokens":
@@ -258,15 +315,18 @@ class Generation:
             "system_fingerprint": self._service.fingerprint,
         }
 
+    @property
+    def _cached(self) -> int:
+        return sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
+
     def _usage(self) -> dict[str, Any]:
         """Prompts count once, whatever n; what was sampled counts, shown or not."""
         completion = sum(choice.stream.tokens for choice in self._choices.values())
-        cached = sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.pieces import Pieces
 from trimtab.server.tool_template import ToolTemplate
 
@@ -28,6 +28,10 @@ def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
     if last is None:
         raise InvalidRequest("messages has none of the user's, of which contrast replaces the last", "messages")
     return [{**message, "content": text} if i == last else dict(message) for i, message in enumerate(messages)]
+
+
+def _stopped() -> EngineStopped:
+    return EngineStopped("the server is shutting down: send the request to another, or again in a moment")
 
 
 class Prompter:
@@ -44,6 +48,16 @@ class Prompter:
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
+
+    async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
+        """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
+
+        def work() -> Ids:
+            whole = self._encode(prompt + completion, add_special_tokens, "completion")
+            begins = whole[: len(ids)] == ids
+            return whole[len(ids) :] if begins else self._encode(completion, False, "completion")
+
+        return await self._run(work)
 
     async def words(self, words: Sequence[str]) -> list[Ids]:
         """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
@@ -93,10 +107,21 @@ class Prompter:
         return [str(await self._run(partial(self._tokenizer.decode, ids))) for ids in prompts]
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """What has not begun never will, and what goes on is not waited for: a queue of long prompts takes minutes."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError as error:  # after its shutdown
+            raise _stopped() from error
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _stopped() from None  # not the caller was cancelled, but the work
 
     def _encode(self, text: str, special: bool, field: str) -> Ids:
         try:

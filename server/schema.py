@@ -6,6 +6,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -57,17 +58,21 @@ class Body(StructuredBody):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
         foreign.refuse(self.model_extra or {})
+        self.structure()
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
             self.steering.check()
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs is told in whole answers: leave out stream", "prompt_logprobs")
 
     @property
     def choices(self) -> int:
@@ -133,6 +138,10 @@ class Body(StructuredBody):
         """How many of the most likely tokens each step reports: none, unless the endpoint has a word for it."""
         return 0
 
+    def prompt_alternatives(self) -> int | None:
+        """How many of them each token of the prompt reports; None: the prompt is not scored."""
+        return self.prompt_logprobs
+
 
 class CompletionBody(Body):
     """POST /v1/completions."""
@@ -144,16 +153,19 @@ class CompletionBody(Body):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo is not supported together with logprobs: leave one of them out", "echo")
-
     def token_limit(self) -> int | None:
         return self.DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def alternatives(self) -> int:
         return self.logprobs or 0
+
+    def rules(self) -> TextRules:
+        """Where the prompt's tokens are told, every token is: readers count them from the end."""
+        return replace(super().rules(), show_end=bool(self.echo) and self.logprobs is not None)
+
+    def prompt_alternatives(self) -> int | None:
+        echoed = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return max(self.prompt_logprobs or 0, self.logprobs or 0) if echoed else self.prompt_logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

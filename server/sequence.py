@@ -5,7 +5,10 @@ last of them samples the next. Prefill, chunks, resumed prefixes and decode are 
 every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
+import time
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from trimtab.server.budget import Allowance
 from trimtab.server.constraint import Constraint
@@ -20,9 +23,11 @@ class Row:
 
     tokens: list[int]  # prompt, then what was sampled
     adapter: int = NO_ADAPTER  # of the bank; it acts on every one of the tokens
+    told: range = range(0)  # positions whose states are needed besides the last one's: what follows them is scored
     slot: int = -1
     computed: int = 0
     cached: int = 0  # prompt tokens whose KV was copied, not computed
+    states: Tensor | None = None  # [positions, hidden]: of `told`, computed and not yet scored
     prompt: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
@@ -33,6 +38,20 @@ class Row:
         """Tokens to compute until the next is sampled."""
         return len(self.tokens) - self.computed
 
+    @property
+    def reusable(self) -> int:
+        """Tokens whose KV may be what another row has left: those after them are needed for their states."""
+        return self.told.start if self.told else len(self.tokens) - 1
+
+
+@dataclass(eq=False)
+class Scores:
+    """The tokens at the end of a choice's prompt that are told as if they had been sampled there."""
+
+    tokens: tuple[int, ...]
+    allowance: Allowance | None  # begins with them
+    done: int = 0
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -41,15 +60,18 @@ class Sequence:
     request: Request
     index: int
     seed: int
-    limit: int  # tokens it may sample
+    limit: int  # tokens it may sample; 0: its prompt is scored and no more
     rule: Rule
     stops: frozenset[int]  # tokens that end it
     row: Row
     companion: Row | None = None
     allowance: Allowance | None = None  # None where nothing bounds the steering
     constraint: Constraint | None = None  # None where every token is always legal
+    scores: Scores | None = None
     sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
+    arrived: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0  # seconds until it had its slots
     rows: tuple[Row, ...] = field(init=False)
     penalised: bool = field(init=False)  # its logits are edited by what it has seen
 

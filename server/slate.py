@@ -7,6 +7,7 @@ tokens, the draw) is asked of the few choices that have it.
 """
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class Slate:
     """Arrays [slots], but for `correction` and `weight`, [slots, mix]."""
 
     def __init__(self, slots: int) -> None:
-        self._owner: list[Sequence | None] = [None] * slots
+        # Weakly: a sequence that ended must not keep its correction, which may have been replaced.
+        self._owner: list[weakref.ref[Sequence] | None] = [None] * slots
         self._floats = np.zeros((slots, len(_DRAWS + _ACTS)), dtype=np.float32)
         self._top_k = np.zeros(slots, dtype=np.int32)
         self._gate = np.zeros(slots, dtype=np.int32)
@@ -55,7 +57,8 @@ class Slate:
         """They hold their slots now."""
         owner = self._owner
         for sequence in sequences:
-            if owner[sequence.row.slot] is not sequence:
+            held = owner[sequence.row.slot]
+            if held is None or held() is not sequence:
                 self._write(sequence)
 
     def go_on(self, slots: Slots, lengths: Slots, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -85,7 +88,7 @@ class Slate:
         slot, request, rule = sequence.row.slot, sequence.request, sequence.rule
         s, cap = request.sampling, request.steering.budget.kl
         draws = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-        self._owner[slot] = sequence
+        self._owner[slot] = weakref.ref(sequence)
         self._floats[slot] = (*draws, rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
         self._top_k[slot], self._gate[slot] = s.top_k, GATES[rule.gate]
         self._shadow[slot], self._steered[slot] = request.steering.mode == "shadow", rule.steered

@@ -25,6 +25,7 @@ class TextRules:
     min_tokens: int = 0  # stop strings that end within these tokens are text
     include_stop: bool = False
     skip_special: bool = True
+    show_end: bool = False  # the token that ends the text is a token among others, if one without text
     keep: frozenset[int] = frozenset()  # special tokens that are shown all the same
 
 
@@ -99,6 +100,11 @@ class ChoiceStream:
             return self._release(self._held, event.finish)
         return self._release(self._held[: len(self._held) - self._hold_back()], None)
 
+    def close(self) -> Update:
+        """End without a token."""
+        assert self.finish is None, "closed after the end"
+        return self._release(self._held, "length")
+
     def _find_stop(self) -> int | None:
         """Where in the held text the answer ends, if a stop string is complete."""
         exempt = self._exempt - self._out
@@ -132,7 +138,7 @@ class ChoiceStream:
             assert event.token is not None
             if event.receipt is not None:
                 steps.append(Step(event.token, event.receipt))
-            ended = event.finish == "stop"
+            ended = event.finish == "stop" and not self._rules.show_end
             if not ended and (end <= last_byte or end - len(content) < last_byte):
                 shown.append(Shown(event, content[: len(content) - max(0, end - last_byte)], offset))
         return Update(text, tuple(shown), tuple(steps), finish)

@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.hf import from_tokenizer
 
 from trimtab.errors import InvalidRequest
+from trimtab.server.json_schema import read_schema
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Structure
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 Words = npt.NDArray[np.int32]  # a bitmask over the vocabulary, as kernels.record.Masks has it
 
@@ -50,7 +54,7 @@ class Grammars:
         vocabulary = self._read_vocabulary(field)
         try:
             source = _write_grammar(structure)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # in whatever way a text is not what it should be
             raise InvalidRequest(f"{field}: {error}", field) from error
         matcher = new_matcher(vocabulary.tokenizer, source)
         if matcher.is_error():
@@ -213,12 +217,15 @@ def new_matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
 def _write_grammar(structure: Structure) -> str:
     """In llguidance's words. Raises ValueError."""
     text = structure.text
+    spaces: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
     match structure.kind:
         case "json_schema":
-            json.loads(text)  # whose message says where
-            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
+            schema = read_schema(text)
+            own = schema.get("x-guidance")  # llguidance's, which may forbid all white space: a pattern would allow it
+            silent = not isinstance(own, dict) or "whitespace_flexible" not in own
+            return LLMatcher.grammar_from_json_schema(schema, defaults=spaces if silent else None)
         case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults={"whitespace_pattern": WHITESPACE})
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=spaces)
         case "regex":
             return LLMatcher.grammar_from_regex(text)
         case "choice":

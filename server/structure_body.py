@@ -132,7 +132,7 @@ def _write_schema(schema: JsonSchema | str, spaces: dict[str, Any], field: str) 
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{field} is not JSON: {error}", field) from error
     if spaces and isinstance(schema, dict):
         schema = {"x-guidance": spaces, **schema}

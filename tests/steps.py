@@ -28,9 +28,10 @@ OFF: dict[str, Any] = {
     "strength": 1.0,
     "kl_cap": math.inf,
     "shadow": False,
+    "forced": -1,
 }
 _DTYPES = {
-    **dict.fromkeys(("top_k", "gate", "correction"), torch.int32),
+    **dict.fromkeys(("top_k", "gate", "correction", "forced"), torch.int32),
     **dict.fromkeys(("steered", "shadow"), torch.bool),
     "uniform": torch.float64,
 }

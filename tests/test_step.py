@@ -237,6 +237,39 @@ def test_mass_under_a_demoted_peak_is_kept(step: Step) -> None:
     check(inputs, step(inputs))
 
 
+@pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (130, torch.float32), (5003, torch.bfloat16)])
+def test_a_forced_token_is_the_records_and_all_else_is_as_if_it_had_been_drawn(
+    step: Step, vocab: int, dtype: torch.dtype
+) -> None:
+    rows, edits = random_rows(14, vocab + 7, vocab)
+    forced = [random.Random(i).randrange(vocab) if i % 3 else -1 for i in range(len(rows))]
+
+    def run(tokens: list[int]) -> tuple[StepInputs, StepRecord]:
+        asked = [row | {"forced": token} for row, token in zip(rows, tokens, strict=True)]
+        inputs = make_inputs(asked, vocab, seed=vocab, dtype=dtype, edits=edits, alternatives=3, top_k=(5, 60))
+        return inputs, step(inputs)
+
+    inputs, record = run(forced)
+    check(inputs, record)
+    assert all(token in (-1, drawn) for token, drawn in zip(forced, record.token.tolist(), strict=True))
+    _, free = run([-1] * len(rows))
+    _, again = run([int(token) for token in free.token])  # what was drawn, now forced: the same record
+    others = [i for i, token in enumerate(forced) if token < 0]
+    for field in StepRecord._fields:
+        assert torch.equal(getattr(free, field), getattr(again, field)), field
+        assert torch.equal(getattr(free, field)[others], getattr(record, field)[others]), field
+
+
+def test_a_forced_token_may_have_no_mass_and_a_dead_row_has_none(step: Step) -> None:
+    inputs = make_inputs([{"forced": 7, "correction": c} for c in (-1, 0, 1, 1)], 300)
+    inputs.logits[:3, 7] = -math.inf
+    inputs.logits[3, 9] = math.nan
+    record = step(inputs)
+    assert record.token.tolist() == [7, 7, 7, -1]
+    assert (record.status & DEAD).tolist() == [0, 0, 0, DEAD]
+    assert record.base_logprob[:3].tolist() == record.steered_logprob[:3].tolist() == [-math.inf] * 3
+
+
 def test_a_dead_row_harms_nobody(step: Step) -> None:
     rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)]
     edits: list[dict[int, tuple[int, float]]] = [{} for _ in rows]

@@ -1,0 +1,29 @@
+"""Order over rows of logits: many rows at once agree with each alone, ties and missing tokens included."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.kernels.draw import GROUP, best_tokens, best_tokens_of_rows
+
+
+@given(
+    groups=st.integers(1, 6),
+    k=st.integers(1, 64),
+    steps=st.sampled_from([1, 3, 1000]),
+    missing=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_the_best_tokens_of_many_rows_are_those_of_each(
+    groups: int, k: int, steps: int, missing: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    z = (torch.randn(5, groups * GROUP, generator=draw) * steps).round() / steps  # few steps: many ties
+    z[torch.rand(z.shape, generator=draw) < missing] = float("-inf")
+    rows = torch.tensor([4, 0, 2])
+    maxima = z.view(5, groups, GROUP).amax(2)[rows]
+    values, ids = best_tokens_of_rows(z, rows, maxima, k)
+    for at, row in enumerate(rows.tolist()):
+        expected = best_tokens(z[row], maxima[at], k)
+        assert torch.equal(values[at], expected[0])
+        assert torch.equal(ids[at], expected[1])
