@@ -578,8 +578,8 @@ def test_it_fits_360_pixels_and_moves_nothing_for_who_asks_for_that(browser: Bro
     size = {"width": 360, "height": 700}
     with opened(browser, engine, bank_with(BOTH), viewport=size, reduced_motion="reduce") as visited:
         page = visited.page
-        fits = """[document.documentElement, document.getElementById("talk")]
-            .every((box) => box.scrollWidth <= box.clientWidth) && document.documentElement.scrollHeight <= innerHeight"""
+        fits = """[document.documentElement, document.getElementById("talk")].every(
+            (box, i) => box.scrollWidth <= box.clientWidth && (i || box.scrollHeight <= box.clientHeight))"""
         assert page.evaluate(fits)
         expect(page.get_by_label("Strength")).to_be_hidden()
         ask(page)
