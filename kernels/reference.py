@@ -9,16 +9,14 @@ heads.py, order and the draw in draw.py.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
 from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, Masks, RowParams, StepInputs, StepRecord
 from trimtab.kernels.rows import Row, read_row
-
-_BITS = torch.arange(32, dtype=torch.int32)
 
 
 class _Drawn(NamedTuple):
@@ -33,9 +31,14 @@ class _Drawn(NamedTuple):
     steered_token_logprob: float = 0.0
 
 
-@torch.inference_mode()
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. CPU tensors in, CPU tensors out."""
+    return run(inputs)[0]
+
+
+@torch.inference_mode()
+def run(inputs: StepInputs) -> tuple[StepRecord, dict[int, Changed]]:
+    """`step`, and what corrections made of the rows that fired; by row."""
     rows, vocab = inputs.logits.shape
     params = inputs.params
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
@@ -64,7 +67,7 @@ def step(inputs: StepInputs) -> StepRecord:
     applied = torch.tensor([changed[row].strength if row in changed else s for row, s in enumerate(strength)])
     logprobs = torch.tensor([row[3:] for row in drawn]).unbind(1)
     integers = (token, torch.tensor(status, dtype=torch.int32), base_token, steered_token)
-    return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs])
+    return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs]), changed
 
 
 def _open(base: list[Row], statistic: Tensor, params: RowParams) -> list[bool]:
@@ -149,5 +152,7 @@ def _mask(z: Tensor, mask: Masks, row: int) -> Tensor:
     line = int(mask.row[row])
     if line < 0:
         return z
-    legal = (mask.words[line][:, None] >> _BITS & 1).bool().view(-1)  # [words * 32]
-    return torch.where(pad(legal, (0, len(z) - len(legal))), z, float("-inf"))
+    bits = np.unpackbits(mask.words[line].numpy().view(np.uint8), bitorder="little")  # [words * 32], fast
+    masked = torch.full_like(z, float("-inf"))
+    masked[: len(bits)] = torch.where(torch.from_numpy(bits).bool(), z[: len(bits)], float("-inf"))
+    return masked

@@ -40,7 +40,6 @@ from trimtab.steering.bank import Bank
 log = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
-_CLIENT_CLOSED = 499  # nginx's word, for the access log: nobody reads it
 _MAX_UNKNOWN = 100  # unknown body keys that are remembered as logged
 
 
@@ -76,6 +75,7 @@ def create_app(
         metrics=Metrics(names[0]),
         max_len=engine.max_len,
         capacity=engine.capacity,
+        queue_tokens=engine.queue_tokens,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
@@ -110,7 +110,7 @@ def create_app(
         try:
             content = await or_gone(request.receive, generation.whole())
         except ClientGone:
-            return Response(status_code=_CLIENT_CLOSED)
+            return Response(status_code=http_errors.CLIENT_CLOSED)
         return Response(content, media_type="application/json")
 
     @app.post("/v1/chat/completions", response_model=None)

@@ -5,6 +5,8 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -119,11 +121,15 @@ def serve(args: argparse.Namespace) -> None:
     server = DrainingServer(settings, engine, args.drain_timeout, lifecycle)
     try:
         server.run()
+    except SystemExit:  # after SIGTERM: see `_leave`
+        if not server.started:
+            raise
     finally:
         if tracer is not None:
             tracer.close()
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
+    _end()
 
 
 def choose_tracer(endpoint: str | None) -> "Tracer | None":
@@ -210,6 +216,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _end() -> None:
+    """All is answered and told. The interpreter's own end would take seconds more, and wait for other threads."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _leave(signum: int, frame: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = {"tests", "benchmarks", "scripts", "build", "dist"}
+NOT_SHIPPED = {"tests", "benchmarks", "examples", "scripts", "build", "dist"}
 PACKAGE_DIR: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
 
@@ -47,7 +47,7 @@ def test_every_folder_with_python_files_is_listed() -> None:
 def test_folders_cannot_shadow_other_packages() -> None:
     """`kernels` is another package's import name: without an __init__ here it is never found at the root."""
     inits = {file for file in module_files() if file.endswith("__init__.py")}
-    assert inits == {"__init__.py", "clients/__init__.py"}
+    assert inits == {"__init__.py", "clients/__init__.py", "server/vllm_plugin/__init__.py"}
 
 
 def test_the_base_import_is_light() -> None:
