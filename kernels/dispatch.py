@@ -1,12 +1,14 @@
 """The one place that chooses what a device runs: Triton and CUDA graphs on CUDA, plain torch elsewhere."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.steer import Steered, find_on_cpu, find_on_gpu, steer
 
 
 class LayerKernels(NamedTuple):
@@ -25,6 +27,11 @@ def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:
     else:
         from trimtab.kernels.reference import step
     return step
+
+
+def steer_for(device: torch.device) -> Callable[[StepInputs], Steered]:
+    """What computes z' for an engine that draws by itself (steer.py)."""
+    return partial(steer, find_on_gpu if device.type == "cuda" else find_on_cpu)
 
 
 def layers_for(device: torch.device) -> LayerKernels | None:

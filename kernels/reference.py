@@ -31,9 +31,14 @@ class _Drawn(NamedTuple):
     steered_token_logprob: float = 0.0
 
 
-@torch.inference_mode()
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. CPU tensors in, CPU tensors out."""
+    return run(inputs)[0]
+
+
+@torch.inference_mode()
+def run(inputs: StepInputs) -> tuple[StepRecord, dict[int, Changed]]:
+    """`step`, and what corrections made of the rows that fired; by row."""
     rows, vocab = inputs.logits.shape
     params = inputs.params
     z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
@@ -62,7 +67,7 @@ def step(inputs: StepInputs) -> StepRecord:
     applied = torch.tensor([changed[row].strength if row in changed else s for row, s in enumerate(strength)])
     logprobs = torch.tensor([row[3:] for row in drawn]).unbind(1)
     integers = (token, torch.tensor(status, dtype=torch.int32), base_token, steered_token)
-    return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs])
+    return StepRecord._make([*integers, entropy, *logprobs, statistic, kl, applied, top_ids, top_logprobs]), changed
 
 
 def _open(base: list[Row], statistic: Tensor, params: RowParams) -> list[bool]:

@@ -10,16 +10,21 @@ Invariant: no word from the device is needed between the launches, so a step nev
 
 import torch
 
-from trimtab.kernels.finish import finish_rows
+from trimtab.kernels.finish import Tasks, finish_rows
 from trimtab.kernels.record import FIELDS, StepInputs, StepRecord
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
 from trimtab.kernels.tilt import tilt_rows
 
 
-@torch.inference_mode()
 def step(inputs: StepInputs) -> StepRecord:
     """One decode step; see record.py. All tensors on one device, rows contiguous within themselves."""
+    return run(inputs)[0]
+
+
+@torch.inference_mode()
+def run(inputs: StepInputs) -> tuple[StepRecord, Tasks]:
+    """`step`, and what is known of the candidates of the rows that fired."""
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
     assert all(column.is_contiguous() for column in inputs.params)
     assert inputs.mask is None or inputs.mask.words.is_contiguous()
@@ -28,7 +33,7 @@ def step(inputs: StepInputs) -> StepRecord:
     tasks, found = finish_rows(inputs, groups, record)
     tilt_rows(inputs, groups, tasks, found, record)
     resolve_rows(inputs, tasks, record)
-    return record
+    return record, tasks
 
 
 def _new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:

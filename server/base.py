@@ -8,9 +8,7 @@ loaded, so that a family our attention does not cover is refused instead of serv
     logits = base.logits(states[batch.last])
 """
 
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +27,7 @@ from trimtab.server.kv import KVCache
 from trimtab.server.linear import pack_linears
 from trimtab.server.staging import stage
 from trimtab.server.weights import locate
-from trimtab.steering.correction import BaseIdentity
+from trimtab.steering.identity import identify
 
 log = logging.getLogger(__name__)
 
@@ -197,27 +195,6 @@ def _check_parity(base: Base) -> None:
             f"{base.name} ({type(base.model).__name__}): our forward differs from transformers' by a KL of "
             f"{divergence:.2g} nats; its attention or head does something this engine does not know"
         )
-
-
-def identify(model: Any, tokenizer: Any, name: str) -> BaseIdentity:
-    """Who the base is, so that a correction made for another is refused: weights, tokenizer and chat template.
-
-    The fingerprint reads every parameter rounded to bfloat16, as the sum of its bits and a sample of values, so that it
-    is the same whether the model is served in float32 or in bfloat16.
-    """
-    weights = hashlib.sha256()
-    for key, parameter in sorted(model.state_dict().items()):
-        bits = parameter.detach().flatten().bfloat16().view(torch.int16)
-        sample = bits[:: max(1, bits.numel() // 64)][:64].cpu().numpy().tobytes()
-        weights.update(f"{key}{tuple(parameter.shape)}{int(bits.sum(dtype=torch.int64))}".encode() + sample)
-    words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    template = getattr(tokenizer, "chat_template", None) or ""
-    return BaseIdentity(
-        model=name,
-        fingerprint=weights.hexdigest()[:32],
-        tokenizer=hashlib.sha256(words.encode()).hexdigest()[:32],
-        chat_template=hashlib.sha256(str(template).encode()).hexdigest()[:32],
-    )
 
 
 def _position_limit(config: Any) -> int:

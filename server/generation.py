@@ -11,9 +11,9 @@ told with a status is raised before the first byte; later failures are an event,
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
@@ -23,7 +23,7 @@ from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
-from trimtab.server.prompt_scores import PromptScores
+from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
@@ -48,15 +48,25 @@ class Service:
     metrics: Metrics
     max_len: int
     capacity: int  # choices under way at once
+    queue_tokens: int | None  # of prompts that may wait at once, where there are several
     fingerprint: str
     swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling's, where a body is silent
+    trust_templates: bool = False  # a request may bring its own chat template
 
     def check_room(self, prompts: int, n: int) -> None:
         """Raise InvalidRequest for more choices than can ever be under way."""
         if prompts * n > self.capacity:
             message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
             raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
+
+    def check_queue(self, prompts: Sequence[Ids]) -> None:
+        """Raise InvalidRequest for more text than can ever wait."""
+        tokens = sum(map(len, prompts))
+        if self.queue_tokens is not None and len(prompts) > 1 and tokens > self.queue_tokens:
+            message = f"this server takes {self.queue_tokens} tokens of prompts at once, not {tokens}: send fewer"
+            raise InvalidRequest(message, "prompt")
 
 
 class Shape(Protocol):
@@ -67,6 +77,7 @@ class Shape(Protocol):
     chunk_object: str
     subject: str  # the body's field that holds the prompt
     logprobs: bool
+    one_prompt: bool  # an answer has one: its ids stand beside the choices, and else in each
 
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
@@ -101,14 +112,14 @@ class Generation:
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
-        sampling, rules = body.sampling(), body.rules()
+        sampling, rules = body.sampling(service.defaults), body.rules()
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if tools is not None:
             rules = tools.show(rules)
         for prompt in prompts:
             if len(prompt) + min(wanted, 1) > service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
-        first, told = self._scored()
+        first, told = what_to_score(body, chosen.rule)
         self._requests = [
             Request(
                 f"{self._id}-{i}",
@@ -126,31 +137,20 @@ class Generation:
         if negatives:
             self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
+        service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
                 reader = None if tools is None else tools.reader()
                 choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
-                choice.scores = self._scores[request.id]
+                choice.prompt, choice.scores = request.prompt, self._scores[request.id]
                 self._choices[request.id, k] = choice
         self._visit = current()
         if self._visit is not None:
             self._visit.prompt = getattr(body, shape.subject, None)
             kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
             self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
-
-    def _scored(self) -> tuple[int | None, int]:
-        """The first of the prompt's tokens that is scored, and how many alternatives are told with each."""
-        wanted = self._body.prompt_alternatives()
-        if wanted is None:
-            return None, 0
-        beside = self._chosen.rule.beside
-        if beside is not None and beside.own_prompt:
-            field = "echo" if self._body.prompt_logprobs is None else "prompt_logprobs"
-            message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
-            raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)
-        return 1, wanted
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
@@ -201,16 +201,20 @@ class Generation:
         choices = [self._whole_choice(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
         answer |= self._prompt_logprobs("messages", next(iter(self._choices.values())))
-        return _dumps(answer).encode()
+        return _dumps(answer | self._prompt_ids(self._shape.one_prompt)).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = _dumps(self._head(self._shape.chunk_object))[:-1]
+        once = "".join(f',"{key}":{_dumps(ids)}' for key, ids in self._prompt_ids(self._shape.one_prompt).items())
         try:
             async for news in self._updates(ticket):
                 chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
                 tail = self._tail()
                 events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
+                if once and chunks:
+                    events[0] = f'data: {head},"choices":[{_dumps(chunks[0])}]{once}{tail}'
+                    once = ""
                 if not news:
                     yield KEEP_ALIVE
                 elif events:
@@ -249,14 +253,17 @@ class Generation:
         if not choice.opened:
             choice.opened = True
             opening = self._shape.opening(choice.echo)
+            told = self._prompt_ids(not self._shape.one_prompt, choice)
             echoed = self._echo_logprobs(choice)
-            if opening is not None:
-                yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
+            if opening is not None or told:
+                first = opening or self._shape.closing()
+                yield self._chunk(choice, first | ({"logprobs": echoed} if echoed else {})) | told
         logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
-        if update.text or update.calls or logprobs is not None or receipts:
+        ids = self._token_ids(update.steps)
+        if update.text or update.calls or logprobs is not None or receipts or ids.get("token_ids"):
             first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
-            yield first | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
             yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
@@ -274,7 +281,25 @@ class Generation:
         steering = self._summary(choice)
         if self._body.report == "tokens":
             steering["steering"]["tokens"] = self._receipts(answer.steps)
-        return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
+        ids = self._prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
+        return {
+            "index": choice.index,
+            **content,
+            **ended,
+            **ids,
+            **self._prompt_logprobs("prompt", choice),
+            **steering,
+        }
+
+    def _prompt_ids(self, here: bool, choice: Choice | None = None) -> dict[str, Any]:
+        """`prompt_token_ids`, where they were asked for and stand here. choice: None for the first one's."""
+        if not (here and self._body.return_token_ids):
+            return {}
+        return {"prompt_token_ids": (choice or next(iter(self._choices.values()))).prompt}
+
+    def _token_ids(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """`token_ids`, where they were asked for: all that was sampled, the token that ends a text included."""
+        return {"token_ids": [step.token for step in steps]} if self._body.return_token_ids else {}
 
     def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
         """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
@@ -290,11 +315,10 @@ class Generation:
         return self._shape.write_logprobs(tokens)
 
     def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Of the prompt's tokens, where they stand before the answer's; nothing is known of the first."""
+        """Of the prompt's tokens, where they stand before the answer's."""
         if not (choice.echo and self._shape.logprobs):
             return None
-        told = self._shape.write_logprobs(choice.scores.shown(choice.echo, self._body.alternatives()))
-        return told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
+        return choice.scores.write(self._shape.write_logprobs, choice.echo, self._body.alternatives())
 
     def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
         if self._body.report != "tokens":

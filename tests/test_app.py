@@ -515,6 +515,16 @@ def test_a_batch_that_can_never_be_taken_is_a_400_before_it_is_tokenised(monkeyp
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
 
 
+def test_a_batch_of_more_text_than_may_ever_wait_is_a_400() -> None:
+    engine = ScriptedEngine(say("x"))
+    engine.queue_tokens = 5
+    with in_memory(engine) as ask:
+        refused = ask("POST", TEXT_PATH, json={"prompt": ["abc", "def"]})
+        taken = [ask("POST", TEXT_PATH, json={"prompt": prompt}).status_code for prompt in ("abcdef", ["abc", "de"])]
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "prompt")
+    assert taken == [200, 200], "one prompt alone may always wait"
+
+
 def test_ids_that_cannot_fit_are_a_400_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Prompter, "decode", lambda *_: pytest.fail("they were decoded"))
     response = complete(prompt=[1] * 300, echo=True)

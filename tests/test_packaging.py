@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = {"tests", "benchmarks", "scripts", "build", "dist"}
+NOT_SHIPPED = {"tests", "benchmarks", "examples", "scripts", "build", "dist"}
 PACKAGE_DIR: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
 
@@ -32,6 +32,11 @@ def correction_files() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in ROOT.glob("corrections/*/correction.*")}
 
 
+def page_files() -> set[str]:
+    """What the page is put together from."""
+    return {path.relative_to(ROOT).as_posix() for path in ROOT.glob("server/web/*")}
+
+
 def test_every_folder_with_python_files_is_listed() -> None:
     folders = {Path(file).parent.as_posix() for file in module_files()}
     assert folders == set(PACKAGE_DIR.values())
@@ -42,7 +47,7 @@ def test_every_folder_with_python_files_is_listed() -> None:
 def test_folders_cannot_shadow_other_packages() -> None:
     """`kernels` is another package's import name: without an __init__ here it is never found at the root."""
     inits = {file for file in module_files() if file.endswith("__init__.py")}
-    assert inits == {"__init__.py", "clients/__init__.py"}
+    assert inits == {"__init__.py", "clients/__init__.py", "server/vllm_plugin/__init__.py"}
 
 
 def test_the_base_import_is_light() -> None:
@@ -62,7 +67,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     """The wheel of a copy of the tree (building writes into it), made offline with what is installed."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in (*module_files(), *correction_files(), "pyproject.toml", "README.md", "LICENSE", "py.typed"):
+    for name in (
+        *module_files(),
+        *correction_files(),
+        *page_files(),
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "py.typed",
+    ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -76,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     held = {name.removeprefix("trimtab/") for name in wheel.namelist() if ".dist-info/" not in name}
     assert module_files() <= held
-    assert held - module_files() == {"py.typed", *correction_files()}
+    assert held - module_files() == {"py.typed", *correction_files(), *page_files()}
     assert all(name.startswith("trimtab") for name in wheel.namelist())
 
 
