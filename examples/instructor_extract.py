@@ -10,10 +10,12 @@ from typing import Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Weather(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else the schema lets a model add keys of its own, without end
+
     sky: Literal["clear", "cloudy", "rain"]
     degrees: int = Field(ge=-40, le=50)
     windy: bool

@@ -9,17 +9,19 @@ with it. The engine starts with the app and is closed with it.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from trimtab.server import chat, completions, corrections, http_errors, page, score
+from trimtab.clients import facts
+from trimtab.server import chat, completions, corrections, http_errors, openapi, page, responses, score, tokens
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
@@ -30,6 +32,7 @@ from trimtab.server.keys import Keys
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
+from trimtab.server.response_body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
@@ -56,13 +59,17 @@ def create_app(
     max_per_key: int | None = None,
     lifecycle: Lifecycle | None = None,
     observers: Sequence[Observer] = (),
+    defaults: Mapping[str, Any] | None = None,
+    trust_templates: bool = False,
+    origins: Sequence[str] = (),
     with_page: bool = True,
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
     keep_alive: seconds of silence after which a stream sends a comment. admin_keys: none means that corrections stay as
-    they are. corrections_root: where those that are loaded must lie. with_page: whether there is one at `/`. For the
-    rest see front_door.py.
+    they are. corrections_root: where those that are loaded must lie. defaults: of sampling, where a body is silent.
+    trust_templates: requests may bring a chat template. origins: whose pages may call from a browser. with_page:
+    whether there is one at `/`. For the rest see front_door.py.
     """
     names = names or [base.name]
     lifecycle = lifecycle or Lifecycle()
@@ -79,6 +86,8 @@ def create_app(
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
+        defaults=defaults or {},
+        trust_templates=trust_templates,
     )
     lifecycle.at_end.append(service.prompter.close)
 
@@ -89,11 +98,13 @@ def create_app(
         await asyncio.to_thread(engine.close)  # its last events still reach their callers
         service.prompter.close()
 
-    app = FastAPI(title="Trimtab", lifespan=lifespan)
+    app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(
         FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
     )
+    if origins:  # outside the front door: a browser asks without its key whether it may ask
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     http_errors.install(app)
     logged: set[str] = set()
 
@@ -113,45 +124,59 @@ def create_app(
             return Response(status_code=http_errors.CLIENT_CLOSED)
         return Response(content, media_type="application/json")
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=openapi.CHATS)
     async def create_chat(request: Request, body: ChatBody) -> Response:
+        """Answer a chat."""
         return await answer(request, body, await chat.prepare(service, body))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=openapi.TEXTS)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
+        """Continue a prompt, or each of several."""
         return await answer(request, body, await completions.prepare(service, body))
 
-    @app.get("/v1/models")
+    @app.post("/v1/responses", response_model=None, responses=openapi.RESPONSES)
+    async def create_response(request: Request, body: ResponseBody) -> Response:
+        """Answer a conversation, in OpenAI's newer words. Nothing is stored."""
+        return await answer(request, body, await responses.prepare(service, body))
+
+    @app.get("/v1/models", responses=openapi.plain(facts.ModelList))
     async def list_models() -> dict[str, Any]:
+        """List what may stand as `model`."""
         return service.catalogue.models()
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=openapi.plain(facts.Model))
     async def get_model(name: str) -> dict[str, Any]:
+        """Tell of one model."""
         return service.catalogue.model(name)
 
-    @app.get("/v1/corrections/{name}")
+    @app.get("/v1/corrections/{name}", responses=openapi.plain(facts.Correction))
     async def get_correction(name: str) -> dict[str, Any]:
+        """Tell of one correction, its report included."""
         return service.catalogue.correction(name)
 
     def is_well() -> bool:
         stats = engine.stats()
         return stats.alive and time.monotonic() - stats.heartbeat < STALE
 
-    @app.get("/health")
+    @app.get("/health", response_model=None, responses=openapi.status("ok", "unhealthy"))
     async def health() -> Response:
+        """Whether the engine is alive and moves."""
         well = is_well()
         return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=None, responses=openapi.status("ready", "draining or unhealthy"))
     async def ready() -> Response:
+        """Whether new requests are taken."""
         draining = lifecycle.draining
         up = not draining and is_well()
         return JSONResponse({"status": "ready" if up else "draining" if draining else "unhealthy"}, 200 if up else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=openapi.TEXT)
     async def metrics() -> Response:
+        """Prometheus' metrics."""
         return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
 
+    tokens.add_routes(app, service)
     corrections.add_routes(app, service, corrections_root)
     score.add_routes(app, service)
     if with_page:

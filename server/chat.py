@@ -5,14 +5,14 @@ character; each entry has exactly as many top_logprobs as were asked for. In an 
 that was written, calls included. A chunk holds content or a piece of one call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.generation import Generation, Service
 from trimtab.server.pieces import Pieces
-from trimtab.server.prompt import replace_words
+from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
 from trimtab.server.stream import Shown, Update
@@ -20,28 +20,42 @@ from trimtab.server.tool_reader import CallPiece
 from trimtab.server.tools import ToolUse
 
 
-async def prepare(service: Service, body: ChatBody) -> Generation:
-    """A chat's body -> a generation, not yet submitted. Raises NotFound, InvalidRequest."""
+async def prepare(service: Service, body: ChatBody, make: Callable[..., Generation] = Generation) -> Generation:
+    """A chat's body -> a generation, not yet submitted. make: what tells it. Raises NotFound, InvalidRequest."""
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
-    proceed = bool(body.continue_final_message)
-    render = partial(
-        service.prompter.chat,
-        add_generation_prompt=(not proceed) if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=proceed,
-        template_kwargs=body.chat_template_kwargs,
-        tools=body.shown_tools(),
-    )
+    render = renderer(service, body)
     messages = [message.for_template() for message in body.messages]
     tools = ToolUse.of(body, service.prompter.tool_format, service.pieces)
     if tools is not None:
         chosen = tools.spare(chosen)
-    prompt = await render(messages)
+    prompt = body.cut(await render(messages), service.max_len)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
-    shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None)
-    generation = Generation(service, body, chosen, shape, [prompt], negatives, tools)
+    shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None, bool(body.return_tokens_as_token_ids))
+    generation = make(service, body, chosen, shape, [prompt], negatives, tools)
     await _constrain(generation, tools)
     return generation
+
+
+def renderer(service: Service, body: ChatBody) -> Callable[[Sequence[Mapping[str, Any]]], Awaitable[Ids]]:
+    """What turns messages into ids as this body wants it."""
+    proceed = bool(body.continue_final_message)
+    if body.chat_template is not None and not service.trust_templates:
+        message = "chat_template is not taken from requests: the operator may allow it (--trust-request-chat-template)"
+        raise InvalidRequest(message, "chat_template")
+    beside = {
+        "chat_template": body.chat_template,
+        "documents": body.documents,
+        "reasoning_effort": body.reasoning_effort,
+    }
+    return partial(
+        service.prompter.chat,
+        add_generation_prompt=(not proceed) if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=proceed,
+        template_kwargs=body.chat_template_kwargs,
+        beside={name: value for name, value in beside.items() if value is not None},
+        tools=body.shown_tools(),
+    )
 
 
 async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
@@ -59,10 +73,11 @@ class ChatShape:
     """See generation.Shape."""
 
     prefix, whole_object, chunk_object, subject = "chatcmpl-", "chat.completion", "chat.completion.chunk", "messages"
+    one_prompt = True
 
-    def __init__(self, pieces: Pieces, logprobs: bool, tools: bool = False) -> None:
-        """tools: calls may come, and then content is null until there is some."""
-        self._pieces, self.logprobs, self._tools = pieces, logprobs, tools
+    def __init__(self, pieces: Pieces, logprobs: bool, tools: bool = False, as_ids: bool = False) -> None:
+        """tools: calls may come, and then content is null until there is some. as_ids: logprobs tell `token_id:5`."""
+        self._pieces, self.logprobs, self._tools, self._as_ids = pieces, logprobs, tools, as_ids
 
     def opening(self, echo: str) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": self._content("")}, "logprobs": None}
@@ -97,7 +112,8 @@ class ChatShape:
 
     def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
         content = self._pieces.content(token)
-        return {"token": self._pieces.label(token), "logprob": finite(logprob), "bytes": list(content)}
+        label = f"token_id:{token}" if self._as_ids else self._pieces.label(token)
+        return {"token": label, "logprob": finite(logprob), "bytes": list(content)}
 
 
 def _call_delta(piece: CallPiece) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Choice:
     ) -> None:
         """reader: takes the calls of tools out of the text."""
         self.index = index
+        self.prompt: tuple[int, ...] = ()  # its ids, where they are to be told
         self.echo = ""  # the prompt's text, where it is to stand before the answer's
         self.stream = ChoiceStream(pieces, rules)
         self.tally = Tally(chosen)

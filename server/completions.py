@@ -25,12 +25,14 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     special = body.add_special_tokens is not False
     if texts:
         ids = await service.prompter.text(texts, special)
+    ids = [body.cut(prompt, service.max_len) for prompt in ids]
     negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
-    shape = CompletionShape(service.pieces, body.logprobs is not None)
+    shape = CompletionShape(service.pieces, body.logprobs is not None, bool(body.return_tokens_as_token_ids))
     generation = Generation(service, body, chosen, shape, ids, negatives)
     await generation.constrain()
     if body.echo:
-        generation.echo(texts or await service.prompter.decode(ids))
+        cut = body.truncate_prompt_tokens is not None
+        generation.echo(await service.prompter.decode(ids) if cut or not texts else texts)
     return generation
 
 
@@ -38,9 +40,11 @@ class CompletionShape:
     """See generation.Shape."""
 
     prefix, whole_object, chunk_object, subject = "cmpl-", "text_completion", "text_completion", "prompt"
+    one_prompt = False
 
-    def __init__(self, pieces: Pieces, logprobs: bool) -> None:
-        self._pieces, self.logprobs = pieces, logprobs
+    def __init__(self, pieces: Pieces, logprobs: bool, as_ids: bool = False) -> None:
+        """as_ids: tokens of logprobs are told as `token_id:5`."""
+        self._pieces, self.logprobs, self._as_ids = pieces, logprobs, as_ids
 
     def opening(self, echo: str) -> dict[str, Any] | None:
         return {"text": echo, "logprobs": None} if echo else None
@@ -72,4 +76,4 @@ class CompletionShape:
 
     def _key(self, token: int | None) -> str:
         assert token is not None
-        return self._pieces.key(token)
+        return f"token_id:{token}" if self._as_ids else self._pieces.key(token)

@@ -97,10 +97,12 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
 
     @app.get(PATH)
     async def list_corrections() -> dict[str, Any]:
+        """List the corrections."""
         return catalogue.corrections()
 
     @app.post(PATH, response_model=None)
     async def put_correction(request: Request) -> JSONResponse:
+        """Load a correction, or swap the one of that name: from a folder (JSON) or from files (multipart)."""
         if request.headers.get("content-type", "").startswith("multipart/"):
             async with request.form(max_files=len(FILES), max_fields=len(FILES)) as form:
                 name = form.get("name")
@@ -116,15 +118,18 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
 
     @app.delete(PATH + "/{name}")
     async def delete_correction(name: str) -> dict[str, Any]:
+        """Take a correction away: requests under way finish on it."""
         await remove(service, name)
         return {"id": name, "object": "correction", "deleted": True}
 
     @app.post(LOAD, response_model=None)
     async def load_lora_adapter(body: _Load) -> PlainTextResponse:
+        """vLLM's word for loading one from a folder."""
         await install(service, body.lora_path, body.lora_name, root)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post(UNLOAD, response_model=None)
     async def unload_lora_adapter(body: _Unload) -> PlainTextResponse:
+        """vLLM's word for taking one away."""
         await remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

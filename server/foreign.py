@@ -18,6 +18,7 @@ _IGNORED = {
     "priority",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "reasoning_effort",
     "request_id",
     "safety_identifier",
     "service_tier",
@@ -38,14 +39,10 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
-    "reasoning_effort": ("none",),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 

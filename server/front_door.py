@@ -1,8 +1,9 @@
 """What every request passes before a route sees it: its id, its key, the size of its body, and how many there are.
 
-Invariant: every response has an X-Request-Id, and an error of any kind our envelope; no body above its limit is held in
-memory, whether its length was announced or not; whoever may not come in is told before a body is read. Bodies of
-responses are not touched. Observers hear of each request once, when it is over.
+Invariant: every response has an X-Request-Id, and the milliseconds before its first byte; an error of any kind has our
+envelope; no body above its limit is held in memory, whether its length was announced or not; whoever may not come in is
+told before a body is read. Bodies of responses are not touched, but that HEAD, which probes send, is a GET whose body
+stays here. Observers hear of each request once, when it is over.
 
     app.add_middleware(FrontDoor, keys=Keys(["secret"]), lifecycle=lifecycle, observers=[log_visit])
 """
@@ -10,6 +11,7 @@ responses are not touched. Observers hear of each request once, when it is over.
 import logging
 import re
 import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,9 +61,10 @@ class FrontDoor:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"req_{secrets.token_hex(12)}"
-        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
+        bodiless = scope["method"] == "HEAD"
+        visit = Visit(request_id, scope["method"], _SLASHES.sub("/", scope["path"]), headers)
+        scope = {**scope, "method": "GET" if bodiless else visit.method, "path": visit.path}
         limit = self._max_body
-        visit = Visit(request_id, scope["method"], scope["path"], headers)
         received = 0
 
         async def receive_some() -> Message:
@@ -74,9 +77,13 @@ class FrontDoor:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                told = MutableHeaders(scope=message)
+                told["X-Request-Id"] = request_id
+                told["openai-processing-ms"] = str(round((time.perf_counter() - visit.start) * 1000))
                 if self._lifecycle.draining:
-                    MutableHeaders(scope=message)["Connection"] = "close"
+                    told["Connection"] = "close"
+            if bodiless and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:

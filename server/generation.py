@@ -11,9 +11,9 @@ told with a status is raised before the first byte; later failures are an event,
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
@@ -52,6 +52,8 @@ class Service:
     fingerprint: str
     swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling's, where a body is silent
+    trust_templates: bool = False  # a request may bring its own chat template
 
     def check_room(self, prompts: int, n: int) -> None:
         """Raise InvalidRequest for more choices than can ever be under way."""
@@ -75,6 +77,7 @@ class Shape(Protocol):
     chunk_object: str
     subject: str  # the body's field that holds the prompt
     logprobs: bool
+    one_prompt: bool  # an answer has one: its ids stand beside the choices, and else in each
 
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
@@ -109,7 +112,7 @@ class Generation:
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
-        sampling, rules = body.sampling(), body.rules()
+        sampling, rules = body.sampling(service.defaults), body.rules()
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if tools is not None:
             rules = tools.show(rules)
@@ -141,7 +144,7 @@ class Generation:
                 watch = service.metrics.watch(self._chosen.steering)
                 reader = None if tools is None else tools.reader()
                 choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
-                choice.scores = self._scores[request.id]
+                choice.prompt, choice.scores = request.prompt, self._scores[request.id]
                 self._choices[request.id, k] = choice
         self._visit = current()
         if self._visit is not None:
@@ -198,16 +201,20 @@ class Generation:
         choices = [self._whole_choice(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
         answer |= self._prompt_logprobs("messages", next(iter(self._choices.values())))
-        return _dumps(answer).encode()
+        return _dumps(answer | self._prompt_ids(self._shape.one_prompt)).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = _dumps(self._head(self._shape.chunk_object))[:-1]
+        once = "".join(f',"{key}":{_dumps(ids)}' for key, ids in self._prompt_ids(self._shape.one_prompt).items())
         try:
             async for news in self._updates(ticket):
                 chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
                 tail = self._tail()
                 events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
+                if once and chunks:
+                    events[0] = f'data: {head},"choices":[{_dumps(chunks[0])}]{once}{tail}'
+                    once = ""
                 if not news:
                     yield KEEP_ALIVE
                 elif events:
@@ -246,14 +253,17 @@ class Generation:
         if not choice.opened:
             choice.opened = True
             opening = self._shape.opening(choice.echo)
+            told = self._prompt_ids(not self._shape.one_prompt, choice)
             echoed = self._echo_logprobs(choice)
-            if opening is not None:
-                yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
+            if opening is not None or told:
+                first = opening or self._shape.closing()
+                yield self._chunk(choice, first | ({"logprobs": echoed} if echoed else {})) | told
         logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
-        if update.text or update.calls or logprobs is not None or receipts:
+        ids = self._token_ids(update.steps)
+        if update.text or update.calls or logprobs is not None or receipts or ids.get("token_ids"):
             first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
-            yield first | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
             yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
@@ -271,7 +281,25 @@ class Generation:
         steering = self._summary(choice)
         if self._body.report == "tokens":
             steering["steering"]["tokens"] = self._receipts(answer.steps)
-        return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
+        ids = self._prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
+        return {
+            "index": choice.index,
+            **content,
+            **ended,
+            **ids,
+            **self._prompt_logprobs("prompt", choice),
+            **steering,
+        }
+
+    def _prompt_ids(self, here: bool, choice: Choice | None = None) -> dict[str, Any]:
+        """`prompt_token_ids`, where they were asked for and stand here. choice: None for the first one's."""
+        if not (here and self._body.return_token_ids):
+            return {}
+        return {"prompt_token_ids": (choice or next(iter(self._choices.values()))).prompt}
+
+    def _token_ids(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """`token_ids`, where they were asked for: all that was sampled, the token that ends a text included."""
+        return {"token_ids": [step.token for step in steps]} if self._body.return_token_ids else {}
 
     def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
         """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""

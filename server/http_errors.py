@@ -126,12 +126,17 @@ def _noun(field: str) -> str:
     return field.rpartition(".")[2].removesuffix("s")
 
 
+def _unwritten(part: str | int) -> bool:
+    """A step of pydantic's that is not in the body: `#` marks which of several models was tried."""
+    return isinstance(part, str) and (part in ("body", "[key]") or part.startswith("#"))
+
+
 def _validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
     """pydantic's findings, of which only those on the first one's field are told.
 
     A value that fits none of a field's types has a finding for each: the path that they share is named.
     """
-    paths = [[part for part in error["loc"] if part not in ("body", "[key]")] for error in errors]
+    paths = [[part for part in error["loc"] if not _unwritten(part)] for error in errors]
     about = [(path, error) for path, error in zip(paths, errors, strict=True) if path[:1] == paths[0][:1]]
     if errors[0]["type"] == "json_invalid":
         return Failure(400, f"the body is not valid JSON: {errors[0].get('ctx', {}).get('error', 'cannot be parsed')}")

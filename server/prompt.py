@@ -39,7 +39,8 @@ class Prompter:
 
     def __init__(self, tokenizer: Any, pieces: Pieces, max_len: int) -> None:
         self._tokenizer, self._max_len = tokenizer, max_len
-        self._longest = max(len(pieces.content(token)) for token in tokenizer.get_vocab().values())  # bytes
+        self._known = frozenset(tokenizer.get_vocab().values())
+        self._longest = max(len(pieces.content(token)) for token in self._known)  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
         self._tools = ToolTemplate(tokenizer)
@@ -85,9 +86,13 @@ class Prompter:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> Ids:
-        """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest."""
+        """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest.
+
+        beside: what else the template reads, by transformers' names.
+        """
         extra = dict(template_kwargs or {})
         if reserved := sorted(self._ours & extra.keys()):
             message = f"chat_template_kwargs must not set {reserved[0]}"
@@ -97,14 +102,31 @@ class Prompter:
 
         def work() -> Ids:
             told, offer = self._tools.apply(messages, tools)
-            text = self._render(told, add_generation_prompt, continue_final_message, extra | offer)
+            text = self._render(
+                told, add_generation_prompt, continue_final_message, {**(beside or {}), **extra, **offer}
+            )
             return self._encode(text, False, "messages")
 
         return await self._run(work)
 
     async def decode(self, prompts: Sequence[Ids]) -> list[str]:
-        """The text of prompts, for echo."""
-        return [str(await self._run(partial(self._tokenizer.decode, ids))) for ids in prompts]
+        """The text of prompts. Ids that the tokenizer does not know have none: a model may have rows for them."""
+        known = [list(filter(self.knows, ids)) for ids in prompts]
+        return [str(await self._run(partial(self._tokenizer.decode, ids))) for ids in known]
+
+    def knows(self, token: int) -> bool:
+        """Whether the tokenizer has this id."""
+        return token in self._known
+
+    def strings(self, ids: Ids) -> list[str]:
+        """The tokens as the tokenizer's own vocabulary writes them."""
+        return list(self._tokenizer.convert_ids_to_tokens(list(ids)))
+
+    def info(self) -> dict[str, Any]:
+        """What the tokenizer was made from."""
+        made_from: dict[str, Any] = dict(getattr(self._tokenizer, "init_kwargs", {}))
+        told = {"tokenizer_class": type(self._tokenizer).__name__, "chat_template": self._tokenizer.chat_template}
+        return made_from | told
 
     def close(self) -> None:
         """What has not begun never will, and what goes on is not waited for: a queue of long prompts takes minutes."""

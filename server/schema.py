@@ -6,6 +6,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -58,6 +59,9 @@ class Body(StructuredBody):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
@@ -69,6 +73,9 @@ class Body(StructuredBody):
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
             self.steering.check()
+        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens or -2) < -1:
+            message = "truncate_prompt_tokens must be at least 1, or -1 for what fits"
+            raise InvalidRequest(message, "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
@@ -109,8 +116,16 @@ class Body(StructuredBody):
             skip_special=self.skip_special_tokens is not False,
         )
 
-    def sampling(self) -> SamplingParams:
-        """How tokens are drawn. Raises InvalidRequest."""
+    def cut(self, prompt: tuple[int, ...], max_len: int) -> tuple[int, ...]:
+        """The last tokens of a prompt, where truncate_prompt_tokens asks: -1 leaves max_tokens of the room free."""
+        wanted = self.truncate_prompt_tokens
+        if wanted is None:
+            return prompt
+        free = min(self.token_limit() or 1, max_len - 1)
+        return prompt[-(max_len - free if wanted == -1 else wanted) :]
+
+    def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """How tokens are drawn. defaults: of what is not sent. Raises InvalidRequest."""
         given = {
             "temperature": self.temperature,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's "off"
@@ -128,7 +143,8 @@ class Body(StructuredBody):
             "alternatives": self.alternatives(),
             "allowed_tokens": None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         }
-        return SamplingParams(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        sent: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        return SamplingParams(**{**(defaults or {}), **sent})
 
     def token_limit(self) -> int | None:
         """max_tokens under the name that the endpoint gives it."""
@@ -214,6 +230,9 @@ class ChatBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -5,13 +5,14 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
@@ -50,6 +51,24 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--admin-key-file", type=Path, metavar="FILE", help="more of them, one a line")
     add("--corrections-root", type=Path, metavar="DIR", help="where folders that are loaded at run time must lie")
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called; the first is reported")
+    add(
+        "--generation-config",
+        default="vllm",
+        choices=("vllm", "auto"),
+        help="sampling where a request is silent: OpenAI's (vllm), or by the model's own generation_config (auto)",
+    )
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring a chat template: it runs in a sandbox, but may run for long",
+    )
+    add(
+        "--allowed-origins",
+        type=_origins,
+        default=[],
+        metavar="JSON",
+        help="a list of origins whose pages may call the server from a browser, as in '[\"http://localhost:3000\"]'",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     add("--max-model-len", type=_at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
@@ -77,6 +96,7 @@ def serve(args: argparse.Namespace) -> None:
     from trimtab.server.app import create_app
     from trimtab.server.base import load_base
     from trimtab.server.config import EngineConfig
+    from trimtab.server.defaults import sampling_defaults
     from trimtab.server.drain import DrainingServer, Lifecycle
     from trimtab.server.engine import Engine
 
@@ -102,6 +122,7 @@ def serve(args: argparse.Namespace) -> None:
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)
+    defaults = sampling_defaults(base) if args.generation_config == "auto" else {}
     lifecycle = Lifecycle()
     app = create_app(
         engine,
@@ -113,10 +134,13 @@ def serve(args: argparse.Namespace) -> None:
         corrections_root=args.corrections_root,
         max_per_key=args.max_requests_per_key,
         lifecycle=lifecycle,
+        defaults=defaults,
+        trust_templates=args.trust_request_chat_template,
+        origins=args.allowed_origins,
         observers=[logs.RequestLog(args.log_prompts), *([tracer] if tracer else [])],
         with_page=not args.no_page,
     )
-    print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
+    print(describe(base, bank, names, config.slots, engine.max_len, defaults), flush=True)
     settings = uvicorn.Config(app, args.host, args.port, log_config=None, access_log=False, server_header=False)
     server = DrainingServer(settings, engine, args.drain_timeout, lifecycle)
     try:
@@ -173,12 +197,22 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     return bank
 
 
-def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_len: int) -> str:
-    """What is being served, for the operator."""
+def describe(
+    base: "Base",
+    bank: "Bank",
+    names: Sequence[str],
+    slots: int,
+    max_len: int,
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
+    """What is being served, for the operator. defaults: of sampling."""
+    values = {"temperature": 1, "top_p": 1} | dict(defaults or {})
+    source = " by the model's generation_config" if defaults else ""
     lines = [
         f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
         f"slots        {slots} of {max_len} tokens",
-        "sampling     temperature 1, top_p 1 unless a request says otherwise",
+        f"sampling     {', '.join(f'{name} {value:g}' for name, value in values.items())}{source}"
+        " unless a request says otherwise",
     ]
     corrections = [_describe_correction(entry) for entry in bank.entries]
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
@@ -223,6 +257,17 @@ def _end() -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
+
+
+def _origins(text: str) -> list[str]:
+    """A type for argparse: a JSON list of strings, as vLLM takes them."""
+    try:
+        origins = json.loads(text)
+    except ValueError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise argparse.ArgumentTypeError(f"must be a JSON list of origins, not {text}")
+    return origins
 
 
 def _leave(signum: int, frame: object) -> None:

@@ -120,7 +120,7 @@ def tools_auto() -> None:
 
 
 def tools_stream() -> None:
-    ask = chat | {"max_tokens": 200}
+    ask = chat | {"max_tokens": 200, "parallel_tool_calls": False}
     named: Any = {"type": "function", "function": {"name": "look"}}
     whole = client.chat.completions.create(**ask, tools=[TOOL], tool_choice=named)
     name, arguments, ids = "", "", set()

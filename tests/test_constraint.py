@@ -45,7 +45,7 @@ def ask(
     **sampling: Any,
 ) -> Request:
     params = SamplingParams(**({"seed": 5, "max_tokens": 40} | sampling))
-    return Request(name, prompt, params, steering or Steering(), n, structure)
+    return Request(name, prompt, params, steering or Steering(), n, structure=structure)
 
 
 def events(core: Core, *requests: Request) -> dict[tuple[str, int], list[Event]]:

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tiny import tiny_tokenizer
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
@@ -118,6 +119,21 @@ def test_callers_take_turns() -> None:
     finally:
         prompter.close()
     assert tokenizer.seen.index("x") == 1
+
+
+def test_a_token_that_opens_every_text_opens_a_chat_once() -> None:
+    """The template writes it, so that the tokenizer must not."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)]
+    )
+    prompter = prompter_of(tokenizer)
+    try:
+        chat = asyncio.run(prompter.chat(HI))
+        (text,) = asyncio.run(prompter.text(["hi"]))
+    finally:
+        prompter.close()
+    assert (chat[:2].count(257), text) == (1, (257, *tokenizer.encode("hi", add_special_tokens=False)))
 
 
 def held() -> tuple[threading.Event, threading.Event, Prompter]:

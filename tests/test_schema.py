@@ -67,17 +67,13 @@ def test_rules() -> None:
         ("use_beam_search", False, True),
         ("guided_json", {}, "{"),
         ("best_of", 1, 2),
-        ("chat_template", None, "{{ messages }}"),
-        ("documents", [], [{"text": "a"}]),
         ("tool_choice", "auto", "required"),
         ("tool_choice", "none", {"type": "function", "function": {"name": "f"}}),
-        ("truncate_prompt_tokens", None, -1),
+        ("truncate_prompt_tokens", -1, 0),
+        ("truncate_prompt_tokens", 1, -2),
         ("prompt_embeds", None, "AAAA"),
         ("modalities", ["text"], ["text", "audio"]),
         ("logits_processors", [], ["module.f"]),
-        ("return_token_ids", False, True),
-        ("return_tokens_as_token_ids", False, True),
-        ("reasoning_effort", "none", "high"),
         ("echo", False, True),
         ("add_special_tokens", False, True),
     ],
@@ -89,7 +85,10 @@ def test_what_would_change_the_answer_is_refused_not_ignored(key: str, fine: Any
     assert caught.value.field == key
 
 
-@pytest.mark.parametrize(("key", "fine", "refused"), [("max_completion_tokens", None, 5), ("top_logprobs", 0, 3)])
+@pytest.mark.parametrize(
+    ("key", "fine", "refused"),
+    [("max_completion_tokens", None, 5), ("top_logprobs", 0, 3), ("chat_template", None, "x"), ("documents", [], [{}])],
+)
 def test_what_only_chats_have_is_refused_in_completions(key: str, fine: Any, refused: Any) -> None:
     CompletionBody.model_validate({"prompt": "a", key: fine}).check()
     with pytest.raises(InvalidRequest) as caught:

@@ -92,6 +92,9 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
         in told
     )
     assert "never evaluated" in told
+    assert "sampling     temperature 1, top_p 1 unless a request says otherwise" in told
+    by_makers = serve.describe(base, bank, ["tiny"], 4, 128, {"temperature": 0.6, "top_k": 20})
+    assert "temperature 0.6, top_p 1, top_k 20 by the model's generation_config unless" in by_makers
     Core(base, bank)
     lines = serve.describe(base, bank, ["tiny"], 4, 128).splitlines()
     said = 'contrast: contrast (prompt ""), strength 0.5 where entropy > 0.5 nats; two slots a choice'
@@ -127,3 +130,11 @@ def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
         assert "slots        2 of 64 tokens" in served.told
         assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
         assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_origins_are_a_json_list(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = build_parser().parse_args
+    assert parse(["serve", "demo", "--allowed-origins", '["http://here"]']).allowed_origins == ["http://here"]
+    with pytest.raises(SystemExit):
+        parse(["serve", "demo", "--allowed-origins", "http://here"])
+    assert "must be a JSON list of origins" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Text to tokens and back, in vLLM's shape: /tokenize, /detokenize, /tokenizer_info; and /version.
+
+Invariant: a chat is tokenised by the code that a generation uses, so that `count` is what its usage would say.
+
+    add_routes(app, service)
+"""
+
+import json
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trimtab import __version__
+from trimtab.errors import InvalidRequest
+from trimtab.server import chat
+from trimtab.server.generation import Service
+from trimtab.server.prompt import Ids
+from trimtab.server.schema import ChatBody, Message
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a prompt or a chat's messages. Further keys are read as a chat's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raise InvalidRequest for what does not go together."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("send either prompt or messages", "prompt")
+        if self.messages is not None and self.add_special_tokens:
+            message = "add_special_tokens must not be true with messages: the chat template writes them"
+            raise InvalidRequest(message, "add_special_tokens")
+
+    def chat(self) -> ChatBody:
+        """The chat that is tokenised. Raises RequestValidationError."""
+        own = ("prompt", "add_special_tokens", "return_token_strs")
+        try:
+            return ChatBody.model_validate(self.model_dump(exclude=set(own), exclude_none=True, by_alias=True))
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class Tokenized(BaseModel):
+    """The ids, and with return_token_strs how the vocabulary writes them."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The text."""
+
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """How the tokenizer was made: what its configuration says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
+
+
+class Version(BaseModel):
+    """Of the server."""
+
+    version: str
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the four routes."""
+    prompter = service.prompter
+
+    async def read(body: TokenizeBody) -> Ids:
+        body.check()
+        service.catalogue.choose(body.model, None)
+        if body.prompt is not None:
+            (ids,) = await prompter.text([body.prompt], body.add_special_tokens is not False)
+            return ids
+        asked = body.chat()
+        return await chat.renderer(service, asked)([message.for_template() for message in asked.messages])
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Tokenized:
+        """Turn a prompt or a chat into the ids that a generation would read."""
+        ids = await read(body)
+        strings = prompter.strings(ids) if body.return_token_strs else None
+        return Tokenized(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
+        """Turn ids into text, special tokens included."""
+        service.catalogue.choose(body.model, None)
+        if not all(map(prompter.knows, body.tokens)):
+            raise InvalidRequest("tokens holds an id that the tokenizer does not have", "tokens")
+        (text,) = await prompter.decode([tuple(body.tokens)])
+        return Detokenized(prompt=text)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """Tell how the tokenizer was made, its chat template included."""
+        return TokenizerInfo(**{name: value for name, value in prompter.info().items() if _is_json(value)})
+
+    @app.get("/version")
+    async def version() -> Version:
+        """Tell the server's version."""
+        return Version(version=__version__)
+
+
+def _is_json(value: object) -> bool:
+    """Whether a value of a tokenizer's configuration can be told."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
