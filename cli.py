@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("trimtab"):
             raise
-        extra = "train" if error.name == "peft" else "server"
+        package = (error.name or "").partition(".")[0]
+        extra = {"peft": "train", "opentelemetry": "otel"}.get(package, "server")
         print(f"trimtab: {error.name} is not installed: pip install 'trimtab[{extra}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

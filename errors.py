@@ -4,7 +4,9 @@
     |-- InvalidRequest        a value in a request is wrong: names the field and the fix       (HTTP 400)
     |   `-- ContextOverflow   the prompt alone does not fit the model's context                (HTTP 400)
     |-- Unauthorized          the API key is missing or wrong                                  (HTTP 401)
+    |-- Forbidden             this server was not told to let anybody do that                  (HTTP 403)
     |-- NotFound              no model or correction of that name                              (HTTP 404)
+    |-- RateLimited           this key has too many requests under way                         (HTTP 429)
     |-- Overloaded            the queue is full; try again later                               (HTTP 503)
     |-- EngineFailure         one request failed inside the engine; the others go on           (HTTP 500)
     |-- EngineStopped         the engine ended before the answer did                           (HTTP 503)
@@ -53,12 +55,24 @@ class Unauthorized(TrimtabError):
     """The API key is missing or wrong."""
 
 
+class Forbidden(TrimtabError):
+    """No key allows it: the server was started without the flag for that."""
+
+
 class NotFound(TrimtabError):
     """No model or correction has this name. field: where the caller wrote it."""
 
     def __init__(self, message: str, field: str = "model") -> None:
         super().__init__(message)
         self.field = field
+
+
+class RateLimited(TrimtabError):
+    """The key has as many requests under way as it may. retry_after: seconds to wait before trying again."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Overloaded(TrimtabError):

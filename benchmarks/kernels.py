@@ -218,6 +218,7 @@ def row_params(rows: int, opened: bool, temperature: float, top_p: float) -> Row
         strength=column(1.0),
         kl_cap=column(math.inf),
         shadow=column(False, torch.bool),
+        forced=column(-1, torch.int32),
     )
 
 

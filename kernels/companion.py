@@ -53,9 +53,9 @@ def step_with(
         mixed = mix(z, other, companions.mix * share)
     plain = params._replace(steered=torch.zeros_like(params.steered), gate=torch.full_like(params.gate, GATE_ENTROPY))
     edits = inputs.edits and inputs.edits._replace(spans=inputs.edits.spans[rows])
-    second = step(
-        inputs._replace(logits=mixed, hidden=inputs.hidden[rows], params=plain, edits=edits, corrections=None)
-    )
+    mask = inputs.mask and inputs.mask._replace(row=inputs.mask.row[rows])
+    own = inputs._replace(params=plain, edits=edits, mask=mask, corrections=None)
+    second = step(own._replace(logits=mixed, hidden=inputs.hidden[rows]))
 
     alive = torch.isfinite(other.amax(1))  # NaN and +inf surface in the maximum; -inf means no token is left
     fired = (base.status & OPEN != 0) & (companions.mix != 0)

@@ -25,7 +25,8 @@ from trimtab.kernels import chunk_attention, decode_attention, finish, layer, re
 TARGETS = (80, 90)
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
-    "top_k gate correction state chosen edit_spans edit_token edit_count correction_top_k task "
+    "top_k gate correction state chosen edit_spans edit_token edit_count mask_row mask_words correction_top_k task "
+    "forced "
     "token_out status_out base_token_out steered_token_out top_ids_out"
 )
 _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
@@ -61,7 +62,7 @@ _ALIGNED = {
     "width",
     "rank",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"mix", "alternatives", "heads", "kv_heads"}
+_INTEGERS = _ALIGNED | {"mix", "alternatives", "words", "heads", "kv_heads"}
 _FLOATS = (
     "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
     "x residual scales summed gate_up"
@@ -100,7 +101,7 @@ def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
         result.append(Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH))
         for most in (32, finish.MAX_CANDIDATES):
             slots = finish.slots_for(most)
-            shape = {"HAS_EDITS": True, "SLOTS": slots}
+            shape = {"HAS_EDITS": True, "HAS_MASKS": True, "SLOTS": slots}
             sizes = shape | {"GROUPS": groups, "SHIFT": 32 - 8 * itemsize, "ROWS": finish.ROWS}
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
             sizes = shape | {"GROUPS": groups, "ROWS": tilt.ROWS} | tilt.tiles(most, rank, itemsize)

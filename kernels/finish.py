@@ -1,9 +1,9 @@
 """The second kernel of a step: one program a row, from the groups' numbers to the record of the base.
 
-Invariant: it never guesses. A row whose token needs more than the best few tokens and the groups' masses (edits, or
-filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know; one that a
-correction of the bank steers, for `tilt`. Numbers do not depend on how many tokens the rest of the batch asks for: sums
-over tokens are float64, and tokens beyond those a row needs for itself are ignored.
+Invariant: it never guesses. A row whose token needs more than the best few tokens and the groups' masses (edits, a
+mask, or filters that keep many tokens) is left as a task for `resolve`, with everything that kernel must know; one that
+a correction of the bank steers, for `tilt`. Numbers do not depend on how many tokens the rest of the batch asks for:
+sums over tokens are float64, and tokens beyond those a row needs for itself are ignored.
 
 Its parts: the gate (gate.py), the best tokens (selection.py), the draws (chance.py).
 """
@@ -72,12 +72,13 @@ class State(NamedTuple):
 def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
     temperature, top_k, top_p, min_p, uniform,
-    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, edit_spans,
+    steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, forced, edit_spans, mask_row,
     correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr,
+    HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups."""
     row = tl.program_id(0).to(tl.int64)
@@ -108,6 +109,11 @@ def finish_kernel(
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    if HAS_MASKS:
+        edited = edited | (tl.load(mask_row + row) >= 0)
+    if tl.load(forced + row) >= 0:  # as a greedy row without edits, whose token is another
+        t = 0.0
+        edited = False
     most = count_candidates(correction + row * mix, mix, correction_top_k, vocab)
     inverse = inverse_temperature(t)
     tempered = mass1
@@ -202,7 +208,8 @@ def finish_kernel(
     token = tl.full([], -1, tl.int32)
     if (edited == 0) & (applied == 0):
         if t <= 0.0:
-            token = base_token
+            asked = tl.load(forced + row)
+            token = tl.where(asked >= 0, asked, base_token)
         elif filtered:
             token = draw_ranked(keys, slot < own, best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
         else:
@@ -285,9 +292,10 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
         params.correction, params.correction.shape[1] if bank else 0, params.strength, params.shadow.view(torch.int8),
-        inputs.edits.spans if inputs.edits else params.top_k, bank.top_k if bank else params.top_k,
+        params.forced, inputs.edits.spans if inputs.edits else params.top_k,
+        inputs.mask.row if inputs.mask else params.top_k, bank.top_k if bank else params.top_k,
         inputs.alternatives, *state, tasks.task, tasks.norms, *record,
-        HAS_EDITS=inputs.edits is not None, SLOTS=slots, GROUPS=triton.next_power_of_2(stride),
-        SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,
+        HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=slots,
+        GROUPS=triton.next_power_of_2(stride), SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,
     )  # fmt: skip
     return tasks, state

@@ -37,6 +37,8 @@ COLUMNS = [
     "edit_token",
     "edit_count",
     "edit_bias",
+    "mask_row",
+    "mask_words",
     "task",
     "norms",
     "state",

@@ -18,13 +18,16 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
 4.  the sampled distribution starts from z' where fired and not shadow, else from z: bit for bit
 5.  edits, in this order, on tokens listed for the row: repetition penalty (seen in prompt or output: divide if
     positive, else multiply), minus frequency * count, minus presence * (count > 0), plus bias
+5b. mask: in a row that has one, a token whose bit is not set is forbidden, as by a bias of -inf; all that follows
+    (temperature, filters, draw) knows the legal tokens alone
 6.  temperature 0: the best token in (value descending, id ascending) order. Otherwise divide by the temperature and
     keep the first n tokens of that order: n = top_k if set; then the shortest prefix whose mass, renormalised over the
     kept, reaches top_p; then those with probability >= min_p times the best token's
 7.  draw with one uniform u in (0, 1) by inverse CDF: in that same order if n <= RANK_ORDER, else over the kept
-    tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER)
+    tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER). Where the row's `forced`
+    is a token, that is the record's: 5 to 7 are not done, everything else is
 8.  log-probabilities and the divergence are of z (base) and z' (steered), at temperature 1, before edits and filters
-9.  a row whose edits forbid every token is DEAD too: it keeps what the gate saw and did, and reports no token
+9.  a row whose edits or mask forbid every token is DEAD too: it keeps what the gate saw and did, and reports no token
 
 A row that is steered by no correction of the bank (all of its `correction` are -1) has z' = z: so it is with the tiers
 whose correction acts inside the network, before the step (companion.py).
@@ -66,6 +69,7 @@ class RowParams(NamedTuple):
     strength: Tensor  # float32; 0 is the base
     kl_cap: Tensor  # float32 nats >= 0; inf is off
     shadow: Tensor  # bool: compute and report, apply nothing
+    forced: Tensor  # int32: the token is this one, not drawn; -1 draws
 
 
 class Edits(NamedTuple):
@@ -75,6 +79,13 @@ class Edits(NamedTuple):
     token: Tensor  # int32 [entries]
     counts: Tensor  # int32 [entries]: times in the output; 0 in the prompt only; -1 not seen (bias alone)
     bias: Tensor  # float32 [entries]; -inf forbids
+
+
+class Masks(NamedTuple):
+    """Which tokens are legal, in the rows that have a mask. The others cost nothing; rows are chosen as in Edits."""
+
+    row: Tensor  # int32 [rows]: its line in `words`; -1 has none
+    words: Tensor  # int32 [lines, ceil(vocab / 32)]: token i is legal where bit i % 32 of word i // 32 is set
 
 
 class Corrections(NamedTuple):
@@ -103,6 +114,7 @@ class StepInputs(NamedTuple):
     edits: Edits | None  # None when no row has any
     corrections: Corrections | None  # None when no row has one of them
     alternatives: int  # most likely tokens to report, 0..MAX_ALTERNATIVES
+    mask: Masks | None = None  # None when no row has one
 
 
 class StepRecord(NamedTuple):

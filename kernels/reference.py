@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
-from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, RowParams, StepInputs, StepRecord
+from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, Masks, RowParams, StepInputs, StepRecord
 from trimtab.kernels.rows import Row, read_row
+
+_BITS = torch.arange(32, dtype=torch.int32)
 
 
 class _Drawn(NamedTuple):
@@ -87,7 +90,10 @@ def _finish(
     top_ids: Tensor,
     top_logprobs: Tensor,
 ) -> _Drawn:
-    """Edit and draw one live row, and report it. z [padded] holds z'; it is overwritten, as the row of top_* is."""
+    """Edit and draw one live row, unless its token is forced, and report it.
+
+    z [padded] holds z'; it is overwritten, as the row of top_* is.
+    """
     maxima, normaliser = base.maxima, base.normaliser
     steered_best, steered_normaliser = base.best, normaliser
     if changed is None:
@@ -100,9 +106,12 @@ def _finish(
             z[changed.ids] = changed.base
         else:
             maxima, normaliser = changed.maxima, changed.normaliser
-    final = z if inputs.edits is None else _edit(z, inputs, row)
-    token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
-    if token < 0:  # the edits forbade every token
+    token = int(inputs.params.forced[row])
+    if token < 0:
+        final = z if inputs.edits is None else _edit(z, inputs, row)
+        final = final if inputs.mask is None else _mask(final, inputs.mask, row)
+        token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
+    if token < 0:  # the edits or the mask forbade every token
         return _Drawn()
     if inputs.alternatives:
         k = min(inputs.alternatives, inputs.logits.shape[1])
@@ -138,3 +147,12 @@ def _edit(z: Tensor, inputs: StepInputs, row: int) -> Tensor:
     values = values - params.frequency[row] * count.clamp(min=0)
     values = values - params.presence[row] * (count > 0)
     return z.scatter(0, token, values + edits.bias[begin:end])
+
+
+def _mask(z: Tensor, mask: Masks, row: int) -> Tensor:
+    """z [padded] with -inf where the row's mask (record.py, 5b) has no bit. -> z itself if it has none, else a copy."""
+    line = int(mask.row[row])
+    if line < 0:
+        return z
+    legal = (mask.words[line][:, None] >> _BITS & 1).bool().view(-1)  # [words * 32]
+    return torch.where(pad(legal, (0, len(z) - len(legal))), z, float("-inf"))

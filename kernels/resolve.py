@@ -1,9 +1,9 @@
-"""The last kernel of a step: rows that `finish` could not settle, edited ones and those whose filters keep many tokens.
+"""The last kernel of a step: rows that `finish` could not settle, edited, masked, or whose filters keep many tokens.
 
 Invariant: exact for any filter and any vocabulary, without a sort; a row that has its token returns at once, so the
-launch needs no word from the host. The row's logits, corrected and edited, are written out once. Every cut in the order
-of tokens is a bisection over keys, each probe one pass over the row: the top k by their number, a nucleus by its mass,
-and a draw in rank order by its mass too.
+launch needs no word from the host. The row's logits, corrected, edited and masked, are written out once. Every cut in
+the order of tokens is a bisection over keys, each probe one pass over the row: the top k by their number, a nucleus by
+its mass, and a draw in rank order by its mass too.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -108,14 +108,15 @@ def draw_by_id(z, vocab, floor, best, inverse, uniform, mass, BLOCK: tl.constexp
     return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
 
 
-@triton.jit(do_not_specialize=["alternatives"], do_not_specialize_on_alignment=COLUMNS)
+@triton.jit(do_not_specialize=["alternatives", "words"], do_not_specialize_on_alignment=COLUMNS)
 def resolve_kernel(
     logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
-    edit_spans, edit_token, edit_count, edit_bias, task, steered_keys, norms, scratch, alternatives,
+    edit_spans, edit_token, edit_count, edit_bias, mask_row, mask_words, words,
+    task, steered_keys, norms, scratch, alternatives,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
@@ -125,7 +126,7 @@ def resolve_kernel(
     logits += row * logits_stride
     z = scratch + row * vocab
 
-    # z or z', then the edits, written where any thread may read them.
+    # z or z', then the edits and the mask, written where any thread may read them.
     for start in range(0, vocab, BLOCK):
         token = start + tl.arange(0, BLOCK)
         tl.store(z + token, load_logits(logits, token, vocab), mask=token < vocab)
@@ -153,13 +154,23 @@ def resolve_kernel(
             value += tl.load(edit_bias + entry, mask=listed, other=0.0)
             tl.store(z + token, value + 0.0, mask=listed)
         tl.debug_barrier()
+    if HAS_MASKS:
+        line = tl.load(mask_row + row)
+        if line >= 0:
+            legal = mask_words + line.to(tl.int64) * words
+            for start in range(0, vocab, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                inside = token < vocab
+                word = tl.load(legal + token // 32, mask=inside, other=0)
+                tl.store(z + token, NEG_INF, mask=inside & (((word >> (token % 32)) & 1) == 0))
+            tl.debug_barrier()
 
     highest = tl.full([BLOCK], LOWEST, tl.int64)
     for start in range(0, vocab, BLOCK):
         highest = tl.maximum(highest, row_keys(z, start, vocab, BLOCK))
     first = tl.max(highest, axis=0)
     best = key_value(first)
-    if best == NEG_INF:  # the edits forbade every token
+    if best == NEG_INF:  # the edits or the mask forbade every token
         tl.store(status_out + row, tl.load(status_out + row) | DEAD)
         tl.store(base_token_out + row, -1)
         tl.store(steered_token_out + row, -1)
@@ -214,13 +225,14 @@ def resolve_kernel(
 def resolve_rows(inputs: StepInputs, tasks: Tasks, record: StepRecord) -> None:
     """Give every row that `finish_rows` left its token."""
     rows, vocab = inputs.logits.shape
-    params, edits = inputs.params, inputs.edits
+    params, edits, mask = inputs.params, inputs.edits, inputs.mask
     scratch = torch.empty(rows, vocab, dtype=torch.float32, device=inputs.logits.device)
     resolve_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.repetition, params.presence, params.frequency,
         *(edits or (params.top_k, params.top_k, params.top_k, params.tau)),
+        *(mask or (params.top_k, params.top_k)), mask.words.shape[1] if mask else 0,
         *tasks, scratch, inputs.alternatives, *record,
-        HAS_EDITS=edits is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK, **LAUNCH,
+        HAS_EDITS=edits is not None, HAS_MASKS=mask is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK, **LAUNCH,
     )  # fmt: skip

@@ -3,7 +3,7 @@
     measure_groups   grid (chunks, rows)   reads the logits once
     finish_rows      grid (rows)           entropy, gate, the best tokens, most draws
     tilt_rows        grid (rows)           the corrections of the rows that fired, and their draws
-    resolve_rows     grid (rows)           the rare rest: edits, and filters that keep many tokens
+    resolve_rows     grid (rows)           the rare rest: edits, masks, and filters that keep many tokens
 
 Invariant: no word from the device is needed between the launches, so a step never makes the host wait.
 """
@@ -27,6 +27,7 @@ def run(inputs: StepInputs) -> tuple[StepRecord, Tasks]:
     """`step`, and what is known of the candidates of the rows that fired."""
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
     assert all(column.is_contiguous() for column in inputs.params)
+    assert inputs.mask is None or inputs.mask.words.is_contiguous()
     record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
     groups = measure_groups(inputs.logits, inputs.params)
     tasks, found = finish_rows(inputs, groups, record)

@@ -38,12 +38,13 @@ HEAD_TILE = 8192  # ... and of the head's rows, where those have two bytes
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def tilt_kernel(
     logits, logits_stride, vocab, group_mass, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, edit_spans,
+    temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, forced,
+    edit_spans, mask_row,
     hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
     state, chosen, scratch, ranked, far, moves, rests, shifts, task, steered_keys, norms,
     token_out, steered_token_out, base_logprob_out, steered_logprob_out, steered_token_logprob_out,
     kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
@@ -88,6 +89,11 @@ def tilt_kernel(
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
+    if HAS_MASKS:
+        edited = edited | (tl.load(mask_row + row) >= 0)
+    if tl.load(forced + row) >= 0:  # as in `finish`
+        t = 0.0
+        edited = False
     most = tl.load(kl_cap + row)
 
     # The mass of all other tokens, above the best of them.
@@ -152,7 +158,8 @@ def tilt_kernel(
         token = tl.full([], -1, tl.int32)
         if edited == 0:
             if t <= 0.0:
-                token = steered_token
+                asked = tl.load(forced + row)
+                token = tl.where(asked >= 0, asked, steered_token)
             elif filtered:
                 rest_mass = tl.sum((tempered * tl.exp((away - shift) * inverse)).to(tl.float64), axis=0)
                 rest_mass = (rest_mass + rest_t) * scale.to(tl.float64)
@@ -222,14 +229,14 @@ def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, re
         inputs.logits, inputs.logits.stride(0), vocab, groups.mass, groups.tempered, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.correction, params.weight, params.correction.shape[1],
-        params.strength, params.kl_cap, params.shadow.view(torch.int8),
-        inputs.edits.spans if inputs.edits else params.top_k,
+        params.strength, params.kl_cap, params.shadow.view(torch.int8), params.forced,
+        inputs.edits.spans if inputs.edits else params.top_k, inputs.mask.row if inputs.mask else params.top_k,
         inputs.hidden, inputs.hidden.stride(0), size, inputs.head, inputs.head.stride(0),
         bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k, rank, inputs.alternatives,
         state.state, state.chosen, state.pool.view(torch.float32), state.ranked, state.far, moves, rests, shifts,
         *tasks,
         record.token, record.steered_token, record.base_logprob, record.steered_logprob, record.steered_token_logprob,
         record.kl, record.applied_strength, record.top_ids, record.top_logprobs,
-        HAS_EDITS=inputs.edits is not None, SLOTS=state.chosen.shape[1], GROUPS=triton.next_power_of_2(stride),
-        ROWS=ROWS, **shape, **LAUNCH,
+        HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=state.chosen.shape[1],
+        GROUPS=triton.next_power_of_2(stride), ROWS=ROWS, **shape, **LAUNCH,
     )  # fmt: skip

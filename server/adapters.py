@@ -9,6 +9,7 @@ modules stay as they are: a hook on each adapted layer reads what acts in this t
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from trimtab.errors import CorrectionError
 from trimtab.server.linear import PackedLinear
 from trimtab.steering.adapter import Adapter
+from trimtab.steering.bank import Entry
 
 Placed = Mapping[str, tuple[Tensor, Tensor]]  # by a layer's path: A^T [in, rank], and B^T [rank, out] with its scale
 
@@ -42,12 +44,20 @@ class AdaptedLayers:
 
     def place(self, adapter: Adapter) -> Placed:
         """Bring an adapter to the model's device and dtype. Raises CorrectionError for a layer that is not there."""
-        placed = {path: self._place(path, layer.A, layer.B, layer.scale) for path, layer in adapter.layers.items()}
+        placed = self.bring(adapter)
+        self.attach(placed)
+        return placed
+
+    def bring(self, adapter: Adapter) -> Placed:
+        """The part of `place` that takes time and changes nothing: any thread's, while forwards run."""
+        return {path: self._place(path, layer.A, layer.B, layer.scale) for path, layer in adapter.layers.items()}
+
+    def attach(self, placed: Placed) -> None:
+        """The part of `place` that changes the modules: not while a forward runs."""
         with self._lock:
             for path in placed.keys() - self._hooked:
                 self._model.get_submodule(path).register_forward_hook(self._hook(path))
                 self._hooked.add(path)
-        return placed
 
     @contextmanager
     def acting(self, groups: Sequence[Group]) -> Iterator[None]:
@@ -88,7 +98,24 @@ class AdaptedLayers:
         return add_updates
 
 
-def group_tokens(owners: Sequence[int], counts: Sequence[int], placed: Sequence[Placed], device: Any) -> list[Group]:
+class Shelf:
+    """Placed adapters by the number of their bank's entry, each for as long as somebody has the entry."""
+
+    def __init__(self) -> None:
+        self.placed: dict[int, Placed] = {}
+        self._watched: list[weakref.ref[Entry]] = []
+
+    def put(self, entry: Entry, placed: Placed) -> None:
+        held, number = self.placed, entry.index
+        held[number] = placed
+        self._watched = [watch for watch in self._watched if watch() is not None]
+        # Not a finalizer: that would keep what it calls, and so the adapters of a core that is gone.
+        self._watched.append(weakref.ref(entry, lambda _: held.pop(number, None)))
+
+
+def group_tokens(
+    owners: Sequence[int], counts: Sequence[int], placed: Mapping[int, Placed], device: Any
+) -> list[Group]:
     """owners: the adapter of each span of packed tokens, negative for none; counts: its tokens."""
     ranges: dict[int, list[range]] = {}
     at = 0

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,17 +19,21 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, http_errors
+from trimtab.server import chat, completions, corrections, http_errors, score
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
+from trimtab.server.drain import Lifecycle
 from trimtab.server.engine import Engine
 from trimtab.server.front_door import FrontDoor
 from trimtab.server.generation import Generation, Service
+from trimtab.server.keys import Keys
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
 from trimtab.server.schema import Body, ChatBody, CompletionBody
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
+from trimtab.server.visit import Observer
 from trimtab.server.wire import ClientGone, EventStream, or_gone
 from trimtab.steering.bank import Bank
 
@@ -47,12 +52,19 @@ def create_app(
     names: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     keep_alive: float = 10.0,
+    admin_keys: Sequence[str] = (),
+    corrections_root: Path | None = None,
+    max_per_key: int | None = None,
+    lifecycle: Lifecycle | None = None,
+    observers: Sequence[Observer] = (),
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
-    keep_alive: seconds of silence after which a stream sends a comment.
+    keep_alive: seconds of silence after which a stream sends a comment. admin_keys: none means that corrections stay as
+    they are. corrections_root: where those that are loaded must lie. For the rest see front_door.py.
     """
     names = names or [base.name]
+    lifecycle = lifecycle or Lifecycle()
     pieces = Pieces(base.tokenizer)
     service = Service(
         tickets=Tickets(engine),
@@ -63,8 +75,10 @@ def create_app(
         max_len=engine.max_len,
         capacity=engine.capacity,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
+        swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
     )
+    lifecycle.at_end.append(service.prompter.close)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,7 +88,10 @@ def create_app(
         service.prompter.close()
 
     app = FastAPI(title="Trimtab", lifespan=lifespan)
-    app.add_middleware(FrontDoor, keys=tuple(api_keys))
+    app.state.service = service
+    app.add_middleware(
+        FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
+    )
     http_errors.install(app)
     logged: set[str] = set()
 
@@ -114,14 +131,26 @@ def create_app(
     async def get_correction(name: str) -> dict[str, Any]:
         return service.catalogue.correction(name)
 
+    def is_well() -> bool:
+        stats = engine.stats()
+        return stats.alive and time.monotonic() - stats.heartbeat < STALE
+
     @app.get("/health")
     async def health() -> Response:
-        stats = engine.stats()
-        well = stats.alive and time.monotonic() - stats.heartbeat < STALE
+        well = is_well()
         return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        draining = lifecycle.draining
+        up = not draining and is_well()
+        return JSONResponse({"status": "ready" if up else "draining" if draining else "unhealthy"}, 200 if up else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(engine.stats()), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
+
+    corrections.add_routes(app, service, corrections_root)
+    score.add_routes(app, service)
 
     return app

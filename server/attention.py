@@ -6,7 +6,7 @@ Consecutive slots form a run whose keys are a view of the cache, not a copy. tra
 implementation that registers none, and hands the forward's extra keyword (`kv_batch`) to every attention call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from trimtab.server.kv import KVCache
 from trimtab.server.staging import stage
 
 IMPLEMENTATION = "trimtab"
+_NONE: Mapping[int, Placed] = {}
 
 
 class Span(NamedTuple):
@@ -46,8 +47,8 @@ class _Run(NamedTuple):
 class KVBatch:
     """Where one step's packed tokens live in the cache. Built once a step, used by every layer."""
 
-    def __init__(self, cache: KVCache, spans: list[Span], placed: Sequence[Placed] = ()) -> None:
-        """spans: single-token spans in ascending slot order, then longer ones. placed: adapters, by their index."""
+    def __init__(self, cache: KVCache, spans: list[Span], placed: Mapping[int, Placed] = _NONE) -> None:
+        """spans: single-token spans in ascending slot order, then longer ones. placed: adapters, by their number."""
         device = cache.keys.device
         self.cache = cache
         self.decode = next((i for i, span in enumerate(spans) if span.end - span.start > 1), len(spans))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import InvalidRequest, NotFound
 from trimtab.server.request import Steering
-from trimtab.server.rule import Rule, rule_for
+from trimtab.server.rule import Rule, rule_for, slots_of
 from trimtab.server.steering_body import SteeringBody
-from trimtab.steering.bank import Bank
+from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection
 
 
@@ -24,6 +24,12 @@ class Chosen(NamedTuple):
     steering: Steering
     rule: Rule
     negative: str | None = None  # what a companion reads instead of the user's words, where it reads others
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log."""
+        correction, mode = self.steering.correction, self.steering.mode
+        return {"model": self.name, "correction": correction, "version": self.rule.version, "mode": mode}
 
 
 class Catalogue:
@@ -59,11 +65,11 @@ class Catalogue:
             return Chosen(name, Steering(mode="off"), Rule())
         steering = asked.steering(weights)
         rule = rule_for(steering, self._bank)
-        return Chosen(name, steering, rule, self._negative(asked, steering, rule))
+        return Chosen(name, steering, rule, self._negative(asked, rule))
 
-    def _negative(self, asked: SteeringBody, steering: Steering, rule: Rule) -> str | None:
+    def _negative(self, asked: SteeringBody, rule: Rule) -> str | None:
         """What the companion reads in place of the user's words; None where there is no such companion."""
-        chosen = self._bank.get(steering.correction or "")
+        chosen = rule.entries[0].correction
         if not isinstance(chosen, ContrastCorrection):
             if asked.negative_prompt is not None:
                 message = f"steering.negative_prompt is for a contrast; {chosen.name} is of the tier {chosen.tier}"
@@ -78,36 +84,54 @@ class Catalogue:
         """All of them, the default first."""
         return list(dict.fromkeys([*self._base_names, *self._bank.names]))
 
+    def is_base(self, name: str) -> bool:
+        """Whether the base is called so, and nothing else may be."""
+        return name in self._base_names
+
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
-        return {"object": "list", "data": [self.model(name) for name in self.names]}
+        tiers: dict[str, str | None] = dict.fromkeys(self._base_names)
+        tiers |= {entry.correction.name: entry.correction.tier for entry in self._bank.entries}
+        return {"object": "list", "data": [self._model(*pair) for pair in tiers.items()]}
 
     def model(self, name: str) -> dict[str, Any]:
         """GET /v1/models/{name}. Raises NotFound."""
-        if name not in self.names:
+        found = next((model for model in self.models()["data"] if model["id"] == name), None)
+        if found is None:
             raise NotFound(f"The model `{name}` does not exist; this server has: {', '.join(self.names)}")
-        is_base = name in self._base_names
+        return dict(found)
+
+    def _model(self, name: str, tier: str | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "trimtab",
             "root": self.base,
-            "parent": None if is_base else self.base,
-            "tier": None if is_base else self._bank.get(name).tier,
+            "parent": None if self.is_base(name) else self.base,
+            "tier": tier,
             "max_model_len": self._max_len,
         }
 
+    def corrections(self) -> dict[str, Any]:
+        """GET /v1/corrections."""
+        return {"object": "list", "data": [self.describe(entry) for entry in self._bank.entries]}
+
     def correction(self, name: str) -> dict[str, Any]:
-        """GET /v1/corrections/{name}: how it acts by default, how it was made and what it did. Raises NotFound."""
+        """GET /v1/corrections/{name}. Raises NotFound."""
         try:
-            found = self._bank.get(name)
+            return self.describe(self._bank.entry(name))
         except NotFound as error:
             raise NotFound(str(error), "correction") from None
+
+    def describe(self, entry: Entry) -> dict[str, Any]:
+        """A correction: its version, how it acts by default, how it was made and what it did."""
+        found = entry.correction
         gate = found.gate
         return {
             "id": found.name,
             "object": "correction",
+            "version": entry.version,
             "parent": self.base,
             "tier": found.tier,
             **found.facts,
@@ -118,7 +142,7 @@ class Catalogue:
                 "ceiling": None if math.isinf(gate.ceiling) else gate.ceiling,
                 "calibration": [list(pair) for pair in gate.calibration],
             },
-            "slots": rule_for(Steering(found.name), self._bank).rows,
+            "slots": slots_of(found),
             "provenance": dict(found.provenance),
             "report": None if found.report is None else dict(found.report),
         }

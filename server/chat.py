@@ -1,19 +1,23 @@
 """The shape of /v1/chat/completions.
 
 Invariant: the `bytes` of the logprobs' entries, concatenated, are the content's UTF-8, even where a token is half a
-character; each entry has exactly as many top_logprobs as were asked for.
+character; each entry has exactly as many top_logprobs as were asked for. In an answer that calls tools they are all
+that was written, calls included. A chunk holds content or a piece of one call.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from trimtab.errors import InvalidRequest
 from trimtab.server.generation import Generation, Service
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
-from trimtab.server.stream import Shown
+from trimtab.server.stream import Shown, Update
+from trimtab.server.tool_reader import CallPiece
+from trimtab.server.tools import ToolUse
 
 
 async def prepare(service: Service, body: ChatBody) -> Generation:
@@ -26,12 +30,29 @@ async def prepare(service: Service, body: ChatBody) -> Generation:
         add_generation_prompt=(not proceed) if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=proceed,
         template_kwargs=body.chat_template_kwargs,
+        tools=body.shown_tools(),
     )
     messages = [message.for_template() for message in body.messages]
+    tools = ToolUse.of(body, service.prompter.tool_format, service.pieces)
+    if tools is not None:
+        chosen = tools.spare(chosen)
     prompt = await render(messages)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
-    shape = ChatShape(service.pieces, bool(body.logprobs))
-    return Generation(service, body, chosen, shape, [prompt], negatives)
+    shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None)
+    generation = Generation(service, body, chosen, shape, [prompt], negatives, tools)
+    await _constrain(generation, tools)
+    return generation
+
+
+async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
+    """Hold the choices to what the body says, and calls to their tools' schemas. Raises InvalidRequest."""
+    try:
+        await generation.constrain(None if tools is None else tools.structure)
+    except InvalidRequest:
+        plainer = None if tools is None else tools.relaxed()
+        if plainer is None:
+            raise
+        await generation.constrain(plainer.structure)
 
 
 class ChatShape:
@@ -39,23 +60,33 @@ class ChatShape:
 
     prefix, whole_object, chunk_object, subject = "chatcmpl-", "chat.completion", "chat.completion.chunk", "messages"
 
-    def __init__(self, pieces: Pieces, logprobs: bool) -> None:
-        self._pieces, self.logprobs = pieces, logprobs
+    def __init__(self, pieces: Pieces, logprobs: bool, tools: bool = False) -> None:
+        """tools: calls may come, and then content is null until there is some."""
+        self._pieces, self.logprobs, self._tools = pieces, logprobs, tools
 
     def opening(self, echo: str) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return {"delta": {"role": "assistant", "content": self._content("")}, "logprobs": None}
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"delta": {"content": text}, "logprobs": logprobs}
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        content = self._content(update.text)
+        deltas: list[dict[str, Any]]
+        deltas = [{} if content is None else {"content": content}] if content or not update.calls else []
+        deltas += [{"tool_calls": [_call_delta(piece)]} for piece in update.calls]
+        return [{"delta": delta, "logprobs": None if i else logprobs} for i, delta in enumerate(deltas)]
 
     def closing(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self._content(answer.text), "refusal": None}
+        calls = {"tool_calls": _whole_calls(answer.calls)} if answer.calls else {}
+        return {"message": message | calls, "logprobs": logprobs}
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
         return {"content": [self._entry(token) for token in tokens], "refusal": None}
+
+    def _content(self, text: str) -> str | None:
+        return None if self._tools and not text else text
 
     def _entry(self, shown: Shown) -> dict[str, Any]:
         event = shown.event
@@ -67,3 +98,21 @@ class ChatShape:
     def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
         content = self._pieces.content(token)
         return {"token": self._pieces.label(token), "logprob": finite(logprob), "bytes": list(content)}
+
+
+def _call_delta(piece: CallPiece) -> dict[str, Any]:
+    if piece.id is None:
+        return {"index": piece.number, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.number, "id": piece.id, "type": "function", "function": function}
+
+
+def _whole_calls(pieces: Sequence[CallPiece]) -> list[dict[str, Any]]:
+    arguments: dict[int, str] = {}
+    for piece in pieces:
+        arguments[piece.number] = arguments.get(piece.number, "") + piece.arguments
+    return [
+        {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": arguments[piece.number]}}
+        for piece in pieces
+        if piece.id is not None
+    ]

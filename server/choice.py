@@ -3,26 +3,43 @@
 Invariant: a choice ends once, by its own end or by `end`; its tally has a step for every token it was given.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
 from trimtab.server.metrics import Watch
 from trimtab.server.pieces import Pieces
+from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import Tally
 from trimtab.server.request import Event
-from trimtab.server.stream import ChoiceStream, Shown, Step, TextRules, Update
+from trimtab.server.stream import ChoiceStream, TextRules, Update
+from trimtab.server.tool_reader import CallReader
 
 
 class Choice:
     """Choice `index` of an answer."""
 
-    def __init__(self, index: int, pieces: Pieces, rules: TextRules, chosen: Chosen, watch: Watch) -> None:
+    scores: PromptScores  # what is told of the prompt's tokens, where they are scored
+
+    def __init__(
+        self,
+        index: int,
+        pieces: Pieces,
+        rules: TextRules,
+        chosen: Chosen,
+        watch: Watch,
+        reader: CallReader | None = None,
+    ) -> None:
+        """reader: takes the calls of tools out of the text."""
         self.index = index
         self.echo = ""  # the prompt's text, where it is to stand before the answer's
         self.stream = ChoiceStream(pieces, rules)
         self.tally = Tally(chosen)
         self.cached = 0
         self.opened = False  # its first chunk is out
-        self._watch = watch
+        self.watch = watch
+        self._reader = reader
         self._updates: list[Update] = []
 
     def take(self, event: Event) -> Update:
@@ -32,14 +49,17 @@ class Choice:
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.finish == "abort":
             raise EngineStopped("the engine stopped before the answer was complete: send the request again")
-        self._watch.token(event)
         self.cached += event.cached
+        if event.token is None:  # max_tokens was 0
+            self.end("length")
+            return self.stream.close()
+        self.watch.token(event)
         if event.receipt is not None:
             self.tally.add(event.receipt)
         update = self.stream.push(event)
         if update.finish is not None:
             self.end(update.finish)
-        return update
+        return update if self._reader is None else self._read(update, self._reader)
 
     def keep(self, update: Update) -> None:
         """Gather an update for the whole answer."""
@@ -47,16 +67,35 @@ class Choice:
 
     def end(self, reason: str) -> None:
         """It is over, if it was not yet."""
-        self._watch.end(reason)
+        self.watch.end(reason)
 
     @property
-    def text(self) -> str:
-        return self.echo + "".join(update.text for update in self._updates)
+    def whole(self) -> Update:
+        """All that was kept, as one update."""
+        updates = self._updates
+        return Update(
+            self.echo + "".join(update.text for update in updates),
+            tuple(token for update in updates for token in update.tokens),
+            tuple(step for update in updates for step in update.steps),
+            updates[-1].finish if updates else None,
+            tuple(piece for update in updates for piece in update.calls),
+        )
 
-    @property
-    def shown(self) -> list[Shown]:
-        return [token for update in self._updates for token in update.tokens]
+    @staticmethod
+    def _read(update: Update, reader: CallReader) -> Update:
+        """The calls in an update's text, apart from the rest of it."""
+        said = reader.push(update.text, update.finish is not None)
+        called = update.finish == "stop" and reader.calls and reader.complete
+        return update._replace(text=said.content, calls=said.calls, finish="tool_calls" if called else update.finish)
 
-    @property
-    def steps(self) -> list[Step]:
-        return [step for update in self._updates for step in update.steps]
+
+def outcome(choices: Collection[Choice]) -> dict[str, Any]:
+    """What the log tells of an answer's choices, once they have ended."""
+    firsts = [choice.watch.first for choice in choices if choice.watch.first is not None]
+    return {
+        "completion_tokens": sum(choice.stream.tokens for choice in choices),
+        "ttft": min(firsts, default=None),
+        "finish": [choice.watch.reason for choice in choices],
+        "fired": sum(choice.tally.fired for choice in choices),
+        "flips": sum(choice.tally.flips for choice in choices),
+    }

@@ -12,7 +12,7 @@ from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids
 from trimtab.server.receipts import finite
 from trimtab.server.schema import CompletionBody
-from trimtab.server.stream import Shown
+from trimtab.server.stream import Shown, Update
 
 
 async def prepare(service: Service, body: CompletionBody) -> Generation:
@@ -28,6 +28,7 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
     shape = CompletionShape(service.pieces, body.logprobs is not None)
     generation = Generation(service, body, chosen, shape, ids, negatives)
+    await generation.constrain()
     if body.echo:
         generation.echo(texts or await service.prompter.decode(ids))
     return generation
@@ -44,14 +45,14 @@ class CompletionShape:
     def opening(self, echo: str) -> dict[str, Any] | None:
         return {"text": echo, "logprobs": None} if echo else None
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs}
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        return [{"text": update.text, "logprobs": logprobs}]
 
     def closing(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs}
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"text": answer.text, "logprobs": logprobs}
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ class EngineConfig:
     step_tokens: int = 512  # tokens computed a step: decode rows first, then prompt chunks
     refill: int = 1  # free slots it takes to admit waiting choices; more: fewer steps mix prompts with decoding
     max_queue: int = 512  # choices that may wait; beyond it, Overloaded
+    max_queue_tokens: int | None = None  # tokens of prompts that may wait to be read; beyond it, Overloaded
     graphs: bool = True  # on CUDA, decode steps are captured at start and replayed; without, they are far slower
     threads: int = 1  # torch threads: more than the free cores is far slower than one
 
@@ -21,5 +22,8 @@ class EngineConfig:
         for name in ("slots", "step_tokens", "refill", "max_queue", "threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}", name)
+        if self.max_queue_tokens is not None and self.max_queue_tokens < 1:
+            message = f"max_queue_tokens must be at least 1, not {self.max_queue_tokens}"
+            raise InvalidRequest(message, "max_queue_tokens")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise InvalidRequest(f"max_model_len must be at least 2, not {self.max_model_len}", "max_model_len")

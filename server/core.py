@@ -18,17 +18,21 @@ from typing import Any
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
+from trimtab.server.adapters import Placed
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
+from trimtab.server.constraint import Constraint
+from trimtab.server.inputs import Sampling
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
 from trimtab.server.rule import Beside, Rule, rule_for
 from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
-from trimtab.server.sequence import Row, Sequence
+from trimtab.server.sequence import Row, Scores, Sequence
 from trimtab.server.slots import NO_ADAPTER
-from trimtab.steering.bank import Bank
+from trimtab.server.structure import Grammars
+from trimtab.steering.bank import Bank, Draft
 from trimtab.steering.correction import ContrastCorrection
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ class Core:
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
+        self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
@@ -77,22 +82,31 @@ class Core:
     def free_slots(self) -> int:
         return self._scheduler.free_slots
 
-    def check(self, request: Request) -> None:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. Reads only."""
-        wanted = request.sampling.max_tokens or 1
-        if len(request.prompt) >= self.max_len:
+    def check(self, request: Request) -> Request:
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule.
+
+        Reads only, save that a structure is compiled where `grammars` has not done so before.
+        """
+        wanted = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
+        if len(request.prompt) + min(wanted, 1) > self.max_len:
             raise ContextOverflow(self.max_len, len(request.prompt), wanted)
         self._check_tokens("prompt", request.prompt)
         for field in ("logit_bias", "stop_token_ids"):
             for token in getattr(request.sampling, field):
                 if not 0 <= token < self.base.vocab:
                     raise InvalidRequest(f"{field} names token {token}; ids are 0..{self.base.vocab - 1}", field)
-        rule = rule_for(request.steering, self.bank)
-        if max(rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER) >= self._runner.adapters:
-            message = f"{request.steering.correction} came after the engine was made, which takes adapters at its start"
+        self._check_tokens("allowed_token_ids", tuple(request.sampling.allowed_tokens or ()))
+        for word in request.sampling.bad_words:
+            self._check_tokens("bad_words", word)
+        if request.structure is not None:
+            self.grammars.compile(request.structure)
+        rule = request.rule or rule_for(request.steering, self.bank)
+        if not all(map(self._runner.has, (rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER))):
+            message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
             raise InvalidRequest(message, "steering.correction")
         if rule.beside is not None:
             self._check_companion(request, rule.beside)
+        return request if request.rule is not None else replace(request, rule=rule)
 
     def _check_companion(self, request: Request, beside: Beside) -> None:
         if self.config.slots < 2:
@@ -105,8 +119,15 @@ class Core:
         field = "steering.companion_prompt"
         if prompt is None:
             raise InvalidRequest("contrast needs the tokens that its companion reads", field)
-        if len(prompt) >= self.max_len:
-            raise ContextOverflow(self.max_len, len(prompt), request.sampling.max_tokens or 1, field)
+        scored = 0
+        if request.score_from is not None:
+            if request.sampling.max_tokens != 0:
+                message = "a contrast scores what follows its companion's prompt, then samples nothing: max_tokens 0"
+                raise InvalidRequest(message, "max_tokens")
+            scored = len(request.prompt) - request.score_from
+        if len(prompt) + max(scored, 1) > self.max_len:
+            wanted = scored or request.sampling.max_tokens or 1
+            raise ContextOverflow(self.max_len, len(prompt), wanted, field)
         self._check_tokens(field, prompt)
 
     def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
@@ -115,13 +136,13 @@ class Core:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises as `check`."""
-        self.check(request)
-        self.add(request)
+        self.add(self.check(request))
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check` has passed."""
+        """Queue a request as `check` returned it."""
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        rule = rule_for(request.steering, self.bank)
+        rule = request.rule
+        assert rule is not None, "it was not checked"
         for index in range(request.n):
             self._scheduler.add(self._start(request, rule, index, philox.derive(seed, index)))
 
@@ -129,6 +150,12 @@ class Core:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._ahead = None
         self._scheduler.abort(request_id, index)
+
+    def publish(self, draft: Draft, placed: Placed | None) -> bool:
+        """Take a correction between two steps. placed: its adapter, brought. -> whether it takes another's place."""
+        if placed is not None:
+            self._runner.take(draft.entry, placed)
+        return self.bank.publish(draft)
 
     def amend(self, request_id: str, index: int, token: int) -> None:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
@@ -156,6 +183,7 @@ class Core:
             return []
         try:
             forward = forward or self._runner.forward(work)
+            scored = self._runner.score(work)
             record = self._runner.sample(forward)
             if record is not None and self.runs_ahead and self._scheduler.settled(len(work)):
                 self._ahead = self._runner.forward_again(forward, record.token)
@@ -164,7 +192,10 @@ class Core:
             return [self._fail(s, f"the engine failed: {error}") for s in dict.fromkeys(w.sequence for w in work)]
         for w in work:
             self._scheduler.computed(w)
-        return self._read(forward.sampling.sequences, record) if record is not None else []
+        events = [event for tokens, told in scored for event in self._read(tokens, told)]
+        if record is not None:
+            events += self._read(forward.sampling, record)
+        return events + [self._end(w.sequence) for w in work if w.ends and self._only_scores(w.sequence)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Offline: feed requests as slots free up, until all are done. Yields events as they come."""
@@ -179,11 +210,13 @@ class Core:
             yield from self.step()
 
     def _warm_up(self) -> None:
-        """Compile now what the first requests would wait for: prompts, draws, edits, and a head's correction."""
+        """Compile now what the first requests would wait for: prompts, draws, edits, masks, and a head's correction."""
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
         head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
         prompt = (0,) * min(8, self.max_len - 1)
-        for draws in (sampling, replace(sampling, logit_bias={0: 1.0})):
+        biased = replace(sampling, logit_bias={0: 1.0})
+        masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
+        for draws in (sampling, biased, *masked):
             for steering in [Steering()] + [Steering(head)] * (head is not None):
                 for event in self.run([Request("warm-up", prompt, draws, steering)]):
                     if event.error is not None:
@@ -193,29 +226,48 @@ class Core:
     def _start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
         """Choice `index`, with every default resolved."""
         sampling, budget = request.sampling, request.steering.budget
+        bounded = rule.steered and rule.adapter == NO_ADAPTER
+        first = len(request.prompt) if request.score_from is None or index else request.score_from
+        scores = Scores(request.prompt[first:], Allowance(budget, self._pieces) if bounded else None)
+        told = len(scores.tokens)
         companion = None
         if rule.beside is not None:
             read = request.steering.companion_prompt if rule.beside.own_prompt else None
-            companion = Row(list(read or request.prompt), rule.beside.adapter)
+            before = list(read or request.prompt[:first])
+            companion = Row(before + list(scores.tokens), rule.beside.adapter, _before(len(before), told))
+        stops = sampling.stop_token_ids | self.base.eos
+        if sampling.ignore_eos and request.structure is None:
+            stops = sampling.stop_token_ids
         room = self.max_len - max(len(request.prompt), companion.prompt if companion else 0)
         return Sequence(
             request=request,
             index=index,
             seed=seed,
-            limit=min(room, sampling.max_tokens or room),
+            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             rule=rule,
-            stops=sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self.base.eos),
-            row=Row(list(request.prompt), rule.adapter),
+            stops=stops,
+            row=Row(list(request.prompt), rule.adapter, _before(first, told)),
             companion=companion,
-            allowance=Allowance(budget, self._pieces) if rule.steered and rule.adapter == NO_ADAPTER else None,
+            allowance=Allowance(budget, self._pieces) if bounded else None,
+            scores=scores if told else None,
+            constraint=self._constrain(request, stops),
         )
+
+    def _constrain(self, request: Request, stops: frozenset[int]) -> Constraint | None:
+        structure, sampling = request.structure, request.sampling
+        if structure is None and sampling.allowed_tokens is None:
+            return None
+        matcher = None if structure is None else self.grammars.compile(structure).start()
+        steer = request.steering.budget.structured or bool(structure and structure.steer)
+        return Constraint(matcher, sampling, stops, self.base.eos, self.base.vocab, steer)
 
     @cached_property
     def _pieces(self) -> Pieces:
         return Pieces(self.base.tokenizer)
 
-    def _read(self, sequences: list[Sequence], record: StepRecord) -> list[Event]:
-        """Host-side record -> events; sequences take their tokens and leave when they end."""
+    def _read(self, sampling: Sampling, record: StepRecord) -> list[Event]:
+        """Host-side record -> events; sequences take the tokens they sampled and leave when they end."""
+        sequences, scored = sampling.sequences, sampling.forced is not None
         columns = [column.numpy() for column in record]
         token, status, base, corrected, entropy, *floats = (column.tolist() for column in columns[:-2])
         opened, fired = ((columns[1] & bit != 0).tolist() for bit in (OPEN, FIRED))
@@ -223,20 +275,38 @@ class Core:
         rows = zip(sequences, token, status, fired, receipts, *self._tell_top(sequences, record), strict=True)
         events = []
         for sequence, drawn, state, acted, receipt, ids, logprobs in rows:
+            if not self._runs(sequence):
+                continue  # it failed at an earlier token of its prompt
             if state & DEAD:
                 reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
-                events.append(self._fail(sequence, reason))
+                stuck = sequence.constraint is not None and sequence.constraint.legal == 0
+                events.append(self._fail(sequence, sequence.constraint.trouble if stuck else reason))
                 continue
             request = sequence.request
-            wanted = request.sampling.alternatives
+            wanted = request.score_alternatives if scored else request.sampling.alternatives
             top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
             logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
-            cached = 0 if sequence.sampled else sequence.row.cached
+            if scored:
+                events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, None, scored=True))
+                continue
+            cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
-            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached))
+            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached, queued))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events
+
+    def _runs(self, sequence: Sequence) -> bool:
+        return self._scheduler.running.get((sequence.request.id, sequence.index)) is sequence
+
+    def _only_scores(self, sequence: Sequence) -> bool:
+        return sequence.limit == 0 and self._runs(sequence)
+
+    def _end(self, sequence: Sequence) -> Event:
+        """End a sequence that samples nothing."""
+        self._scheduler.remove(sequence)
+        cached = sequence.row.cached
+        return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "length", cached=cached)
 
     @staticmethod
     def _tell_top(sequences: list[Sequence], record: StepRecord) -> list[list[Any]]:
@@ -251,3 +321,8 @@ class Core:
             self._runner.cache.clear(row.slot)
         self._scheduler.remove(sequence, reusable=False)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason)
+
+
+def _before(first: int, count: int) -> range:
+    """The positions that predict `count` tokens from `first` on."""
+    return range(first - 1, first - 1 + count) if count else range(0)

@@ -15,15 +15,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from trimtab.errors import EngineFailure, Overloaded
+from trimtab.errors import EngineFailure, EngineStopped, Overloaded
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
-from trimtab.server.request import Event, FinishReason, Request
+from trimtab.server.request import Event, FinishReason, Request, Structure
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 _IDLE_BEAT = 1.0  # seconds between heartbeats when there is nothing to do
 
 OnEvents = Callable[[list[Event]], None]
+T = TypeVar("T")
 
 
 class EngineStats(NamedTuple):
@@ -49,15 +51,21 @@ class _Abort(NamedTuple):
     choice: int | None  # None: every choice
 
 
+class _Errand(NamedTuple):
+    work: Callable[[Core], Any]
+    outcome: Future[Any]
+
+
 class Engine:
     """One thread around a Core."""
 
     def __init__(self, base: Base, bank: Bank, config: EngineConfig | None = None) -> None:
         self._core = Core(base, bank, config)
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Abort | _Errand | None] = queue.SimpleQueue()
         self._open: dict[str, set[int]] = {}  # request id -> choices without a finish yet
-        self._closed = False
-        self._lock = threading.Lock()  # guards _open and _closed
+        self._unread: dict[str, int] = {}  # request id -> its prompt's tokens, until its first token is sampled
+        self._closing = self._closed = False
+        self._lock = threading.Lock()  # guards _open, _unread and _closed
         self._on_events: OnEvents = lambda events: None
         self._thread = threading.Thread(target=self._loop, name="trimtab-engine", daemon=True)
         self._heartbeat = time.monotonic()
@@ -75,23 +83,46 @@ class Engine:
         """Tokens a sequence may hold, prompt and completion together."""
         return self._core.max_len
 
+    @property
+    def queue_tokens(self) -> int | None:
+        """Prompt tokens that may wait for their first answer at once; None: no bound. One prompt alone always may."""
+        return self._core.config.max_queue_tokens
+
     def start(self, on_events: OnEvents) -> None:
         """Start the thread."""
         self._on_events = on_events
         self._thread.start()
 
+    def compile(self, structure: Structure, field: str) -> None:
+        """Compile what a request will need, which may take long: any thread. Raises InvalidRequest, naming `field`."""
+        self._core.grammars.compile(structure, field)
+
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises what Core.submit does, and EngineFailure once the thread has ended."""
-        self._core.check(request)
+        """Queue a request. Raises what Core.submit does, Overloaded, and EngineStopped or EngineFailure at the end."""
+        request = self._core.check(request)
         with self._lock:
-            if self._closed or not self._thread.is_alive():
-                raise EngineFailure("the engine is not running")
+            self._check_running()
             unfinished = sum(map(len, self._open.values()))
             if unfinished + request.n > self.capacity:
                 raise Overloaded(f"the queue is full: {unfinished} choices are under way; try again in a moment")
+            unread, limit = sum(self._unread.values()), self.queue_tokens
+            if limit is not None and unread and unread + len(request.prompt) > limit:
+                raise Overloaded(f"the queue is full: {unread} tokens of prompts wait; try again in a moment")
             assert request.id not in self._open, "request ids are unique"
             self._open[request.id] = set(range(request.n))
+            self._unread[request.id] = len(request.prompt)
             self._inbox.put(request)
+
+    def between_steps(self, work: Callable[[Core], T]) -> T:
+        """Do this on the engine's thread, which alone may touch a core that runs. Waits for it.
+
+        Raises what `work` does, and EngineStopped or EngineFailure where there is no thread.
+        """
+        outcome: Future[T] = Future()
+        with self._lock:
+            self._check_running()
+            self._inbox.put(_Errand(work, outcome))
+        return outcome.result()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a choice, or all of a request, wherever it is: what was open gets an event with finish "abort"."""
@@ -106,6 +137,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop after the current step; open requests are aborted. Returns when the thread has ended."""
+        self._closing = True
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join()
@@ -124,6 +156,20 @@ class Engine:
             left = list(self._open.items())
         for request_id, choices in left:
             self._finish(request_id, choices, reason)
+        self._dismiss()
+
+    def _check_running(self) -> None:
+        if self._closing:
+            raise EngineStopped("the server is shutting down: send the request to another, or again in a moment")
+        if self._closed or not self._thread.is_alive():
+            raise EngineFailure("the engine is not running")
+
+    def _dismiss(self) -> None:
+        """Nobody will do the errands that are left."""
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Errand):
+                message.outcome.set_exception(EngineStopped("the engine stopped before it came to this"))
 
     def _take_messages(self) -> bool:
         """Apply what came in, waiting for it only when idle. -> False once closed."""
@@ -139,8 +185,16 @@ class Engine:
                 return False
             if isinstance(message, _Abort):
                 self._abort(message)
+            elif isinstance(message, _Errand):
+                self._run(message)
             else:
                 self._core.add(message)
+
+    def _run(self, errand: _Errand) -> None:
+        try:
+            errand.outcome.set_result(errand.work(self._core))
+        except Exception as error:  # whatever it was, whoever waits for it hears of it and the engine goes on
+            errand.outcome.set_exception(error)
 
     def _abort(self, message: _Abort) -> None:
         choices = self._open.get(message.request_id, set())
@@ -159,6 +213,8 @@ class Engine:
             return
         with self._lock:
             for event in events:
+                if self._unread:
+                    self._unread.pop(event.request_id, None)
                 if event.finish is not None and event.request_id in self._open:
                     self._open[event.request_id].discard(event.index)
                     if not self._open[event.request_id]:

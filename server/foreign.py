@@ -12,6 +12,7 @@ from trimtab.errors import InvalidRequest
 
 # Accepted and without effect, by OpenAI's or vLLM's own definition.
 _IGNORED = {
+    "guided_decoding_backend",
     "metadata",
     "parallel_tool_calls",
     "priority",
@@ -26,29 +27,20 @@ _IGNORED = {
 # Not done here. The values that ask for nothing stand with each. What one endpoint knows is refused at the other.
 _REFUSED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -57,13 +49,16 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
 }
 
+_NEWER = {"functions": "tools", "function_call": "tool_choice"}  # OpenAI's own words for what replaced them
+
 
 def refuse(extra: Mapping[str, object]) -> None:
     """Raise InvalidRequest for a key that asks for something which is not done here."""
     for key, nothing in _REFUSED.items():
         value = extra.get(key)
         if value is not None and value not in nothing:
-            raise InvalidRequest(f"{key} is not supported by this server: leave it out", key)
+            advice = f"send {_NEWER[key]}" if key in _NEWER else "leave it out"
+            raise InvalidRequest(f"{key} is not supported by this server: {advice}", key)
 
 
 def unknown(extra: Mapping[str, object]) -> set[str]:

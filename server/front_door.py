@@ -1,36 +1,55 @@
-"""What every request passes before a route sees it: its id, its key, and the size of its body.
+"""What every request passes before a route sees it: its id, its key, the size of its body, and how many there are.
 
-Invariant: every response has an X-Request-Id, and an error of any kind our envelope; no body above `max_body` is held
-in memory, whether its length was announced or not. Bodies of responses are not touched.
+Invariant: every response has an X-Request-Id, and an error of any kind our envelope; no body above its limit is held in
+memory, whether its length was announced or not; whoever may not come in is told before a body is read. Bodies of
+responses are not touched. Observers hear of each request once, when it is over.
 
-    app.add_middleware(FrontDoor, keys=("secret",))
+    app.add_middleware(FrontDoor, keys=Keys(["secret"]), lifecycle=lifecycle, observers=[log_visit])
 """
 
-import hashlib
-import hmac
+import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.errors import Unauthorized
+from trimtab.errors import RateLimited
+from trimtab.server import corrections
+from trimtab.server.drain import Lifecycle
 from trimtab.server.http_errors import failure
+from trimtab.server.keys import Keys
+from trimtab.server.visit import Observer, Visit, visiting
+
+log = logging.getLogger(__name__)
 
 MAX_BODY = 8 * 2**20  # bytes: some hundred prompts of a few thousand tokens each
-OPEN_PATHS = {"/health", "/metrics"}  # that need no key
+OPEN_PATHS = {"/health", "/ready", "/metrics"}  # that need no key, and are answered to the end
 _SLASHES = re.compile("/{2,}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 class FrontDoor:
-    """Pure ASGI middleware: keys, an X-Request-Id a response, `//` read as `/`, an envelope for our bugs."""
+    """Pure ASGI middleware: keys, limits, an X-Request-Id a response, `//` read as `/`, an envelope for our bugs."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), max_body: int = MAX_BODY) -> None:
-        self._app, self._max_body = app, max_body
-        self._digests = [_digest(key) for key in keys]
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys | None = None,
+        lifecycle: Lifecycle | None = None,
+        max_per_key: int | None = None,
+        observers: Sequence[Observer] = (),
+        max_body: int = MAX_BODY,
+    ) -> None:
+        """max_per_key: requests that one API key may have under way; None: any number."""
+        self._app, self._max_body, self._max_per_key = app, max_body, max_per_key
+        self._keys, self._lifecycle = keys or Keys(), lifecycle or Lifecycle()
+        self._observers = observers
+        self._under_way: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,49 +59,75 @@ class FrontDoor:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"req_{secrets.token_hex(12)}"
-        started = False
+        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
+        limit = self._max_body
+        visit = Visit(request_id, scope["method"], scope["path"], headers)
         received = 0
 
         async def receive_some() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            self._check_size(received)
+            _check_size(received, limit)
             return message
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                visit.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                if self._lifecycle.draining:
+                    MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
-        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
         try:
-            self._check_key(scope, headers)
-            announced = headers.get("content-length", "")
-            self._check_size(int(announced) if announced.isdecimal() else 0)
-            await self._app(scope, receive_some, send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await failure(error).response()(scope, receive, send_with_id)
+            with visiting(visit):
+                try:
+                    with self._admit(scope, headers) as admin:
+                        if admin and headers.get("content-type", "").startswith("multipart/"):
+                            limit = corrections.MAX_UPLOAD  # which is written to a file as it comes
+                        announced = headers.get("content-length", "")
+                        _check_size(int(announced) if announced.isdecimal() else 0, limit)
+                        await self._app(scope, receive_some, send_with_id)
+                except Exception as error:
+                    if visit.status:
+                        raise
+                    await failure(error).response()(scope, receive, send_with_id)
+        finally:
+            self._tell(visit)
 
-    def _check_size(self, size: int) -> None:
-        """Raise a 413 for a body that is too large. FastAPI lets HTTPException through while it reads one."""
-        if size > self._max_body:
-            raise HTTPException(413, f"the body is larger than {self._max_body} bytes: send less text or fewer prompts")
-
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
-        """Raise Unauthorized unless a key fits, in constant time."""
-        if not self._digests or scope["path"] in OPEN_PATHS:
+    @contextmanager
+    def _admit(self, scope: Scope, headers: Headers) -> Iterator[bool]:
+        """Let it in, and count it. -> whether it came with the admin key, and needs it. Raises what it may not."""
+        if scope["path"] in OPEN_PATHS:
+            yield False
             return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
-        fits = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(fits):
-            raise Unauthorized("the API key is missing or wrong: send `Authorization: Bearer KEY`")
+        admin = corrections.changes(scope["method"], scope["path"])
+        holder = self._keys.admit(headers.get("authorization", ""), admin)
+        with self._lifecycle.work(), self._count(holder):
+            yield admin
+
+    @contextmanager
+    def _count(self, holder: bytes | None) -> Iterator[None]:
+        if holder is None or self._max_per_key is None:
+            yield
+            return
+        if self._under_way[holder] >= self._max_per_key:
+            raise RateLimited(f"this key has {self._max_per_key} requests under way, which is all it may have at once")
+        self._under_way[holder] += 1
+        try:
+            yield
+        finally:
+            self._under_way[holder] -= 1
+
+    def _tell(self, visit: Visit) -> None:
+        for observer in self._observers:
+            try:
+                observer(visit)
+            except Exception:  # who watches must not change what is watched
+                log.exception("a request could not be noted")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _check_size(size: int, limit: int) -> None:
+    """Raise a 413 for a body that is too large. FastAPI lets HTTPException through while it reads one."""
+    if size > limit:
+        raise HTTPException(413, f"the body is larger than {limit} bytes: send less text or fewer prompts")

@@ -18,16 +18,20 @@ from typing import Any, Protocol
 
 from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 from trimtab.server.catalogue import Catalogue, Chosen
-from trimtab.server.choice import Choice
+from trimtab.server.choice import Choice, outcome
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
+from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import receipt_json
-from trimtab.server.request import Request
+from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+from trimtab.server.swap import Swap
 from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.tools import ToolUse
+from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -45,6 +49,7 @@ class Service:
     max_len: int
     capacity: int  # choices under way at once
     fingerprint: str
+    swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
 
     def check_room(self, prompts: int, n: int) -> None:
@@ -66,13 +71,13 @@ class Shape(Protocol):
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
 
-    def piece(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A later chunk."""
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chunks of what a step brought, at least one."""
 
     def closing(self) -> dict[str, Any]:
         """The last chunk."""
 
-    def whole(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole choice."""
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
@@ -89,20 +94,35 @@ class Generation:
         shape: Shape,
         prompts: Sequence[Ids],
         negatives: Sequence[Ids] = (),
+        tools: ToolUse | None = None,
     ) -> None:
-        """negatives: what the companions read instead of each prompt, where they do."""
+        """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(), body.rules()
+        wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if tools is not None:
+            rules = tools.show(rules)
         for prompt in prompts:
-            if len(prompt) >= service.max_len:
-                raise ContextOverflow(service.max_len, len(prompt), sampling.max_tokens or 1, shape.subject)
+            if len(prompt) + min(wanted, 1) > service.max_len:
+                raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
+        first, told = self._scored()
         self._requests = [
-            Request(f"{self._id}-{i}", prompt, sampling, self._chosen.steering, body.choices)
+            Request(
+                f"{self._id}-{i}",
+                prompt,
+                sampling,
+                chosen.steering,
+                body.choices,
+                chosen.rule,
+                score_from=first,
+                score_alternatives=told,
+            )
             for i, prompt in enumerate(prompts)
         ]
+        self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
         if negatives:
             self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
@@ -110,14 +130,48 @@ class Generation:
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
-                choice = Choice(len(self._choices), service.pieces, rules, self._chosen, watch)
+                reader = None if tools is None else tools.reader()
+                choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
+                choice.scores = self._scores[request.id]
                 self._choices[request.id, k] = choice
+        self._visit = current()
+        if self._visit is not None:
+            self._visit.prompt = getattr(body, shape.subject, None)
+            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
+
+    def _scored(self) -> tuple[int | None, int]:
+        """The first of the prompt's tokens that is scored, and how many alternatives are told with each."""
+        wanted = self._body.prompt_alternatives()
+        if wanted is None:
+            return None, 0
+        beside = self._chosen.rule.beside
+        if beside is not None and beside.own_prompt:
+            field = "echo" if self._body.prompt_logprobs is None else "prompt_logprobs"
+            message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
+            raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)
+        return 1, wanted
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
+
+    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+        """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
+
+        structure: takes the place of the body's own; field: what says so.
+        """
+        asked = self._body.structure() if structure is None else (structure, field)
+        if asked is not None:
+            await self._service.tickets.compile(*asked)
+            self._requests = [replace(request, structure=asked[0]) for request in self._requests]
+        if self._body.bad_words:
+            words = tuple(await self._service.prompter.words(self._body.bad_words))
+            self._requests = [
+                replace(request, sampling=replace(request.sampling, bad_words=words)) for request in self._requests
+            ]
 
     def echo(self, texts: Sequence[str]) -> None:
         """Let every choice begin with the text of its prompt."""
@@ -129,12 +183,14 @@ class Generation:
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         with self._service.tickets.open(self._requests) as ticket:
-            self._service.metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._service.metrics.accept([len(request.prompt) for request in self._requests])
             try:
                 yield ticket
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
+                if self._visit is not None:
+                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
@@ -144,6 +200,7 @@ class Generation:
                     choice.keep(update)
         choices = [self._whole_choice(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
+        answer |= self._prompt_logprobs("messages", next(iter(self._choices.values())))
         return _dumps(answer).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -170,6 +227,9 @@ class Generation:
         while going:
             news: list[tuple[Choice, Update]] = []
             for event in await ticket.next(self._service.keep_alive):
+                if event.scored:
+                    self._scores[event.request_id].add(event)
+                    continue
                 choice = self._choices[event.request_id, event.index]
                 if choice.stream.finish is not None:
                     continue  # a step that was under way when its stop string came
@@ -189,13 +249,15 @@ class Generation:
         if not choice.opened:
             choice.opened = True
             opening = self._shape.opening(choice.echo)
+            echoed = self._echo_logprobs(choice)
             if opening is not None:
-                yield self._chunk(choice, opening)
-        logprobs = self._logprobs(update.tokens) if update.tokens else None
+                yield self._chunk(choice, opening | ({"logprobs": echoed} if echoed else {}))
+        logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
         receipts = self._receipts(update.steps)
-        if update.text or logprobs is not None or receipts:
-            piece = self._chunk(choice, self._shape.piece(update.text, logprobs))
-            yield piece | ({"steering": {"tokens": receipts}} if receipts else {})
+        if update.text or update.calls or logprobs is not None or receipts:
+            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
+            yield first | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield from others
         if update.finish is not None:
             yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
 
@@ -203,15 +265,36 @@ class Generation:
         return {"index": choice.index, **content, "finish_reason": None}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        content = self._shape.whole(choice.text, self._logprobs(choice.shown))
-        ended = {"finish_reason": choice.stream.finish}
+        answer = choice.whole
+        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
+        if logprobs is not None and echoed is not None:
+            logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
+        content = self._shape.whole(answer, logprobs)
+        ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(choice.steps)
-        return {"index": choice.index, **content, **ended, **steering}
+            steering["steering"]["tokens"] = self._receipts(answer.steps)
+        return {"index": choice.index, **content, **ended, **self._prompt_logprobs("prompt", choice), **steering}
 
-    def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
-        return self._shape.write_logprobs(tokens) if self._shape.logprobs else None
+    def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
+        """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
+        most = self._body.prompt_logprobs
+        told = most is not None and subject == self._shape.subject
+        return {"prompt_logprobs": choice.scores.by_id(most or 0)} if told else {}
+
+    def _logprobs(self, choice: Choice, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+        if not self._shape.logprobs:
+            return None
+        if choice.echo:
+            tokens = [token._replace(offset=token.offset + len(choice.echo)) for token in tokens]
+        return self._shape.write_logprobs(tokens)
+
+    def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Of the prompt's tokens, where they stand before the answer's; nothing is known of the first."""
+        if not (choice.echo and self._shape.logprobs):
+            return None
+        told = self._shape.write_logprobs(choice.scores.shown(choice.echo, self._body.alternatives()))
+        return told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
 
     def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
         if self._body.report != "tokens":
@@ -236,15 +319,18 @@ class Generation:
             "system_fingerprint": self._service.fingerprint,
         }
 
+    @property
+    def _cached(self) -> int:
+        return sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
+
     def _usage(self) -> dict[str, Any]:
         """Prompts count once, whatever n; what was sampled counts, shown or not."""
         completion = sum(choice.stream.tokens for choice in self._choices.values())
-        cached = sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
 

@@ -9,10 +9,11 @@ problem is a 400. What our own bugs say stays in the log.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,14 +22,18 @@ from trimtab.errors import (
     ContextOverflow,
     EngineFailure,
     EngineStopped,
+    Forbidden,
     InvalidRequest,
     NotFound,
     Overloaded,
+    RateLimited,
     TrimtabError,
     Unauthorized,
 )
 
 log = logging.getLogger("trimtab.server")
+
+B = TypeVar("B", bound=BaseModel)
 
 _INVALID = "invalid_request_error"
 
@@ -65,6 +70,11 @@ def failure(error: BaseException) -> Failure:
         case Unauthorized():
             headers = {"WWW-Authenticate": "Bearer"}
             return Failure(401, str(error), code="invalid_api_key", headers=headers)
+        case Forbidden():
+            return Failure(403, str(error), code="forbidden")
+        case RateLimited():
+            headers = {"Retry-After": str(error.retry_after)}
+            return Failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case HTTPException():
@@ -84,6 +94,14 @@ def failure(error: BaseException) -> Failure:
 def error_event(error: BaseException) -> bytes:
     """The server-sent event for a failure in the middle of a stream; `[DONE]` follows it."""
     return b"data: " + failure(error).envelope() + b"\n\n"
+
+
+def parse(shape: type[B], content: bytes) -> B:
+    """A JSON body of which FastAPI does not know. Raises as FastAPI does."""
+    try:
+        return shape.model_validate_json(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)) from error
 
 
 def install(app: FastAPI) -> None:

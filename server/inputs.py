@@ -6,22 +6,25 @@ Invariant: all row parameters of a step travel to the device in one copy.
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from trimtab.kernels import philox
-from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, RowParams, StepInputs
+from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, Masks, RowParams, StepInputs
 from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate, Slots
 from trimtab.server.staging import stage
 
 
 class Sampling(NamedTuple):
-    """The choices that sample in this step, a row each."""
+    """The choices that sample in this step, a row each; or those whose prompts are scored, a row for each token."""
 
     sequences: list[Sequence]
     slots: Slots  # of their own rows
-    lengths: Slots  # their own rows' tokens
+    lengths: Slots  # their own rows' tokens; for a scored one, as if those before it had been sampled
+    forced: npt.NDArray[np.int32] | None = None  # the tokens that are scored
+    allowed: npt.NDArray[np.bool_] | None = None  # where a correction may act on them
 
 
 def build_inputs(
@@ -30,8 +33,16 @@ def build_inputs(
     """logits [rows, vocab], hidden [rows, hidden]; tensors land on logits' device."""
     slots = sampling.slots
     columns = slate.gather(slots)
-    for row in slate.bounded[slots].nonzero()[0]:
-        columns["steered"][row] = sampling.sequences[row].steered
+    mask = None
+    if sampling.forced is None:
+        mask = _mask(sampling, slate, logits)  # first: a row with one legal token is not steered
+        for row in slate.bounded[slots].nonzero()[0]:
+            columns["steered"][row] = sampling.sequences[row].steered
+        columns["forced"] = np.full(len(slots), -1, dtype=np.int32)
+    else:
+        columns["forced"] = sampling.forced
+        if sampling.allowed is not None:
+            columns["steered"] &= sampling.allowed
     seeds, positions = slate.seed[slots], sampling.lengths - slate.prompt[slots]
     columns["uniform"] = philox.uniform(seeds, positions)
     if (columns["gate"] == GATE_RANDOM).any():
@@ -45,10 +56,30 @@ def build_inputs(
         hidden=hidden,
         head=head,
         params=RowParams(**dict(zip(columns, tensors, strict=True))),
-        edits=_edits(sampling, slate, logits.device),
+        edits=_edits(sampling, slate, logits.device) if sampling.forced is None else None,
         corrections=corrections if acting else None,
-        alternatives=int(slate.alternatives[slots].max()),
+        alternatives=_alternatives(sampling, slate),
+        mask=mask,
     )
+
+
+def _alternatives(sampling: Sampling, slate: Slate) -> int:
+    if sampling.forced is None:
+        return int(slate.alternatives[sampling.slots].max())
+    return max(sequence.request.score_alternatives for sequence in sampling.sequences)
+
+
+def _mask(sampling: Sampling, slate: Slate, logits: Tensor) -> Masks | None:
+    constrained = slate.constrained[sampling.slots].nonzero()[0].tolist()
+    held = [(row, found) for row in constrained if (found := sampling.sequences[row].constraint) and found.holds]
+    if not held:
+        return None
+    lines = np.full(len(sampling.slots), -1, dtype=np.int32)
+    words = np.empty((len(held), -(-logits.shape[1] // 32)), dtype=np.int32)
+    for line, (row, constraint) in enumerate(held):
+        lines[row] = line
+        constraint.fill(words[line])
+    return Masks(*stage([lines, words], logits.device))
 
 
 def _edits(sampling: Sampling, slate: Slate, device: torch.device) -> Edits | None:

@@ -1,7 +1,8 @@
 """Prometheus metrics: vLLM's names under the prefix `trimtab:`, and what steering does, by correction and mode.
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
-when somebody looks; label lookups happen once a request, not once a token.
+when somebody looks; label lookups happen once a request, not once a token. No label's values come from callers: a
+correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own.
 """
 
 import time
@@ -12,9 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from trimtab.server.engine import EngineStats
 from trimtab.server.request import Event, Steering
+from trimtab.steering.bank import Entry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+MAX_CORRECTIONS = 64
+OTHERS = "others"  # the label's value for corrections beyond that
 NO_CORRECTION = "none"  # the label's value for a request that is not steered
 _SHADOW = "; with the mode shadow, would have"  # nothing is applied then, so it is a series of its own
 
@@ -29,12 +34,23 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests").labels(model)
+        self._queries = self._counter("prefix_cache_queries", "Prompt tokens whose KV was looked for").labels(model)
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
         self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
         self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
         self.first = self._histogram("time_to_first_token_seconds", "From submission", _SECONDS).labels(model)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
         self.whole = self._histogram("e2e_request_latency_seconds", "From submission to end", _SECONDS).labels(model)
+        self.queued = self._histogram("request_queue_time_seconds", "From the engine to slots", _SECONDS).labels(model)
+        prefill, decode = "From slots to the first token", "From the first token to the last"
+        self.prefill = self._histogram("request_prefill_time_seconds", prefill, _SECONDS).labels(model)
+        self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
+        self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS).labels(model)
+        self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice", _TOKENS).labels(model)
+        self._info = self._gauge(
+            "correction_info", "1 for each correction that is served", "correction", "version", "tier"
+        )
+        self._seen: set[str] = set()  # corrections that have series of their own
         by = ("correction", "mode")
         self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
         self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
@@ -42,23 +58,41 @@ class Metrics:
         self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
+    def accept(self, prompts: Sequence[int]) -> None:
+        """Prompts of so many tokens are in the engine's hands."""
+        self.prompt_tokens.inc(sum(prompts))
+        self._queries.inc(sum(prompts))
+        for tokens in prompts:
+            self._prompts.observe(tokens)
+
     def watch(self, steering: Steering) -> "Watch":
         """The series of one choice that starts now."""
-        base = (self.model, steering.correction or NO_CORRECTION)
+        base = (self.model, self._label(steering.correction))
         labels = (*base, steering.mode)
         series = (self._open, self._fired, self._flips, self._kl)
         opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
         return Watch(self, Steered(opened, fired, flips, kl, self._entropy.labels(*base)))
 
-    def render(self, stats: EngineStats) -> bytes:
-        """The text that Prometheus reads."""
+    def render(self, stats: EngineStats, entries: Sequence[Entry] = ()) -> bytes:
+        """The text that Prometheus reads. entries: what is served now."""
+        self._info.clear()
+        for entry in entries:
+            found = entry.correction
+            self._info.labels(self.model, found.name, entry.version, found.tier).set(1)
         self._running.labels(self.model).set(stats.running)
         self._waiting.labels(self.model).set(stats.waiting)
         self._cache.labels(self.model).set(stats.used / stats.slots)
         return generate_latest(self._registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"trimtab:{name}", text, ["model_name"], registry=self._registry)
+    def _label(self, correction: str | None) -> str:
+        if correction is None:
+            return NO_CORRECTION
+        if len(self._seen) < MAX_CORRECTIONS:
+            self._seen.add(correction)
+        return correction if correction in self._seen else OTHERS
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)
@@ -83,19 +117,25 @@ class Watch:
     def __init__(self, metrics: Metrics, steered: Steered) -> None:
         self._metrics, self._steered = metrics, steered
         self._start = time.perf_counter()
+        self._tokens = 0
         self._last: float | None = None
-        self._ended = False
+        self.first: float | None = None  # seconds to the first token
+        self.reason: str | None = None  # why it ended
 
     def token(self, event: Event) -> None:
         """A token was sampled."""
         metrics, now = self._metrics, time.perf_counter()
         if self._last is None:
-            metrics.first.observe(now - self._start)
+            self.first = now - self._start
+            metrics.first.observe(self.first)
+            metrics.queued.observe(event.queued)
+            metrics.prefill.observe(max(0.0, self.first - event.queued))
             metrics.cached_tokens.inc(event.cached)
         else:
             metrics.between.observe(now - self._last)
         self._last = now
         metrics.generated.inc()
+        self._tokens += 1
         receipt = event.receipt
         if receipt is not None:
             self._steered.entropy.observe(receipt.entropy)
@@ -106,7 +146,11 @@ class Watch:
 
     def end(self, reason: str) -> None:
         """It is over; only the first call counts."""
-        if not self._ended:
-            self._ended = True
-            self._metrics.finished.labels(self._metrics.model, reason).inc()
-            self._metrics.whole.observe(time.perf_counter() - self._start)
+        if self.reason is None:
+            self.reason = reason
+            metrics, now = self._metrics, time.perf_counter()
+            metrics.finished.labels(metrics.model, reason).inc()
+            metrics.whole.observe(now - self._start)
+            metrics.lengths.observe(self._tokens)
+            if self._last is not None and self.first is not None:
+                metrics.decode.observe(self._last - self._start - self.first)

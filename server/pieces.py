@@ -8,6 +8,7 @@ stream can be cut anywhere. A character may span tokens; only stream.py turns by
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -36,6 +37,11 @@ class Pieces:
     def special(self, token: int) -> bool:
         """A control token, which answers do not show."""
         return token in self._special
+
+    def special_ids(self, names: Iterable[str]) -> dict[str, int]:
+        """Those of the names that are a control token's -> its id."""
+        named = {name: i for i, name in self._added.items() if i in self._special}
+        return {name: named[name] for name in names if name in named}
 
     def label(self, token: int) -> str:
         """For people: the token as text, U+FFFD where it is a part of a character."""

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.pieces import Pieces
+from trimtab.server.tool_template import ToolTemplate
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
@@ -29,6 +30,10 @@ def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
     return [{**message, "content": text} if i == last else dict(message) for i, message in enumerate(messages)]
 
 
+def _stopped() -> EngineStopped:
+    return EngineStopped("the server is shutting down: send the request to another, or again in a moment")
+
+
 class Prompter:
     """The prompts of one tokenizer. max_len: tokens that a prompt may have at most."""
 
@@ -37,10 +42,34 @@ class Prompter:
         self._longest = max(len(pieces.content(token)) for token in tokenizer.get_vocab().values())  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
+        self._tools = ToolTemplate(tokenizer)
+        self.tool_format = self._tools.format  # in which the model is told to write the calls of tools
 
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
+
+    async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
+        """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
+
+        def work() -> Ids:
+            whole = self._encode(prompt + completion, add_special_tokens, "completion")
+            begins = whole[: len(ids)] == ids
+            return whole[len(ids) :] if begins else self._encode(completion, False, "completion")
+
+        return await self._run(work)
+
+    async def words(self, words: Sequence[str]) -> list[Ids]:
+        """Words that must not be written -> their ids, at a text's beginning and, where that differs, after a space."""
+        found: list[Ids] = []
+        for word in words:
+            if not word.strip():
+                raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = await self._run(partial(self._encode, text, False, "bad_words"))
+                if text[0] != " " or (len(ids) == len(found[-1]) and ids[0] != found[-1][0]):
+                    found.append(ids)
+        return found
 
     async def negatives(self, text: str, prompts: Sequence[Ids], add_special_tokens: bool = True) -> list[Ids]:
         """What companions read beside each of these prompts: `text`, or where that is no token, the prompt's last.
@@ -56,8 +85,9 @@ class Prompter:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Ids:
-        """A chat through the model's template -> ids. Raises InvalidRequest."""
+        """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest."""
         extra = dict(template_kwargs or {})
         if reserved := sorted(self._ours & extra.keys()):
             message = f"chat_template_kwargs must not set {reserved[0]}"
@@ -66,7 +96,8 @@ class Prompter:
             raise InvalidRequest("continue_final_message needs add_generation_prompt: false", "continue_final_message")
 
         def work() -> Ids:
-            text = self._render(messages, add_generation_prompt, continue_final_message, extra)
+            told, offer = self._tools.apply(messages, tools)
+            text = self._render(told, add_generation_prompt, continue_final_message, extra | offer)
             return self._encode(text, False, "messages")
 
         return await self._run(work)
@@ -76,10 +107,21 @@ class Prompter:
         return [str(await self._run(partial(self._tokenizer.decode, ids))) for ids in prompts]
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """What has not begun never will, and what goes on is not waited for: a queue of long prompts takes minutes."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError as error:  # after its shutdown
+            raise _stopped() from error
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _stopped() from None  # not the caller was cancelled, but the work
 
     def _encode(self, text: str, special: bool, field: str) -> Ids:
         try:

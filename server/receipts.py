@@ -24,14 +24,14 @@ class Tally:
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = chosen
-        self._steps = self._open = self._fired = self._flips = 0
+        self._steps = self._open = self.fired = self.flips = 0
         self._entropy = self._kl = 0.0
 
     def add(self, receipt: Receipt) -> None:
         self._steps += 1
         self._open += receipt.open
-        self._fired += receipt.fired
-        self._flips += receipt.flip
+        self.fired += receipt.fired
+        self.flips += receipt.flip
         self._entropy += receipt.entropy
         self._kl += receipt.kl
 
@@ -41,7 +41,8 @@ class Tally:
         together = {str(steering.correction): steering.weight, **steering.also} if steering.also else None
         return {
             "correction": steering.correction,
-            **({"corrections": together} if together else {}),
+            "version": rule.version,
+            **({"corrections": together, "versions": rule.versions} if together else {}),
             "mode": steering.mode,
             "strength": rule.strength if chosen else None,
             "gate": rule.gate if chosen else None,
@@ -49,10 +50,10 @@ class Tally:
             "ceiling": rule.ceiling if math.isfinite(rule.ceiling) else None,
             "steps": self._steps,
             "open": self._open,
-            "fired": self._fired,
-            "flips": self._flips,
+            "fired": self.fired,
+            "flips": self.flips,
             "mean_entropy": self._entropy / self._steps if self._steps else None,
-            "kl": self._kl / self._fired if self._fired else None,
+            "kl": self._kl / self.fired if self.fired else None,
         }
 
 

@@ -7,9 +7,12 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from trimtab.server.rule import Rule
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
@@ -32,11 +35,18 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # None: as many as the context holds; 0 only where a prompt is scored
     min_tokens: int = 0  # end-of-text and stop_token_ids are forbidden before
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     alternatives: int = 0  # most likely tokens to report at each step, 0..20
+    allowed_tokens: frozenset[int] | None = None  # no others are drawn
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each is forbidden after the others
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -49,7 +59,11 @@ class SamplingParams:
         _within("top_logprobs", self.alternatives, 0, 20)
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _within("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        if self.allowed_tokens is not None and not self.allowed_tokens:
+            raise InvalidRequest("allowed_token_ids must name a token", "allowed_token_ids")
+        if not all(self.bad_words):
+            raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
@@ -68,6 +82,7 @@ class Budget:
     kl: float | None = None  # nats: the most that one step may move the distribution; its strength is scaled down
     until: str | None = None  # steering ends with this marker
     spans: tuple[tuple[str, str], ...] = TOOL_CALLS  # from an opening to a closing marker, nothing is steered
+    structured: bool = False  # it may be steered inside of a structure too: JSON that a grammar holds to, say
 
     def __post_init__(self) -> None:
         if self.max_steps is not None:
@@ -123,20 +138,56 @@ class Steering:
             raise InvalidRequest("the companion's prompt is empty: give it one token", "steering.companion_prompt")
 
 
+StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the text must be, all of it: a JSON value that fits a schema, a match of a regex, one of some choices, ...
+
+    Whether a model's tokenizer can follow it, `Engine.submit` says (structure.py).
+    """
+
+    kind: StructureKind
+    text: str  # a JSON schema; nothing for json_object; a regex; a JSON list of choices; a Lark grammar
+    steer: bool = False  # corrections may act inside; a budget may say so too
+    lazy: tuple[str, ...] = ()  # it holds only from where one of these was generated, special tokens by their names
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise InvalidRequest(f"a structure is one of {', '.join(get_args(StructureKind))}, not {self.kind!r}")
+        if not all(self.lazy):
+            raise InvalidRequest("what a structure waits for must not be empty")
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt and n samples of its continuation. Sample i draws with the seed philox.derive(seed, i)."""
+    """One prompt and n samples of its continuation. Sample i draws with the seed philox.derive(seed, i).
+
+    Where tokens of the prompt are scored, the first choice's events begin with theirs: each as if the prompt had ended
+    before the first of them and it had been sampled.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     steering: Steering = field(default_factory=Steering)
     n: int = 1
+    rule: "Rule | None" = None  # what `steering` came to when it was read; None: it is read at submission
+    structure: Structure | None = None
+    score_from: int | None = None  # the first token of the prompt that is scored
+    score_alternatives: int = 0  # most likely tokens to report with each of them, 0..20
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
         _within("n", self.n, 1, 128)
+        if self.score_from is not None:
+            _within("score_from", self.score_from, 1, len(self.prompt))
+            _within("prompt_logprobs", self.score_alternatives, 0, 20)
+        elif self.sampling.max_tokens == 0:
+            message = "max_tokens must be at least 1; it may be 0 only where the prompt is echoed or scored"
+            raise InvalidRequest(message, "max_tokens")
 
 
 class Receipt(NamedTuple):
@@ -166,7 +217,7 @@ class Receipt(NamedTuple):
 
 @dataclass(slots=True)  # not frozen: thousands are made a step, and freezing triples what one costs
 class Event:
-    """One sampled token of one choice, or its end without one (token None: abort or error)."""
+    """One sampled token of one choice, or its end without one (token None: abort, error, or max_tokens was 0)."""
 
     request_id: str
     index: int  # which of the n choices
@@ -176,7 +227,9 @@ class Event:
     receipt: Receipt | None
     finish: FinishReason | None  # "stop": end-of-text or a stop token, which `token` then is
     error: str | None = None  # set with finish "error"
-    cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event
+    cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
+    queued: float = 0.0  # seconds that it waited for its slots, on the same
+    scored: bool = False  # the token stands in the prompt
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -3,17 +3,20 @@
 Invariant: a Rule that exists can be carried out by a bank that has these corrections; all that is wrong with the
 request's numbers together (a rate without a calibration, another gate without a threshold) was said before.
 
+A rule refers to the entries of the bank that it was made of. While it lives, they do: a correction that is replaced or
+removed goes on acting in the requests that began with it.
+
     rule = rule_for(steering, bank)
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.server.request import Budget, GateKind, Steering
 from trimtab.server.slots import NO_ADAPTER
-from trimtab.steering.bank import Bank
+from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection, Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate
 
@@ -38,6 +41,17 @@ class Rule:
     heads: tuple[tuple[int, float], ...] = ()  # rows of the bank's tensors, and their weights
     adapter: int = NO_ADAPTER  # of the choice's own row
     beside: Beside | None = None
+    entries: tuple[Entry, ...] = field(default=(), repr=False, compare=False)  # the one it is steered by, then others
+
+    @property
+    def version(self) -> str | None:
+        """Of the correction by which it is steered."""
+        return self.entries[0].version if self.entries else None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of all that act together."""
+        return {entry.correction.name: entry.version for entry in self.entries}
 
     @property
     def rows(self) -> int:
@@ -49,24 +63,36 @@ def rule_for(steering: Steering, bank: Bank) -> Rule:
     """Raises NotFound for a correction that the bank has not; InvalidRequest."""
     if steering.correction is None:
         return Rule()
-    chosen = _find(steering.correction, bank, "steering.correction")
+    entry = _find(steering.correction, bank, "steering.correction")
+    entries: tuple[Entry, ...] = (entry,)
+    chosen = entry.correction
     strength = chosen.strength if steering.strength is None else steering.strength
     kind, tau, ceiling = _choose_gate(chosen.gate, steering)
     if steering.also and not isinstance(chosen, HeadCorrection):
         raise _not_a_head(chosen)
     if steering.mode == "off":
-        return Rule(False, strength, kind, tau, ceiling)
+        return Rule(False, strength, kind, tau, ceiling, entries=entries)
     heads: tuple[tuple[int, float], ...] = ()
     adapter, beside = NO_ADAPTER, None
     if isinstance(chosen, HeadCorrection):
-        heads = _heads({chosen.name: steering.weight, **steering.also}, bank)
+        entries = (entry, *(_find_head(name, bank) for name in steering.also))
+        weights = (steering.weight, *steering.also.values())
+        heads = tuple((entry.index, weight) for entry, weight in zip(entries, weights, strict=True))
     elif isinstance(chosen, LoraCorrection) and kind == "always" and strength == 1 and _is_plain(steering):
-        adapter = bank.adapter_index(chosen.name)  # what a companion would give, at half the work
+        adapter = entry.index  # what a companion would give, at half the work
     elif strength != 0 and isinstance(chosen, LoraCorrection):
-        beside = Beside(bank.adapter_index(chosen.name), False, strength)
+        beside = Beside(entry.index, False, strength)
     elif strength != 0 and isinstance(chosen, ContrastCorrection):
         beside = Beside(NO_ADAPTER, True, -strength)
-    return Rule(True, strength, kind, tau, ceiling, heads, adapter, beside)
+    return Rule(True, strength, kind, tau, ceiling, heads, adapter, beside, entries)
+
+
+def slots_of(correction: Correction) -> int:
+    """Slots that a choice takes where a request leaves the correction its defaults."""
+    if isinstance(correction, HeadCorrection) or correction.strength == 0:
+        return 1
+    alone = isinstance(correction, LoraCorrection) and correction.gate.kind == "always" and correction.strength == 1
+    return 1 if alone else 2
 
 
 def _is_plain(steering: Steering) -> bool:
@@ -74,12 +100,11 @@ def _is_plain(steering: Steering) -> bool:
     return steering.mode == "apply" and steering.budget == Budget()
 
 
-def _heads(weights: dict[str, float], bank: Bank) -> tuple[tuple[int, float], ...]:
-    for name in weights:
-        found = _find(name, bank, "steering.corrections")
-        if not isinstance(found, HeadCorrection):
-            raise _not_a_head(found)
-    return tuple((bank.head_index(name), weight) for name, weight in weights.items())
+def _find_head(name: str, bank: Bank) -> Entry:
+    found = _find(name, bank, "steering.corrections")
+    if not isinstance(found.correction, HeadCorrection):
+        raise _not_a_head(found.correction)
+    return found
 
 
 def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float]:
@@ -123,8 +148,8 @@ def _not_a_head(found: Correction) -> InvalidRequest:
     return InvalidRequest(message, "steering.corrections")
 
 
-def _find(name: str, bank: Bank, field: str) -> Correction:
+def _find(name: str, bank: Bank, field: str) -> Entry:
     try:
-        return bank.get(name)
+        return bank.entry(name)
     except NotFound as error:
         raise NotFound(str(error), field) from None

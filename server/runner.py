@@ -15,17 +15,19 @@ from torch import Tensor
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
 from trimtab.kernels.record import StepRecord, pack, unpack
-from trimtab.server.adapters import Placed
+from trimtab.server.adapters import Placed, Shelf
 from trimtab.server.attention import KVBatch, Span
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.graphs import DecodeGraphs
 from trimtab.server.inputs import Sampling, build_inputs
 from trimtab.server.scheduler import Work
+from trimtab.server.scoring import Scored, allow, keep_states, overruled, pieces, take_ready
 from trimtab.server.sequence import Sequence
 from trimtab.server.slate import Slate
 from trimtab.server.slots import NO_ADAPTER
-from trimtab.steering.bank import Bank
+from trimtab.steering.bank import Bank, Entry
+from trimtab.steering.correction import LoraCorrection
 
 
 class Forward(NamedTuple):
@@ -44,7 +46,10 @@ class Runner:
         """length: of a slot, in tokens. Raises CorrectionError for an adapter that does not fit the model."""
         self.base, self.bank = base, bank
         self.cache = base.new_cache(config.slots, length)
-        self._placed: list[Placed] = [base.adapted.place(adapter) for adapter in bank.adapters]
+        self._shelf = Shelf()
+        for entry in bank.entries:
+            if isinstance(entry.correction, LoraCorrection):
+                self.take(entry, base.adapted.bring(entry.correction.adapter))
         self._slate = Slate(config.slots)
         self._step = step_for(base.device)
         capture = capture_for(base.device) if config.graphs else None
@@ -57,10 +62,14 @@ class Runner:
         """Whether decode steps are replayed."""
         return self._graphs is not None
 
-    @property
-    def adapters(self) -> int:
-        """How many there are: the bank's when the runner was made."""
-        return len(self._placed)
+    def take(self, entry: Entry, placed: Placed) -> None:
+        """An adapter that rows may run under from now on."""
+        self.base.adapted.attach(placed)
+        self._shelf.put(entry, placed)
+
+    def has(self, adapter: int) -> bool:
+        """Whether rows can run under it."""
+        return adapter == NO_ADAPTER or adapter in self._shelf.placed
 
     def forward(self, work: list[Work]) -> Forward:
         """Launch the model on the work. A graph holds the base alone, and one token a row: the rest runs without."""
@@ -74,11 +83,16 @@ class Runner:
             places = {slot: i for i, slot in enumerate(slots.tolist())}
             rows += [places[s.companion.slot] for s in sequences if s.companion is not None]
         if self._graphs is None or (ends - starts).max() > 1 or adapters.max() > NO_ADAPTER:
-            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._placed)
+            batch = KVBatch(self.cache, [Span(*span) for span in spans.tolist()], self._shelf.placed)
             tokens = itertools.chain.from_iterable(w.row.tokens[w.start : w.end] for w in work)
-            hidden = self.base.forward(list(tokens), batch)[batch.last[rows]]
+            states = self.base.forward(list(tokens), batch)
+            lengths = ends - starts
+            keep_states(work, states, (lengths.cumsum() - lengths).tolist())
+            hidden = states[batch.last[rows]]
             return Forward(sampling, hidden, self.base.logits(hidden), False)
         hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
+        if any(w.row.told for w in work) and keep_states(work, hidden.clone(), range(len(work))):
+            return Forward(sampling, hidden[rows], logits[rows], False)
         if rows == list(range(len(work))):
             return Forward(sampling, hidden, logits, len(sequences) == len(rows))
         return Forward(sampling, hidden[rows], logits[rows], False)
@@ -96,6 +110,28 @@ class Runner:
         record = step_with(self._step, inputs, companions)
         return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
+    def score(self, work: list[Work]) -> list[tuple[Sampling, StepRecord]]:
+        """The records of the prompts' tokens that this work, whose `forward` has run, made known."""
+        scored = take_ready(list(dict.fromkeys(w.sequence for w in work if w.sequence.scores)))
+        return [] if scored is None else [self._score(piece) for piece in pieces(scored)]
+
+    def _score(self, piece: Scored) -> tuple[Sampling, StepRecord]:
+        self._slate.note(list(dict.fromkeys(piece.choices)))
+        slots = np.array([choice.row.slot for choice in piece.choices])
+        sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
+        logits = self.base.logits(torch.cat([piece.states, piece.beside]))
+        record = self._force(sampling, piece.states, logits)
+        allowed = allow(piece, record)
+        if overruled(allowed, record):
+            record = self._force(sampling._replace(allowed=allowed), piece.states, logits)
+        return sampling, record
+
+    def _force(self, sampling: Sampling, states: Tensor, logits: Tensor) -> StepRecord:
+        own = len(states)
+        inputs = build_inputs(sampling, self._slate, logits[:own], states, self.base.head_weight, self.bank.tensors())
+        record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
+        return unpack(pack(record).cpu())
+
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
         """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.
 
@@ -103,7 +139,7 @@ class Runner:
         """
         if self._graphs is None or not forward.again:
             return None
-        sequences, slots, lengths = forward.sampling
+        sequences, slots, lengths = forward.sampling[:3]
         kept = self._slate.go_on(slots, lengths + 1, tokens.numpy()).nonzero()[0]
         if not len(kept):
             return None

@@ -8,6 +8,7 @@ slots are free, or nothing runs, until the slots are taken. Nothing here touches
 cache for.
 """
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class Work(NamedTuple):
     @property
     def samples(self) -> bool:
         """The last known token of the sequence's own row is computed, so the next one is sampled."""
+        return self.ends and self.sequence.limit > 0
+
+    @property
+    def ends(self) -> bool:
+        """The last known token of the sequence's own row is computed."""
         return self.end == len(self.row.tokens) and self.row is self.sequence.row
 
 
@@ -118,10 +124,11 @@ class Scheduler:
                 self._place(row)
             del self.waiting[key]
             self.running[key] = sequence
+            sequence.queued = time.perf_counter() - sequence.arrived
 
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""
-        donor, length = self._slots.find_prefix(row.tokens[:-1], row.adapter)  # the last token's logits are needed
+        donor, length = self._slots.find_prefix(row.tokens[: row.reusable], row.adapter)
         row.slot = self._slots.take(prefer=donor)
         if length and donor != row.slot:
             self._copy(donor, row.slot, length)

@@ -6,6 +6,7 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
     body = ChatBody.model_validate(json);  body.check();  body.sampling();  body.rules()
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,8 @@ from trimtab.server import foreign
 from trimtab.server.request import SamplingParams
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
+from trimtab.server.structure_body import StructuredBody
+from trimtab.server.tool_body import CalledTool, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 
@@ -29,7 +32,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None  # padding, which is not done here
 
 
-class Body(BaseModel):
+class Body(StructuredBody):
     """What chats and completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -55,17 +58,21 @@ class Body(BaseModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
     def check(self) -> None:
         """Raise InvalidRequest for what is well-formed and yet not possible."""
         foreign.refuse(self.model_extra or {})
+        self.structure()
         if self.best_of is not None and self.best_of != self.choices:
             raise InvalidRequest("best_of is supported only where it equals n: leave it out", "best_of")
         if self.steering is not None:
             self.steering.check()
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream: true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs is told in whole answers: leave out stream", "prompt_logprobs")
 
     @property
     def choices(self) -> int:
@@ -119,6 +126,7 @@ class Body(BaseModel):
             "seed": self.seed,
             "max_tokens": self.token_limit(),
             "alternatives": self.alternatives(),
+            "allowed_tokens": None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         }
         return SamplingParams(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -129,6 +137,10 @@ class Body(BaseModel):
     def alternatives(self) -> int:
         """How many of the most likely tokens each step reports: none, unless the endpoint has a word for it."""
         return 0
+
+    def prompt_alternatives(self) -> int | None:
+        """How many of them each token of the prompt reports; None: the prompt is not scored."""
+        return self.prompt_logprobs
 
 
 class CompletionBody(Body):
@@ -141,16 +153,19 @@ class CompletionBody(Body):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo is not supported together with logprobs: leave one of them out", "echo")
-
     def token_limit(self) -> int | None:
         return self.DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def alternatives(self) -> int:
         return self.logprobs or 0
+
+    def rules(self) -> TextRules:
+        """Where the prompt's tokens are told, every token is: readers count them from the end."""
+        return replace(super().rules(), show_end=bool(self.echo) and self.logprobs is not None)
+
+    def prompt_alternatives(self) -> int | None:
+        echoed = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return max(self.prompt_logprobs or 0, self.logprobs or 0) if echoed else self.prompt_logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -176,13 +191,17 @@ class Message(BaseModel):
 
     role: str
     content: str | list[MessagePart] | None = None
+    tool_calls: list[CalledTool] | None = None  # the assistant's
+    function_call: None = None  # older than tool_calls, and not known here
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`."""
+        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`. No nulls."""
         content = self.content
         text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
         role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": text}
+        extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        return {**extra, **calls, "role": role, "content": text}
 
 
 class ChatBody(Body):
@@ -195,11 +214,23 @@ class ChatBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         super().check()
+        self.callable_tools()
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+
+    def callable_tools(self) -> tuple[list[Tool], bool]:
+        """The tools that may be called, and whether one must be. Raises InvalidRequest."""
+        return choose(self.tools or [], self.tool_choice)
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """As the model's template is to have them: all of them, or none where none may be called."""
+        return [] if self.tool_choice == "none" else [tool.for_template() for tool in self.tools or []]
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -5,9 +5,13 @@ last of them samples the next. Prefill, chunks, resumed prefixes and decode are 
 every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
+import time
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from trimtab.server.budget import Allowance
+from trimtab.server.constraint import Constraint
 from trimtab.server.request import FinishReason, Request
 from trimtab.server.rule import Rule
 from trimtab.server.slots import NO_ADAPTER
@@ -19,9 +23,11 @@ class Row:
 
     tokens: list[int]  # prompt, then what was sampled
     adapter: int = NO_ADAPTER  # of the bank; it acts on every one of the tokens
+    told: range = range(0)  # positions whose states are needed besides the last one's: what follows them is scored
     slot: int = -1
     computed: int = 0
     cached: int = 0  # prompt tokens whose KV was copied, not computed
+    states: Tensor | None = None  # [positions, hidden]: of `told`, computed and not yet scored
     prompt: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
@@ -32,6 +38,20 @@ class Row:
         """Tokens to compute until the next is sampled."""
         return len(self.tokens) - self.computed
 
+    @property
+    def reusable(self) -> int:
+        """Tokens whose KV may be what another row has left: those after them are needed for their states."""
+        return self.told.start if self.told else len(self.tokens) - 1
+
+
+@dataclass(eq=False)
+class Scores:
+    """The tokens at the end of a choice's prompt that are told as if they had been sampled there."""
+
+    tokens: tuple[int, ...]
+    allowance: Allowance | None  # begins with them
+    done: int = 0
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -40,14 +60,18 @@ class Sequence:
     request: Request
     index: int
     seed: int
-    limit: int  # tokens it may sample
+    limit: int  # tokens it may sample; 0: its prompt is scored and no more
     rule: Rule
     stops: frozenset[int]  # tokens that end it
     row: Row
     companion: Row | None = None
     allowance: Allowance | None = None  # None where nothing bounds the steering
+    constraint: Constraint | None = None  # None where every token is always legal
+    scores: Scores | None = None
     sampled: int = 0  # tokens: the position of the next draw
     counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
+    arrived: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0  # seconds until it had its slots
     rows: tuple[Row, ...] = field(init=False)
     penalised: bool = field(init=False)  # its logits are edited by what it has seen
 
@@ -58,8 +82,9 @@ class Sequence:
 
     @property
     def steered(self) -> bool:
-        """Whether a correction may act at the next step, if the gate opens."""
-        return self.rule.steered and (self.allowance is None or self.allowance.open)
+        """Whether a correction may act at the next step, if the gate opens; its legal tokens are filled in."""
+        allowed = self.rule.steered and (self.allowance is None or self.allowance.open)
+        return allowed and (self.constraint is None or self.constraint.steers)
 
     @property
     def edits(self) -> dict[int, tuple[int, float]]:
@@ -72,7 +97,10 @@ class Sequence:
             found.update((token, (count, 0.0)) for token, count in self.counts.items())
         for token, bias in s.logit_bias.items():
             found[token] = (found[token][0] if token in found else -1, bias)
-        if self.sampled < s.min_tokens:
+        for *before, last in s.bad_words:
+            if self.row.tokens[max(self.row.prompt, len(self.row.tokens) - len(before)) :] == before:
+                found[last] = (found[last][0] if last in found else -1, float("-inf"))
+        if self.sampled < s.min_tokens and not (self.constraint and self.constraint.inside):
             for token in self.stops:
                 found[token] = (found[token][0] if token in found else -1, float("-inf"))
         return found
@@ -86,6 +114,8 @@ class Sequence:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.allowance is not None:
             self.allowance.take(token, fired)
+        if self.constraint is not None:
+            self.constraint.take(token)
         if token in self.stops:
             return "stop"
         return "length" if self.sampled >= self.limit else None

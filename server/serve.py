@@ -5,7 +5,6 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import EngineFailure, InvalidRequest
+from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.weights import DEMO
 
 if TYPE_CHECKING:
     from trimtab.server.base import Base
-    from trimtab.steering.bank import Bank
-    from trimtab.steering.correction import Correction
+    from trimtab.server.traces import Tracer
+    from trimtab.steering.bank import Bank, Entry
 
 DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
-KEY_VARIABLE = "TRIMTAB_API_KEY"
 
 
 def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,7 +41,12 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
     add("--port", type=_at_least(0), default=8000, help="0 takes a free one")
-    add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {KEY_VARIABLE}")
+    add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {API_VARIABLE}")
+    add("--api-key-file", type=Path, metavar="FILE", help="more of them, one a line")
+    admin = f"a key for changing corrections at run time, repeatable; also read from {ADMIN_VARIABLE}"
+    add("--admin-key", action="append", metavar="KEY", help=admin)
+    add("--admin-key-file", type=Path, metavar="FILE", help="more of them, one a line")
+    add("--corrections-root", type=Path, metavar="DIR", help="where folders that are loaded at run time must lie")
     add("--served-model-name", nargs="+", metavar="NAME", help="what the model is called; the first is reported")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
@@ -50,9 +54,15 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--max-num-seqs", type=_at_least(1), default=32, metavar="N", help="choices that run at once")
     add("--max-num-batched-tokens", type=_at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
     add("--max-queue", type=_at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
+    tokens = "tokens of prompts that may wait to be read; more get a 503"
+    add("--max-queue-tokens", type=_at_least(1), default=2**20, metavar="TOKENS", help=tokens)
+    add("--max-requests-per-key", type=_at_least(1), metavar="N", help="at once; more get a 429")
     add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
     add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
+    add("--log-format", default="text", choices=("text", "json"), help="json: an object a line")
+    add("--log-prompts", action="store_true", help="log what was asked, with each request")
+    add("--otlp-traces-endpoint", metavar="URL", help="where spans go, such as http://localhost:4318/v1/traces")
     parser.set_defaults(func=serve)
 
 
@@ -60,32 +70,67 @@ def serve(args: argparse.Namespace) -> None:
     """Load, say what was loaded, serve until SIGTERM or Ctrl-C."""
     import uvicorn
 
+    from trimtab.server import logs
     from trimtab.server.app import create_app
     from trimtab.server.base import load_base
     from trimtab.server.config import EngineConfig
-    from trimtab.server.drain import DrainingServer
+    from trimtab.server.drain import DrainingServer, Lifecycle
     from trimtab.server.engine import Engine
 
     signal.signal(signal.SIGTERM, _leave)  # uvicorn raises it again after its shutdown: that is a success
+    logs.configure(args.log_format, args.log_level)
     config = EngineConfig(
         slots=args.max_num_seqs,
         max_model_len=args.max_model_len,
         step_tokens=args.max_num_batched_tokens,
         max_queue=args.max_queue,
+        max_queue_tokens=args.max_queue_tokens,
         threads=args.threads,
     )
+    api_keys = choose_keys(args.api_key, API_VARIABLE, args.api_key_file, "api-key")
+    admin_keys = choose_keys(args.admin_key, ADMIN_VARIABLE, args.admin_key_file, "admin-key")
+    if args.max_requests_per_key and not api_keys:
+        raise InvalidRequest("--max-requests-per-key needs keys: give --api-key", "max_requests_per_key")
+    if args.corrections_root is not None and not args.corrections_root.is_dir():
+        raise InvalidRequest(f"--corrections-root: there is no folder {args.corrections_root}", "corrections_root")
+    tracer = choose_tracer(args.otlp_traces_endpoint)
     folders = choose_corrections(args.model, args.correction)
     base = load_base(args.model, args.dtype, args.device, args.threads)
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)
-    app = create_app(engine, base, bank, names=names, api_keys=choose_keys(args.api_key))
+    lifecycle = Lifecycle()
+    app = create_app(
+        engine,
+        base,
+        bank,
+        names=names,
+        api_keys=api_keys,
+        admin_keys=admin_keys,
+        corrections_root=args.corrections_root,
+        max_per_key=args.max_requests_per_key,
+        lifecycle=lifecycle,
+        observers=[logs.RequestLog(args.log_prompts), *([tracer] if tracer else [])],
+    )
     print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
-    settings = uvicorn.Config(app, args.host, args.port, log_level=args.log_level, server_header=False)
-    server = DrainingServer(settings, engine, args.drain_timeout)
-    server.run()
+    settings = uvicorn.Config(app, args.host, args.port, log_config=None, access_log=False, server_header=False)
+    server = DrainingServer(settings, engine, args.drain_timeout, lifecycle)
+    try:
+        server.run()
+    finally:
+        if tracer is not None:
+            tracer.close()
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
+
+
+def choose_tracer(endpoint: str | None) -> "Tracer | None":
+    """What sends spans, where that is wanted. Raises ModuleNotFoundError without the extra `otel`."""
+    if endpoint is None:
+        return None
+    from trimtab.server.traces import Tracer, to_collector
+
+    return Tracer(to_collector(endpoint))
 
 
 def choose_corrections(model: str, given: Sequence[str]) -> list[tuple[str, Path]]:
@@ -100,14 +145,6 @@ def choose_corrections(model: str, given: Sequence[str]) -> list[tuple[str, Path
             raise InvalidRequest(f"--correction {item}: there is no folder {path}", "correction")
         chosen.append((name or path.resolve().name, path))
     return chosen
-
-
-def choose_keys(given: Sequence[str] | None) -> list[str]:
-    """The keys from the flags, else from the environment. An empty key is refused: it would let everybody in."""
-    keys = list(given or ([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else []))
-    if not all(keys):
-        raise InvalidRequest(f"an API key must not be empty: look at --api-key and {KEY_VARIABLE}", "api_key")
-    return keys
 
 
 def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence[str]) -> "Bank":
@@ -135,23 +172,26 @@ def describe(base: "Base", bank: "Bank", names: Sequence[str], slots: int, max_l
         f"slots        {slots} of {max_len} tokens",
         "sampling     temperature 1, top_p 1 unless a request says otherwise",
     ]
-    corrections = [_describe_correction(bank.get(name), bank) for name in bank.names]
+    corrections = [_describe_correction(entry) for entry in bank.entries]
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
 
 
-def _describe_correction(correction: "Correction", bank: "Bank") -> str:
+def _describe_correction(entry: "Entry") -> str:
     """One line, and one with the verdict where something was learned."""
-    from trimtab.server.request import Steering
-    from trimtab.server.rule import rule_for
+    from trimtab.server.rule import slots_of
 
+    correction = entry.correction
     facts = ", ".join(f"{name} {_say(value)}" for name, value in correction.facts.items())
-    slots = "; two slots a choice" if rule_for(Steering(correction.name), bank).rows == 2 else ""
+    slots = "; two slots a choice" if slots_of(correction) == 2 else ""
     line = f"{correction.name}: {correction.tier} ({facts}), strength {correction.strength:g} where {correction.gate}"
     if correction.tier == "contrast" and correction.report is None:
         return f"{line}{slots}"
     verdict = (correction.report or {}).get("verdict")
     found = verdict.get("summary") if isinstance(verdict, dict) else None
-    return f"{line}{slots}\n             held out: {found or 'never evaluated: its report has no verdict'}"
+    return (
+        f"{line}{slots}; version {entry.version}\n"
+        f"             held out: {found or 'never evaluated: its report has no verdict'}"
+    )
 
 
 def _say(value: object) -> str:

@@ -1,12 +1,13 @@
 """What the choice in each slot asks of every step, as arrays over the slots: written once, gathered at each step.
 
-Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, the draw)
-is asked of the few choices that have it.
+Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, legal
+tokens, the draw) is asked of the few choices that have it.
 
     slate.note(sequences);  columns = slate.gather(slots, sampled)
 """
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class Slate:
     """Arrays [slots], but for `correction` and `weight`, [slots, mix]."""
 
     def __init__(self, slots: int) -> None:
-        self._owner: list[Sequence | None] = [None] * slots
+        # Weakly: a sequence that ended must not keep its correction, which may have been replaced.
+        self._owner: list[weakref.ref[Sequence] | None] = [None] * slots
         self._floats = np.zeros((slots, len(_DRAWS + _ACTS)), dtype=np.float32)
         self._top_k = np.zeros(slots, dtype=np.int32)
         self._gate = np.zeros(slots, dtype=np.int32)
@@ -46,7 +48,8 @@ class Slate:
         self.seed = np.zeros(slots, dtype=np.uint64)
         self.prompt = np.zeros(slots, dtype=np.int64)  # tokens
         self.alternatives = np.zeros(slots, dtype=np.int64)
-        self.bounded = np.zeros(slots, dtype=np.bool_)  # has an allowance
+        self.bounded = np.zeros(slots, dtype=np.bool_)  # has an allowance, or a constraint
+        self.constrained = np.zeros(slots, dtype=np.bool_)  # not every token is always legal
         self.edited = np.zeros(slots, dtype=np.bool_)  # its logits may be edited
         self.paired = np.zeros(slots, dtype=np.bool_)  # has a companion
 
@@ -54,7 +57,8 @@ class Slate:
         """They hold their slots now."""
         owner = self._owner
         for sequence in sequences:
-            if owner[sequence.row.slot] is not sequence:
+            held = owner[sequence.row.slot]
+            if held is None or held() is not sequence:
                 self._write(sequence)
 
     def go_on(self, slots: Slots, lengths: Slots, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -84,7 +88,7 @@ class Slate:
         slot, request, rule = sequence.row.slot, sequence.request, sequence.rule
         s, cap = request.sampling, request.steering.budget.kl
         draws = (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-        self._owner[slot] = sequence
+        self._owner[slot] = weakref.ref(sequence)
         self._floats[slot] = (*draws, rule.strength, rule.tau, rule.ceiling, math.inf if cap is None else cap)
         self._top_k[slot], self._gate[slot] = s.top_k, GATES[rule.gate]
         self._shadow[slot], self._steered[slot] = request.steering.mode == "shadow", rule.steered
@@ -98,8 +102,10 @@ class Slate:
             self._correction[slot, place], self._weight[slot, place] = head, weight
         self.seed[slot] = sequence.seed & 0xFFFFFFFFFFFFFFFF
         self.prompt[slot], self.alternatives[slot] = sequence.row.prompt, s.alternatives
-        self.bounded[slot], self.paired[slot] = sequence.allowance is not None, sequence.companion is not None
-        self.edited[slot] = sequence.penalised or bool(s.logit_bias) or s.min_tokens > 0
+        self.constrained[slot] = sequence.constraint is not None
+        self.bounded[slot] = sequence.allowance is not None or sequence.constraint is not None
+        self.paired[slot] = sequence.companion is not None
+        self.edited[slot] = sequence.penalised or bool(s.logit_bias) or bool(s.bad_words) or s.min_tokens > 0
 
 
 def _widen(array: npt.NDArray[Any], width: int, filler: int) -> npt.NDArray[Any]:

@@ -26,6 +26,7 @@ class BudgetBody(BaseModel):
     kl: float | None = None
     until: str | None = None
     spans: list[tuple[str, str]] | None = None
+    structured: bool | None = None
 
     def budget(self) -> Budget:
         """Raises InvalidRequest."""

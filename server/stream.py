@@ -10,10 +10,11 @@ wins. A token is shown when its last character is; of a token that a stop string
 import codecs
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, FinishReason, Receipt
+from trimtab.server.tool_reader import CallPiece
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TextRules:
     min_tokens: int = 0  # stop strings that end within these tokens are text
     include_stop: bool = False
     skip_special: bool = True
+    show_end: bool = False  # the token that ends the text is a token among others, if one without text
+    keep: frozenset[int] = frozenset()  # special tokens that are shown all the same
 
 
 class Shown(NamedTuple):
@@ -47,7 +50,8 @@ class Update(NamedTuple):
     text: str
     tokens: tuple[Shown, ...]
     steps: tuple[Step, ...]
-    finish: FinishReason | None
+    finish: FinishReason | Literal["tool_calls"] | None
+    calls: tuple[CallPiece, ...] = ()  # tools' calls, which a reader has taken out of the text
 
 
 class _Pending(NamedTuple):
@@ -77,7 +81,9 @@ class ChoiceStream:
         assert self.finish is None, "pushed after the end"
         assert event.token is not None
         self.tokens += 1
-        hidden = event.finish == "stop" or (self._rules.skip_special and self._pieces.special(event.token))
+        hidden = event.finish == "stop" or (
+            self._rules.skip_special and self._pieces.special(event.token) and event.token not in self._rules.keep
+        )
         content = b"" if hidden else self._pieces.content(event.token)
         before = self._out + len(self._held)
         self._bytes += content
@@ -93,6 +99,11 @@ class ChoiceStream:
         if event.finish is not None:
             return self._release(self._held, event.finish)
         return self._release(self._held[: len(self._held) - self._hold_back()], None)
+
+    def close(self) -> Update:
+        """End without a token."""
+        assert self.finish is None, "closed after the end"
+        return self._release(self._held, "length")
 
     def _find_stop(self) -> int | None:
         """Where in the held text the answer ends, if a stop string is complete."""
@@ -127,7 +138,7 @@ class ChoiceStream:
             assert event.token is not None
             if event.receipt is not None:
                 steps.append(Step(event.token, event.receipt))
-            ended = event.finish == "stop"
+            ended = event.finish == "stop" and not self._rules.show_end
             if not ended and (end <= last_byte or end - len(content) < last_byte):
                 shown.append(Shown(event, content[: len(content) - max(0, end - last_byte)], offset))
         return Update(text, tuple(shown), tuple(steps), finish)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from trimtab.errors import EngineStopped
 from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request
+from trimtab.server.request import Event, Request, Structure
 
 
 class Ticket:
@@ -75,6 +75,10 @@ class Tickets:
                 loop.call_soon_threadsafe(self._deliver, events)
 
         self._engine.start(on_events)
+
+    async def compile(self, structure: Structure, field: str) -> None:
+        """Compile what a request will need, off the event loop. Raises InvalidRequest, naming `field`."""
+        await asyncio.to_thread(self._engine.compile, structure, field)
 
     @contextmanager
     def open(self, requests: Sequence[Request]) -> Iterator[Ticket]:

@@ -1,92 +1,157 @@
 """The corrections a server holds, and what the device reads of them: stacked heads, and adapters.
 
-Invariant: a correction's indices never change while the bank lives, so requests in flight stay right when one is added.
+Invariant: an entry is one version of a correction, and its index means that version for as long as a name or a
+request's rule refers to the entry: a row of the heads is given away only afterwards, the number of an adapter never. So
+requests in flight stay right when corrections are added, replaced and removed, and nothing has to be counted.
+
+    bank.add(correction);  entry = bank.entry("mine")
+    draft = bank.prepare(newer);  bank.publish(draft)        # the costly part apart from the moment of the change
+
 A head's scales are folded in here, once: A / s_h, B / s_w, b / s_w; ranks are padded with zeros, which add nothing.
 """
 
+import itertools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.kernels.record import Corrections
-from trimtab.steering.adapter import Adapter
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
+from trimtab.steering.folder import version_of
+
+NO_INDEX = -1  # of a correction that needs no place on the device
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One version of a correction, and its place on the device."""
+
+    correction: Correction
+    index: int = NO_INDEX  # a head's row in the stacked tensors; an adapter's number
+
+    @cached_property
+    def version(self) -> str:
+        """A short digest of its files, whatever it is called here."""
+        return version_of(self.correction)
+
+
+class Draft(NamedTuple):
+    """An entry to be, with what the device reads from then on."""
+
+    entry: Entry
+    tensors: Corrections | None
 
 
 class Bank:
-    """Corrections by name, for one base of this hidden size."""
+    """Corrections by name, for one base of this hidden size. One thread at a time may change it; any may read."""
 
     def __init__(self, hidden: int, device: torch.device | str) -> None:
         self._hidden = hidden
         self._device = device
-        self._corrections: dict[str, Correction] = {}
-        self._heads: list[HeadCorrection] = []
-        self._loras: list[LoraCorrection] = []
+        self._entries: dict[str, Entry] = {}  # replaced, not changed: others may be reading it
+        self._rows: list[weakref.ref[Entry]] = []  # who has each row of the heads
+        self._numbers = itertools.count()  # of adapters
         self._tensors: Corrections | None = None
 
     @property
     def names(self) -> list[str]:
         """In the order in which they came."""
-        return list(self._corrections)
+        return list(self._entries)
 
     @property
-    def adapters(self) -> list[Adapter]:
-        """Of the lora tier, by `adapter_index`."""
-        return [lora.adapter for lora in self._loras]
+    def entries(self) -> list[Entry]:
+        """The newest of each name, in the same order."""
+        return list(self._entries.values())
 
     def add(self, correction: Correction) -> None:
         """Raises CorrectionError for another hidden size, or a name that is taken."""
-        if correction.name in self._corrections:
+        if correction.name in self._entries:
             raise CorrectionError(f"two corrections are called {correction.name!r}: rename one in its correction.json")
+        self.publish(self.prepare(correction))
+
+    def prepare(self, correction: Correction) -> Draft:
+        """All that takes time; nothing changes yet. Raises CorrectionError for another hidden size."""
         if isinstance(correction, HeadCorrection):
             if correction.hidden != self._hidden:
                 raise CorrectionError(
                     f"the correction {correction.name!r} has the hidden size {correction.hidden}; "
                     f"the served model's is {self._hidden}"
                 )
-            heads = [*self._heads, correction]
-            self._tensors = self._stack(heads)
-            self._heads = heads
-        elif isinstance(correction, LoraCorrection):
-            self._loras.append(correction)
-        self._corrections[correction.name] = correction
+            held = [row() for row in self._rows]
+            index = held.index(None) if None in held else len(held)
+            heads = [entry.correction if entry else None for entry in held]
+            heads[index:] = [correction, *heads[index + 1 :]]
+            return Draft(Entry(correction, index), self._stack(heads))
+        index = next(self._numbers) if isinstance(correction, LoraCorrection) else NO_INDEX
+        return Draft(Entry(correction, index), self._tensors)
+
+    def publish(self, draft: Draft) -> bool:
+        """Let the draft, made of this very state, have its name. -> whether it takes another's place."""
+        entry = draft.entry
+        name = entry.correction.name
+        if isinstance(entry.correction, HeadCorrection):
+            self._rows[entry.index :] = [weakref.ref(entry), *self._rows[entry.index + 1 :]]
+        self._tensors = draft.tensors  # first: who finds the name finds its row
+        replaced = name in self._entries
+        self._entries = {**self._entries, name: entry}
+        return replaced
+
+    def remove(self, name: str) -> None:
+        """Requests that have it keep it. Raises NotFound."""
+        self.entry(name)
+        self._entries = {other: entry for other, entry in self._entries.items() if other != name}
+
+    def entry(self, name: str) -> Entry:
+        """The newest of that name; raises NotFound."""
+        found = self._entries.get(name)
+        if found is None:
+            loaded = ", ".join(self._entries) or "none"
+            raise NotFound(f"no correction is called {name!r}; loaded: {loaded}")
+        return found
 
     def get(self, name: str) -> Correction:
         """The correction of that name; raises NotFound."""
-        if name not in self._corrections:
-            loaded = ", ".join(self._corrections) or "none"
-            raise NotFound(f"no correction is called {name!r}; loaded: {loaded}")
-        return self._corrections[name]
+        return self.entry(name).correction
 
     def head_index(self, name: str) -> int:
         """What RowParams.correction holds for it. Raises NotFound; InvalidRequest where it is of another tier."""
-        return self._index(self._heads, name, "head")
+        return self._index(name, "head")
 
     def adapter_index(self, name: str) -> int:
-        """Its place in `adapters`. Raises NotFound; InvalidRequest where it is of another tier."""
-        return self._index(self._loras, name, "lora")
+        """The number of its adapter. Raises NotFound; InvalidRequest where it is of another tier."""
+        return self._index(name, "lora")
 
     def tensors(self) -> Corrections | None:
-        """All heads, stacked on the device; None when there are none."""
+        """All heads, stacked on the device; None when there never were any."""
         return self._tensors
 
-    def _index(self, members: Sequence[Correction], name: str, tier: str) -> int:
-        found = self.get(name)
-        if found.tier != tier:
-            raise InvalidRequest(f"the correction {name!r} is of the tier {found.tier}, not {tier}", "correction")
-        return [member.name for member in members].index(name)
+    def _index(self, name: str, tier: str) -> int:
+        found = self.entry(name)
+        if found.correction.tier != tier:
+            message = f"the correction {name!r} is of the tier {found.correction.tier}, not {tier}"
+            raise InvalidRequest(message, "correction")
+        return found.index
 
-    def _stack(self, corrections: list[HeadCorrection]) -> Corrections:
-        rank = max(1, *(c.rank for c in corrections))
-        A = torch.zeros(len(corrections), rank, self._hidden)
-        B = torch.zeros(len(corrections), self._hidden, rank)
-        b = torch.zeros(len(corrections), self._hidden)
-        for i, c in enumerate(corrections):
+    def _stack(self, corrections: Sequence[Correction | None]) -> Corrections:
+        """None: a row that nobody has."""
+        heads = {i: c for i, c in enumerate(corrections) if isinstance(c, HeadCorrection)}
+        rows, rank = len(corrections), max(1, *(c.rank for c in heads.values()))
+        A = torch.zeros(rows, rank, self._hidden)
+        B = torch.zeros(rows, self._hidden, rank)
+        b = torch.zeros(rows, self._hidden)
+        cap, top_k = torch.ones(rows), torch.ones(rows, dtype=torch.int32)
+        silu = torch.zeros(rows, dtype=torch.bool)
+        for i, c in heads.items():
             A[i, : c.rank] = c.A / c.hidden_scale
             B[i, :, : c.rank] = c.B / c.row_scale
             b[i] = c.b / c.row_scale
+            cap[i], top_k[i], silu[i] = c.cap, c.top_k, c.activation == "silu"
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(self._device)
@@ -95,8 +160,8 @@ class Bank:
             A=place(A),
             B=place(B),
             b=place(b),
-            cap=place(torch.tensor([c.cap for c in corrections], dtype=torch.float32)),
-            silu=place(torch.zeros(len(corrections), dtype=torch.bool)),
-            top_k=place(torch.tensor([c.top_k for c in corrections], dtype=torch.int32)),
-            max_top_k=max(c.top_k for c in corrections),
+            cap=place(cap),
+            silu=place(silu),
+            top_k=place(top_k),
+            max_top_k=max(c.top_k for c in heads.values()),
         )

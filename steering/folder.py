@@ -51,19 +51,7 @@ _HEAD_TENSORS = ("A", "B", "b")
 def save(correction: Correction, folder: str | Path) -> None:
     """Write the correction's files, each atomically. A crash between them leaves a folder that `load` refuses."""
     files = _files_of(correction)
-    described = {
-        f.name: getattr(correction, f.name)
-        for f in dataclasses.fields(correction)
-        if f.name not in (*_HEAD_TENSORS, "adapter")
-    } | {
-        "tier": correction.tier,
-        "base": dataclasses.asdict(correction.base),
-        "gate": _describe_gate(correction.gate),
-        "provenance": dict(correction.provenance),
-        "report": None if correction.report is None else dict(correction.report),
-        "format": FORMAT,
-        "tensors_sha256": _digest(files.values()),
-    }
+    described = _describe(correction, files)
     for name, content in files.items():
         write_bytes(Path(folder) / name, content)
     write_json(Path(folder) / JSON_FILE, described)
@@ -100,12 +88,36 @@ def digest(correction: Correction) -> str:
     return _digest(_files_of(correction).values())
 
 
+def version_of(correction: Correction) -> str:
+    """A short digest of all that `save` would write but the name, so that one artefact is the same everywhere."""
+    described = _describe(correction, _files_of(correction))
+    del described["name"]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _load_peft(folder: Path) -> LoraCorrection:
     adapter = read_adapter(folder)
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name)
     made_for = str(adapter.config.get("base_model_name_or_path") or "unknown")
     identity = BaseIdentity(made_for, "", "", "")  # PEFT does not say; shapes are checked when it is put on a model
     return LoraCorrection(name=name, base=identity, gate=Gate("always"), adapter=adapter)
+
+
+def _describe(correction: Correction, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What its JSON holds."""
+    return {
+        f.name: getattr(correction, f.name)
+        for f in dataclasses.fields(correction)
+        if f.name not in (*_HEAD_TENSORS, "adapter")
+    } | {
+        "tier": correction.tier,
+        "base": dataclasses.asdict(correction.base),
+        "gate": _describe_gate(correction.gate),
+        "provenance": dict(correction.provenance),
+        "report": None if correction.report is None else dict(correction.report),
+        "format": FORMAT,
+        "tensors_sha256": _digest(files.values()),
+    }
 
 
 def _files_of(correction: Correction) -> dict[str, bytes]:

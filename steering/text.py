@@ -1,7 +1,7 @@
 """Plain text: how likely it is to the base, and to the base under a correction that was made for something else.
 
 The text is read in windows, each token predicted from those before it in its window; what the gate opens and what the
-correction changes is computed by the served step itself, which is made to draw the text's own next token.
+correction changes is computed by the served step itself, whose token is forced to be the text's own next.
 
 Invariant: where the gate is shut, both likelihoods are one float. Figures are nats a token: lower is likelier.
 
@@ -20,7 +20,7 @@ from trimtab.errors import InvalidRequest, TaskError
 from trimtab.kernels import philox
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
-from trimtab.kernels.record import FIRED, Edits, RowParams, StepInputs
+from trimtab.kernels.record import FIRED, RowParams, StepInputs
 from trimtab.server.base import Base
 from trimtab.server.request import GateKind
 from trimtab.server.slate import GATES
@@ -32,7 +32,6 @@ from trimtab.steering.progress import Progress
 
 WINDOW = 512  # tokens
 ROWS = 128  # positions a step
-_CERTAIN = 1e9  # added to a logit: the draw is that token
 
 
 class _Read(NamedTuple):
@@ -92,8 +91,8 @@ def _read(
             logits=base.logits(states[at]),
             hidden=states[at],
             head=base.head_weight,
-            params=_params(at, number, isinstance(correction, HeadCorrection), strength, gate),
-            edits=_edits(following[at]),
+            params=_params(following[at], at, number, isinstance(correction, HeadCorrection), strength, gate),
+            edits=None,
             corrections=bank.tensors() if isinstance(correction, HeadCorrection) else None,
             alternatives=0,
         )
@@ -107,8 +106,8 @@ def _read(
     return _Read(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
-def _params(at: Tensor, number: int, head: bool, strength: float, gate: Gate) -> RowParams:
-    """Greedy rows under the gate; number: the window's, which seeds a random gate."""
+def _params(following: Tensor, at: Tensor, number: int, head: bool, strength: float, gate: Gate) -> RowParams:
+    """Rows under the gate, whose tokens are known; number: the window's, which seeds a random gate."""
     n, device = len(at), at.device
     kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
 
@@ -135,15 +134,8 @@ def _params(at: Tensor, number: int, head: bool, strength: float, gate: Gate) ->
         strength=column(strength),
         kl_cap=column(math.inf),
         shadow=column(0, torch.bool),
+        forced=following,
     )
-
-
-def _edits(tokens: Tensor) -> Edits:
-    """Each row draws its token. Likelihoods are told as they were before edits."""
-    begin = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
-    unseen = torch.full_like(tokens, -1)
-    certain = torch.full(tokens.shape, _CERTAIN, dtype=torch.float32, device=tokens.device)
-    return Edits(torch.stack([begin, begin + 1], 1), tokens, unseen, certain)
 
 
 def _sum_up(found: Sequence[_Read], name: str) -> dict[str, Any]:

@@ -78,10 +78,16 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
             if count >= 0:
                 value = value / p.repetition if value > 0 else value * p.repetition
             final[token] = value - p.frequency * max(count, 0) - p.presence * (count > 0) + bias
+    if inputs.mask is not None and (line := int(inputs.mask.row[row])) >= 0:
+        words = inputs.mask.words[line].tolist()
+        illegal = [i for i in range(len(final)) if not words[i // 32] >> i % 32 & 1]
+        final[illegal] = float("-inf")
+    seen = (entropy, statistic, is_open, fired, strength, kl, base, steered.log_softmax(0))
+    if p.forced >= 0:
+        return Expected(*seen, [p.forced], torch.ones(1).double())
     order = [i for i in rank(final) if final[i] > float("-inf")]
     if not order:
         return None
-    seen = (entropy, statistic, is_open, fired, strength, kl, base, steered.log_softmax(0))
     if p.temperature == 0:
         return Expected(*seen, order[:1], torch.ones(1).double())
     weights = ((final - final.max()) / p.temperature).exp()

@@ -23,7 +23,7 @@ from tiny import tiny_tokenizer
 from trimtab.server.app import create_app
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine import EngineStats
-from trimtab.server.request import Event, Receipt, Request
+from trimtab.server.request import Event, Receipt, Request, Structure
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection
@@ -79,6 +79,9 @@ class ScriptedEngine:
 
     def start(self, on_events: Callable[[list[Event]], None]) -> None:
         self.on_events, self.alive = on_events, True
+
+    def compile(self, structure: Structure, field: str) -> None:
+        """Anything can be followed."""
 
     def submit(self, request: Request) -> None:
         if self.refusal is not None:

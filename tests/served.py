@@ -14,11 +14,12 @@ from typing import NamedTuple
 class Served(NamedTuple):
     url: str
     told: str  # what the server printed until it was ready
+    process: "subprocess.Popen[str]"
 
 
 @contextmanager
-def serving(arguments: Sequence[str], folder: Path) -> Iterator[Served]:
-    """Serves on a free port; afterwards SIGTERM must end it with exit code 0 and no traceback."""
+def serving(arguments: Sequence[str], folder: Path, code: int = 0) -> Iterator[Served]:
+    """Serves on a free port; afterwards SIGTERM must end it, if it runs, with this exit code and no traceback."""
     command = [sys.executable, "-m", "trimtab.cli", "serve", *arguments, "--port", "0"]
     with subprocess.Popen(
         command,
@@ -35,9 +36,9 @@ def serving(arguments: Sequence[str], folder: Path) -> Iterator[Served]:
                 line = server.stdout.readline()
                 assert line, f"the server ended: {told}"
                 told += line
-            yield Served(found[1], told)
+            yield Served(found[1], told, server)
             server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+            assert server.wait(60) == code
             assert "Traceback" not in server.stdout.read()
         finally:
             server.kill()

@@ -1,11 +1,12 @@
 """Random step inputs for the tests of both implementations."""
 
 import math
+import random
 from typing import Any
 
 import torch
 
-from trimtab.kernels.record import GATE_ENTROPY, Corrections, Edits, RowParams, StepInputs
+from trimtab.kernels.record import GATE_ENTROPY, Corrections, Edits, Masks, RowParams, StepInputs
 
 HIDDEN, RANK = 24, 4
 
@@ -27,9 +28,10 @@ OFF: dict[str, Any] = {
     "strength": 1.0,
     "kl_cap": math.inf,
     "shadow": False,
+    "forced": -1,
 }
 _DTYPES = {
-    **dict.fromkeys(("top_k", "gate", "correction"), torch.int32),
+    **dict.fromkeys(("top_k", "gate", "correction", "forced"), torch.int32),
     **dict.fromkeys(("steered", "shadow"), torch.bool),
     "uniform": torch.float64,
 }
@@ -69,6 +71,30 @@ def make_edits(rows: list[dict[int, tuple[int, float]]]) -> Edits | None:
     return Edits(spans, *integers, torch.tensor(bias, dtype=torch.float32))
 
 
+def make_mask(rows: list[set[int] | None], vocab: int) -> Masks | None:
+    """The legal tokens of each row; None has no mask."""
+    masked = [row for row in rows if row is not None]
+    if not masked:
+        return None
+    lines = iter(range(len(masked)))
+    bits = torch.zeros(len(masked), -(-vocab // 32) * 32, dtype=torch.int64)
+    for line, legal in enumerate(masked):
+        bits[line, list(legal)] = 1
+    words = (bits.view(len(masked), -1, 32) << torch.arange(32)).sum(2)
+    row = torch.tensor([-1 if legal is None else next(lines) for legal in rows], dtype=torch.int32)
+    return Masks(row, words.to(torch.int32))  # the highest bit is its sign
+
+
+def random_mask(seed: int, vocab: int) -> set[int] | None:
+    """From none over a few legal tokens to nearly all; sometimes nothing is legal."""
+    r = random.Random(seed)
+    share = r.choice([None, None, 0.0, 0.02, 0.3, 0.97])
+    if share is None:
+        return None
+    legal = {token for token in range(vocab) if r.random() < share}
+    return legal | ({r.randrange(vocab)} if share else set())
+
+
 def make_inputs(
     rows: list[dict[str, Any]],
     vocab: int,
@@ -79,6 +105,7 @@ def make_inputs(
     edits: list[dict[int, tuple[int, float]]] | None = None,
     top_k: tuple[int, ...] = (5, 20),
     alternatives: int = 0,
+    masks: list[set[int] | None] | None = None,
 ) -> StepInputs:
     """Random logits (quantised with `ties`), and a random correction for each of top_k.
 
@@ -107,4 +134,5 @@ def make_inputs(
         edits=make_edits(edits or [{} for _ in rows]),
         corrections=corrections,
         alternatives=alternatives,
+        mask=make_mask(masks or [], vocab),
     )

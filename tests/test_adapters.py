@@ -1,7 +1,7 @@
 """LoRAs in the forward: what peft computes, on its own tokens only, and never from another adapter's cache."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def base() -> Base:
     return tiny_base()
 
 
-def forward(base: Base, placed: Sequence[Placed], adapters: Sequence[int]) -> list[Tensor]:
+def forward(base: Base, placed: Mapping[int, Placed], adapters: Sequence[int]) -> list[Tensor]:
     """The logits of IDS in one packed step, sequence i under adapters[i]."""
     order = sorted(range(len(IDS)), key=lambda i: len(IDS[i]))
     spans = [Span(i, 0, len(IDS[at]), adapters[at]) for i, at in enumerate(order)]
@@ -57,8 +57,8 @@ def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, dtype: torch.dtyp
     judge.get_base_model().set_attn_implementation("sdpa")
     correction = load(tmp_path)
     assert isinstance(correction, LoraCorrection)
-    ours = forward(base, [base.adapted.place(correction.adapter)], [0] * len(IDS))
-    plain = forward(base, [], [-1] * len(IDS))
+    ours = forward(base, {0: base.adapted.place(correction.adapter)}, [0] * len(IDS))
+    plain = forward(base, {}, [-1] * len(IDS))
     for ids, got, unadapted in zip(IDS, ours, plain, strict=True):
         with torch.inference_mode():
             expected = judge(torch.tensor([ids]), use_cache=False).logits[0]
@@ -67,8 +67,8 @@ def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_tokens_without_an_adapter_come_out_bit_for_bit(base: Base) -> None:
-    placed = [base.adapted.place(tiny_lora(base, seed=seed).adapter) for seed in (0, 1)]
-    plain = forward(base, [], [-1] * 4)
+    placed = {seed: base.adapted.place(tiny_lora(base, seed=seed).adapter) for seed in (0, 1)}
+    plain = forward(base, {}, [-1] * 4)
     mixed = forward(base, placed, [-1, -1, 0, 1])
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], mixed[:2], strict=True))
     x, y = forward(base, placed, [0] * 4), forward(base, placed, [1] * 4)
@@ -115,7 +115,7 @@ def test_an_adapter_for_another_model_is_refused_when_the_engine_is_made(base: B
 
 def test_tokens_are_grouped_by_adapter_and_ranges_stay_ranges() -> None:
     a, b = ({"a": (torch.zeros(1), torch.zeros(1))}, {"b": (torch.zeros(1), torch.zeros(1))})
-    groups = group_tokens([1, -1, 1, 0, 0], [1, 1, 1, 2, 4], [a, b], "cpu")
+    groups = group_tokens([1, -1, 1, 0, 0], [1, 1, 1, 2, 4], {0: a, 1: b}, "cpu")
     assert groups[0] == (a, slice(3, 9))
     assert groups[1].placed is b
     assert isinstance(groups[1].tokens, Tensor)

@@ -1,5 +1,7 @@
 """The bank: indices are stable, and the stacked tensors mean what the corrections mean."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,6 +54,7 @@ def test_folded_and_padded_tensors_give_each_corrections_delta(sizes: list[tuple
         assert bank.head_index(c.name) == i
         assert bank.get(c.name) is c
         assert (stacked.top_k[i], stacked.cap[i]) == (c.top_k, c.cap)
+        assert not stacked.silu[i]
         expected = c.cap * torch.tanh(w @ (c.B @ (c.A @ h / c.hidden_scale) + c.b) / c.row_scale / c.cap)
         got = stacked.cap[i] * torch.tanh(w @ (stacked.B[i] @ (stacked.A[i] @ h) + stacked.b[i]) / stacked.cap[i])
         torch.testing.assert_close(got, expected)
@@ -67,3 +70,49 @@ def test_a_taken_name_or_another_hidden_size_is_refused_and_changes_nothing() ->
         bank.add(make("b", 2, hidden=7))
     assert bank.names == ["a"]
     assert bank.tensors() is before
+
+
+def test_an_activation_reaches_the_step() -> None:
+    bank = Bank(HIDDEN, "cpu")
+    bank.add(dataclasses.replace(make("a", 2), activation="silu"))
+    bank.add(make("b", 2))
+    stacked = bank.tensors()
+    assert stacked is not None
+    assert stacked.silu.tolist() == [True, False]
+
+
+def test_a_row_is_given_away_only_when_nobody_has_its_version() -> None:
+    bank = Bank(HIDDEN, "cpu")
+    bank.add(make("a", 2))
+    held = bank.entry("a")
+    assert bank.publish(bank.prepare(make("a", 2, seed=1)))
+    newer = bank.entry("a")
+    assert (held.index, newer.index) == (0, 1)
+    old, both = make("a", 2), bank.tensors()
+    assert both is not None
+    torch.testing.assert_close(both.b[0], old.b / old.row_scale)
+    del held
+    bank.publish(bank.prepare(make("b", 3, seed=2)))
+    assert bank.entry("b").index == 0
+    assert bank.entry("a") is newer
+    bank.remove("a")
+    with pytest.raises(NotFound, match="loaded: b"):
+        bank.remove("a")
+    bank.publish(bank.prepare(make("a", 2)))
+    assert bank.entry("a").index == 2, "its old row is still somebody's"
+
+
+def test_a_version_is_of_all_that_is_written_but_the_name() -> None:
+    def version(correction: HeadCorrection) -> str:
+        bank = Bank(HIDDEN, "cpu")
+        bank.add(correction)
+        return bank.entry(correction.name).version
+
+    one = version(make("a", 2))
+    assert len(one) == 12
+    assert version(make("b", 2)) == one
+    others = [
+        make("a", 2, seed=1),
+        *(dataclasses.replace(make("a", 2), **c) for c in ({"strength": 2.0}, {"report": {}})),
+    ]
+    assert len({one, *map(version, others)}) == 4

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tiny import tiny_base, tiny_correction
-from trimtab.errors import ContextOverflow, EngineFailure, NotFound, Overloaded
+from trimtab.errors import ContextOverflow, EngineStopped, NotFound, Overloaded
 from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
@@ -97,8 +97,63 @@ def test_closing_ends_what_is_open_and_refuses_what_comes(harness: Harness) -> N
     out = harness.collect(3)
     assert Counter(events[-1].finish for events in out.values()) == {"abort": 3}
     assert not harness.engine.stats().alive
-    with pytest.raises(EngineFailure, match="not running"):
+    with pytest.raises(EngineStopped, match="shutting down"):
         harness.engine.submit(greedy("late"))
+    with pytest.raises(EngineStopped):
+        harness.engine.between_steps(lambda core: None)
+
+
+def test_errands_are_done_by_the_engines_thread_and_tell_what_went_wrong(harness: Harness) -> None:
+    harness.engine.submit(greedy("r", tokens=50))
+    where = harness.engine.between_steps(lambda core: (core.busy, threading.current_thread().name))
+    assert where == (True, "trimtab-engine")
+    with pytest.raises(ZeroDivisionError):
+        harness.engine.between_steps(lambda core: 1 // 0)
+    assert harness.collect(1)["r", 0][-1].finish == "length", "the engine goes on"
+
+
+def test_an_errand_that_the_engine_never_came_to_is_told_so(harness: Harness) -> None:
+    told: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    first, second = threading.Event(), threading.Event()
+
+    def hold(core: Core) -> None:
+        first.set()
+        second.wait(WAIT)
+
+    def ask() -> None:
+        try:
+            harness.engine.between_steps(lambda core: None)
+        except EngineStopped as error:
+            told.put(error)
+
+    threading.Thread(target=harness.engine.between_steps, args=(hold,)).start()
+    assert first.wait(WAIT)
+    harness.engine._inbox.put(None)  # what `close` says, while the thread is held
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while harness.engine._inbox.qsize() < 2:
+        asking.join(0.001)
+    second.set()
+    assert "before it came to this" in str(told.get(timeout=WAIT))
+
+
+def test_prompts_that_wait_are_bounded_in_tokens(harness: Harness) -> None:
+    engine = Engine(harness.base, harness.bank, EngineConfig(slots=1, max_model_len=512, max_queue_tokens=100))
+    ended = queue.SimpleQueue[Event]()
+    engine.start(lambda events: [ended.put(event) for event in events if event.finish] and None)
+    sampling = SamplingParams(max_tokens=1)
+    held, going = threading.Event(), threading.Event()
+    threading.Thread(target=engine.between_steps, args=(lambda core: held.set() or going.wait(WAIT),)).start()
+    assert held.wait(WAIT)
+    engine.submit(Request("long", (1,) * 200, sampling))  # alone, any prompt may wait
+    with pytest.raises(Overloaded, match="200 tokens of prompts wait"):
+        engine.submit(Request("short", (1,), sampling))
+    going.set()
+    assert ended.get(timeout=WAIT).request_id == "long"
+    for name in "ab":
+        engine.submit(Request(name, (1,) * 30, sampling))
+    assert {ended.get(timeout=WAIT).request_id for _ in "ab"} == set("ab")
+    engine.close()
 
 
 def test_mistakes_are_raised_where_they_were_made(harness: Harness) -> None:

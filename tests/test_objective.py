@@ -87,6 +87,7 @@ def test_the_head_and_the_step_kernel_agree(seed: int, dtype: torch.dtype, stren
                 strength=column + strength,
                 kl_cap=column + math.inf,
                 shadow=column.bool(),
+                forced=column.int() - 1,
             ),
             edits=None,
             corrections=bank.tensors(),

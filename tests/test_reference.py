@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle import check_gate_and_cap, draw, expect
-from steps import make_inputs, make_params
+from steps import make_inputs, make_params, random_mask
 from trimtab.kernels.record import (
     DEAD,
     FIRED,
@@ -81,15 +81,22 @@ def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    rows=st.lists(st.tuples(row_params, edit_rows), min_size=1, max_size=4),
+    rows=st.lists(st.tuples(row_params, edit_rows, st.integers(0, 99)), min_size=1, max_size=4),
     vocab=st.sampled_from([5, 63, 64, 65, 127, 128, 129, 300]),
     seed=st.integers(0, 1000),
     spread=st.sampled_from([0.5, 2.0, 8.0]),
     ties=st.booleans(),
 )
 def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int, spread: float, ties: bool) -> None:
-    inputs = make_inputs([p for p, _ in rows], vocab, seed, spread, ties, edits=[e for _, e in rows], top_k=(5, 20, 33))
-    check_against_oracle(inputs, step(inputs))
+    params, edits, masks = ([*column] for column in zip(*rows, strict=True))
+    legal = [random_mask(mask, vocab) for mask in masks]
+    inputs = make_inputs(params, vocab, seed, spread, ties, edits=edits, top_k=(5, 20, 33), masks=legal)
+    record = step(inputs)
+    check_against_oracle(inputs, record)
+    for row, allowed in enumerate(legal):
+        if allowed is not None:
+            token = int(record.token[row])
+            assert token in allowed or (token == -1 and int(record.status[row]) & DEAD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -257,6 +264,25 @@ def test_dead_rows_are_marked_and_touch_nobody() -> None:
     assert float(record.entropy[4]) == 0
     for row in (0, 5):
         assert torch.equal(pack(record)[row], pack(alive)[row])
+
+
+def test_a_mask_leaves_everything_but_the_token_and_every_other_row_as_they_are() -> None:
+    """A mask of all tokens draws as none does; one that leaves none kills its own row alone."""
+    rows: list[dict[str, Any]] = [
+        {"correction": 1, "tau": -1.0, "uniform": 0.09 * i, "top_p": 0.95} for i in range(1, 9)
+    ]
+    bare = step(make_inputs(rows, 300, alternatives=5))
+    masks: list[set[int] | None] = [None, set(range(300)), {7}, set(), None, {*range(0, 300, 31)}, {299, 31, 32}, None]
+    masked = step(make_inputs(rows, 300, alternatives=5, masks=masks))
+    assert masked.token[2] == 7
+    assert masked.status.tolist() == [OPEN + FIRED + (DEAD if legal == set() else 0) for legal in masks]
+    for row, legal in enumerate(masks):
+        if legal is None or len(legal) == 300:
+            assert torch.equal(pack(masked)[row], pack(bare)[row])
+        seen = ("entropy", "statistic", "kl", "applied_strength")
+        kept = ("base_token", "steered_token", "base_token_logprob", "steered_token_logprob", "top_ids", "top_logprobs")
+        for name in seen + (kept if legal != set() else ()):  # of z and z', whatever is legal
+            assert torch.equal(getattr(masked, name)[row], getattr(bare, name)[row]), name
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.02}, {"correction": 1}])

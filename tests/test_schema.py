@@ -61,11 +61,11 @@ def test_rules() -> None:
 @pytest.mark.parametrize(
     ("key", "fine", "refused"),
     [
-        ("tools", [], [{}]),
+        ("functions", [], [{}]),
         ("response_format", {"type": "text"}, {"type": "json_schema"}),
         ("suffix", "", "x"),
         ("use_beam_search", False, True),
-        ("guided_json", None, {}),
+        ("guided_json", {}, "{"),
         ("best_of", 1, 2),
         ("chat_template", None, "{{ messages }}"),
         ("documents", [], [{"text": "a"}]),

@@ -58,15 +58,25 @@ def test_the_image_has_left_before_docker_stop_kills_it() -> None:
     assert int(drain) < server.config.timeout_graceful_shutdown <= 9
 
 
-def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
-    assert serve.choose_keys(None) == []
-    monkeypatch.setenv(serve.KEY_VARIABLE, "e")
-    assert serve.choose_keys(None) == ["e"]
-    assert serve.choose_keys(["f"]) == ["f"]
-    monkeypatch.setenv(serve.KEY_VARIABLE, "")
-    with pytest.raises(InvalidRequest, match="must not be empty"):
-        serve.choose_keys(None)
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-requests-per-key", "2"], "needs keys"),
+        (["--corrections-root", "none"], "there is no folder none"),
+        (["--api-key", ""], "must not be empty"),
+    ],
+)
+def test_what_an_operator_cannot_mean_is_said_before_anything_is_loaded(
+    flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(serve.API_VARIABLE, raising=False)
+    monkeypatch.setattr("trimtab.server.base.load_base", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("trimtab.server.logs.configure", lambda *_: None)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    args = build_parser().parse_args(["serve", "demo", *flags])
+    with pytest.raises(InvalidRequest, match=says):
+        args.func(args)
 
 
 def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None:
@@ -102,7 +112,7 @@ def test_a_peft_folder_is_served_as_it_is_and_a_lora_tells_its_slots(tmp_path: P
     told = serve.describe(base, bank, ["tiny"], 4, 128)
     facts = "rank 4, layers down_proj+gate_proj+k_proj+o_proj+q_proj+up_proj+v_proj, parameters 4096"
     assert f"mine: lora ({facts}), strength 1 where entropy > 1 nats; two slots a choice" in told
-    assert f"theirs: lora ({facts}), strength 1 where always\n" in told
+    assert f"theirs: lora ({facts}), strength 1 where always; version " in told
     theirs, mine = (
         [event.token for event in Core(base, bank).run([Request("r", (1, 2), GREEDY, steering)])]
         for steering in (Steering("theirs"), Steering("mine", gate="always"))

@@ -11,7 +11,7 @@ from interpreted import Interpreter
 from torch.nn import functional as F
 
 from oracle import check_gate_and_cap, draw, expect
-from steps import make_edits, make_inputs, make_params
+from steps import make_edits, make_inputs, make_params, random_mask
 from trimtab.kernels import reference
 from trimtab.kernels.philox import uniform
 from trimtab.kernels.record import (
@@ -63,7 +63,7 @@ def move(value: Any, device: str) -> Any:
 
 def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
     """The step of some of the rows, in this order."""
-    edits = inputs.edits
+    edits, mask = inputs.edits, inputs.mask
     if edits is not None:
         spans = [range(*edits.spans[r].tolist()) for r in rows]
         edits = make_edits(
@@ -74,6 +74,7 @@ def take(inputs: StepInputs, rows: list[int], **changes: Any) -> StepInputs:
         hidden=inputs.hidden[rows],
         params=type(inputs.params)(*(t[rows] for t in inputs.params)),
         edits=edits,
+        mask=mask and mask._replace(row=mask.row[rows]),
         **changes,
     )
 
@@ -236,6 +237,39 @@ def test_mass_under_a_demoted_peak_is_kept(step: Step) -> None:
     check(inputs, step(inputs))
 
 
+@pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (130, torch.float32), (5003, torch.bfloat16)])
+def test_a_forced_token_is_the_records_and_all_else_is_as_if_it_had_been_drawn(
+    step: Step, vocab: int, dtype: torch.dtype
+) -> None:
+    rows, edits = random_rows(14, vocab + 7, vocab)
+    forced = [random.Random(i).randrange(vocab) if i % 3 else -1 for i in range(len(rows))]
+
+    def run(tokens: list[int]) -> tuple[StepInputs, StepRecord]:
+        asked = [row | {"forced": token} for row, token in zip(rows, tokens, strict=True)]
+        inputs = make_inputs(asked, vocab, seed=vocab, dtype=dtype, edits=edits, alternatives=3, top_k=(5, 60))
+        return inputs, step(inputs)
+
+    inputs, record = run(forced)
+    check(inputs, record)
+    assert all(token in (-1, drawn) for token, drawn in zip(forced, record.token.tolist(), strict=True))
+    _, free = run([-1] * len(rows))
+    _, again = run([int(token) for token in free.token])  # what was drawn, now forced: the same record
+    others = [i for i, token in enumerate(forced) if token < 0]
+    for field in StepRecord._fields:
+        assert torch.equal(getattr(free, field), getattr(again, field)), field
+        assert torch.equal(getattr(free, field)[others], getattr(record, field)[others]), field
+
+
+def test_a_forced_token_may_have_no_mass_and_a_dead_row_has_none(step: Step) -> None:
+    inputs = make_inputs([{"forced": 7, "correction": c} for c in (-1, 0, 1, 1)], 300)
+    inputs.logits[:3, 7] = -math.inf
+    inputs.logits[3, 9] = math.nan
+    record = step(inputs)
+    assert record.token.tolist() == [7, 7, 7, -1]
+    assert (record.status & DEAD).tolist() == [0, 0, 0, DEAD]
+    assert record.base_logprob[:3].tolist() == record.steered_logprob[:3].tolist() == [-math.inf] * 3
+
+
 def test_a_dead_row_harms_nobody(step: Step) -> None:
     rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)]
     edits: list[dict[int, tuple[int, float]]] = [{} for _ in rows]
@@ -262,9 +296,37 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
     assert record.token.tolist() == reference.step(inputs).token.tolist()
 
 
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 129, 300])
+def test_masked_rows_agree(step: Step, vocab: int) -> None:
+    rows, edits = random_rows(14, vocab, vocab)
+    masks = [random_mask(vocab + seed, vocab) for seed in range(14)]
+    assert {None, frozenset()} < {mask if mask is None else frozenset(mask) for mask in masks} or vocab == 1
+    check(inputs := make_inputs(rows, vocab, edits=edits, alternatives=vocab % 7, masks=masks), step(inputs))
+
+
+def test_a_mask_of_a_real_vocabulary_agrees(step: Step) -> None:
+    """Of few tokens, as where a grammar wants a digit, and of nearly all, as within a string."""
+    rows: list[dict[str, Any]] = [
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
+        {"correction": 0, "uniform": 0.999},
+        {"uniform": 0.4},
+        {"top_p": 0.9, "uniform": 0.6},
+    ]
+    few = set(range(17, 49152, 4900))
+    masks = [few, few, set(range(49152)) - few, None]
+    inputs = make_inputs(rows, 49152, dtype=torch.bfloat16, alternatives=3, masks=masks)
+    record = step(inputs)
+    check(inputs, record)
+    assert {int(record.token[0]), int(record.token[1])} < few
+    bare = step(inputs._replace(mask=None))
+    for field in StepRecord._fields:
+        assert torch.equal(getattr(record, field)[3], getattr(bare, field)[3]), field
+
+
 def test_a_row_does_not_depend_on_its_batch(step: Step) -> None:
     rows, edits = random_rows(12, 99, 700)
-    inputs = make_inputs(rows, 700, edits=edits, alternatives=20, top_k=(5, 60))
+    masks = [random_mask(row, 700) for row in range(12)]
+    inputs = make_inputs(rows, 700, edits=edits, alternatives=20, top_k=(5, 60), masks=masks)
     record = step(inputs)
     assert_same(record, step(inputs))
     order = [7, 2, 11, 0, 5, 9]

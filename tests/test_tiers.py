@@ -376,7 +376,7 @@ def test_a_sick_companion_fails_its_pair_and_leaves_nothing_behind(base: Base, b
     core = Core(base, bank, EngineConfig(slots=4))
     good = Request("good", prompt_of(10), GREEDY, STEERINGS["head"])
     expected = tokens(answer(base, bank, good))
-    placed = core._runner._placed[0]
+    placed = core._runner._shelf.placed[0]
     path = next(iter(placed))
     sound = placed[path][1].clone()
     core.submit(sick)

@@ -1,0 +1,76 @@
+"""What the engine told of a prompt's tokens, as answers write it: echoed before the text, or as vLLM's prompt_logprobs.
+
+Invariant: an entry for each token of the prompt, the first of which has no probability: nothing comes before it.
+Offsets count characters of the text that is echoed, and never go back.
+
+    scores = PromptScores(prompt, pieces);  scores.add(event);  scores.shown(text, 5);  scores.by_id(5)
+"""
+
+import codecs
+from typing import Any
+
+from trimtab.server.pieces import Pieces
+from trimtab.server.receipts import finite
+from trimtab.server.request import Event
+from trimtab.server.stream import Shown
+
+
+class PromptScores:
+    """Of one prompt, for all of its choices."""
+
+    def __init__(self, prompt: tuple[int, ...], pieces: Pieces) -> None:
+        self._prompt, self._pieces = prompt, pieces
+        self._events: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        """The next token, from the second on."""
+        self._events.append(event)
+
+    def shown(self, text: str, most: int) -> list[Shown]:
+        """All tokens as those of an answer that begins with `text`, with at most so many alternatives."""
+        first = Event("", 0, self._prompt[0], 0.0, (), None, None)
+        events = [first, *(self._with(event, most) for event in self._events)]
+        contents = map(self._pieces.content, self._prompt)
+        return list(map(Shown, events, contents, find_offsets(self._prompt, text, self._pieces)))
+
+    def by_id(self, most: int) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`. rank: among the most likely ones that were told, from 1; null beyond them."""
+        return [None, *(self._by_id(event, most) for event in self._events)]
+
+    def _by_id(self, event: Event, most: int) -> dict[str, Any]:
+        assert event.token is not None
+        ranks = {token: rank for rank, (token, _) in enumerate(event.top[:most], 1)}
+        logprobs = {event.token: event.logprob, **dict(event.top[:most])}
+        return {
+            str(token): {
+                "logprob": finite(logprob),
+                "rank": ranks.get(token),
+                "decoded_token": self._pieces.label(token),
+            }
+            for token, logprob in logprobs.items()
+        }
+
+    @staticmethod
+    def _with(event: Event, most: int) -> Event:
+        return Event(event.request_id, event.index, event.token, event.logprob, event.top[:most], None, None)
+
+
+def find_offsets(tokens: tuple[int, ...], text: str, pieces: Pieces) -> list[int]:
+    """How many characters of `text` come before each token.
+
+    A token that is not in the text, as one that a tokenizer puts before it, has no width; a space that a tokenizer
+    adds to the first word is not in the text either.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    found: list[int] = []
+    at = 0
+    for token in tokens:
+        found.append(at)
+        piece = utf8.decode(pieces.content(token))
+        if text.startswith(piece, at):
+            at += len(piece)
+        elif text.startswith(piece.lstrip(" "), at):
+            at += len(piece.lstrip(" "))
+        elif not pieces.special(token):  # a tokenizer that rewrites its text: about there
+            at = min(at + len(piece), len(text))
+    return found

@@ -1,0 +1,237 @@
+"""What grammars allow: structures compiled by llguidance, and the state of each choice that follows one.
+
+Invariant: a structure that `compile` accepts can be followed; what llguidance cannot do is refused with its reason,
+never approximated. Compiling may take long and is safe in any thread; a Matcher belongs to one choice and one thread.
+
+    grammars = Grammars(tokenizer, vocab, eos);  grammar = grammars.compile(structure);  matcher = grammar.start()
+    matcher.fill(words);  matcher.take(token)
+"""
+
+import json
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.hf import from_tokenizer
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.json_schema import read_schema
+from trimtab.server.pieces import Pieces
+from trimtab.server.request import Structure
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+Words = npt.NDArray[np.int32]  # a bitmask over the vocabulary, as kernels.record.Masks has it
+
+KEPT = 64  # compiled structures
+# A model that may write any whitespace may write nothing else: a space, or a line break and an indentation.
+WHITESPACE = r" |\r?\n[ \t]{0,40}"
+
+
+class Grammars:
+    """Those of one tokenizer. vocab: of the model's logits; eos: the tokens that end a text."""
+
+    def __init__(self, tokenizer: Any, vocab: int, eos: Collection[int]) -> None:
+        self._hf, self._vocab, self._eos = tokenizer, vocab, sorted(eos)
+        self._vocabulary: Vocabulary | None = None
+        self._kept: OrderedDict[Structure, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, structure: Structure, field: str = "structure") -> "Grammar":
+        """The grammar of a structure, new or kept. field: what the caller calls it. Raises InvalidRequest."""
+        with self._lock:
+            known = self._kept.get(structure)
+            if known is not None:
+                self._kept.move_to_end(structure)
+                return known
+        vocabulary = self._read_vocabulary(field)
+        try:
+            source = _write_grammar(structure)
+        except Exception as error:  # in whatever way a text is not what it should be
+            raise InvalidRequest(f"{field}: {error}", field) from error
+        matcher = new_matcher(vocabulary.tokenizer, source)
+        if matcher.is_error():
+            reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
+            raise InvalidRequest(f"{field} cannot be followed: {reason}", field)
+        grammar = Grammar(matcher, vocabulary, structure.lazy)
+        with self._lock:
+            self._kept[structure] = grammar
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    def _read_vocabulary(self, field: str) -> "Vocabulary":
+        if not self._eos:
+            raise InvalidRequest(f"{field}: this model has no token that ends a text, so no structure can end", field)
+        with self._lock:
+            if self._vocabulary is None:
+                try:
+                    self._vocabulary = Vocabulary(self._hf, self._vocab, self._eos)
+                except Exception as error:  # whatever a tokenizer is made of that llguidance does not know
+                    raise InvalidRequest(f"{field}: this model's tokenizer cannot be constrained: {error}") from error
+            return self._vocabulary
+
+
+class Vocabulary:
+    """The tokens, as llguidance knows them and as bytes. Takes up to a second to read."""
+
+    def __init__(self, tokenizer: Any, vocab: int, eos: list[int]) -> None:
+        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=eos)
+        self.pieces = Pieces(tokenizer)
+        self.words = -(-vocab // 32)
+        self._contents = sorted((self.pieces.content(token), token) for token in range(vocab))
+
+    def after(self, start: bytes) -> list[tuple[bytes, int]]:
+        """(content, token) of those that begin with `start` and go on."""
+        found = []
+        for at in range(bisect_left(self._contents, (start + b"\0", -1)), len(self._contents)):
+            if not self._contents[at][0].startswith(start):
+                break
+            found.append(self._contents[at])
+        return found
+
+    def around(self, text: bytes) -> list[tuple[bytes, int]]:
+        """(what comes after it, token) of those that hold all of `text` and go on."""
+        held = ((content.partition(text), token) for content, token in self._contents if text in content)
+        return [(rest, token) for (_, _, rest), token in held if rest]
+
+
+class Grammar:
+    """A compiled structure."""
+
+    def __init__(self, start: LLMatcher, vocabulary: Vocabulary, lazy: tuple[str, ...]) -> None:
+        self._start, self._vocabulary = start, vocabulary
+        self.triggers = tuple(Trigger(text.encode(), start, vocabulary) for text in lazy)
+        self._lock = threading.Lock()
+
+    def start(self) -> "Matcher":
+        """For a choice that begins."""
+        with self._lock:
+            return Matcher(self._start.deep_copy(), self._vocabulary, self.triggers)
+
+
+class Trigger:
+    """A text that a lazy structure begins after.
+
+    A token may complete it and go on. Those of which the grammar could not take the rest are forbidden where they would
+    complete it, so that it takes all that follows.
+    """
+
+    def __init__(self, text: bytes, start: LLMatcher, vocabulary: Vocabulary) -> None:
+        self.text = text
+        fits: dict[bytes, bool] = {}
+
+        def forbid(rests: list[tuple[bytes, int]]) -> Words | None:
+            bad = []
+            for rest, token in rests:
+                if rest not in fits:
+                    ids = vocabulary.tokenizer.tokenize_bytes(rest)
+                    fits[rest] = start.deep_copy().try_consume_tokens(ids) == len(ids)
+                if not fits[rest]:
+                    bad.append(token)
+            return bitmask(bad, vocabulary.words) if bad else None
+
+        self._forbidden = [forbid(vocabulary.around(text))]  # by how much of the trigger was written
+        for written in range(1, len(text)):
+            left = text[written:]
+            self._forbidden.append(forbid([(content[len(left) :], token) for content, token in vocabulary.after(left)]))
+
+    def forbidden(self, tail: bytes) -> list[Words]:
+        """Tokens that must not come after text that ends so."""
+        ways = (words for n, words in enumerate(self._forbidden) if n == 0 or tail.endswith(self.text[:n]))
+        return [words for words in ways if words is not None]
+
+
+class Matcher:
+    """Where one choice stands. `waits`: no trigger has come yet, and any token may."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, triggers: tuple[Trigger, ...]) -> None:
+        self._matcher, self._vocabulary, self._triggers = matcher, vocabulary, triggers
+        self._longest = max((len(trigger.text) for trigger in triggers), default=1)
+        self._tail = b""
+        self.waits = bool(triggers)
+
+    @property
+    def may_end(self) -> bool:
+        """The text is complete as it is."""
+        return self.waits or (self._matcher.is_accepting() and not self._matcher.is_error())
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on: a limit of the parser's."""
+        return self._matcher.get_error() or None
+
+    def fill(self, words: Words) -> None:
+        """Write which tokens may come next, without those that end the text."""
+        if self.waits:
+            words[:] = -1
+            for trigger in self._triggers:
+                for forbidden in trigger.forbidden(self._tail):
+                    words &= ~forbidden
+            return
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            words[:] = 0
+
+    @property
+    def free(self) -> bool:
+        """Every token may come next."""
+        return self.waits and not any(trigger.forbidden(self._tail) for trigger in self._triggers)
+
+    def take(self, token: int) -> None:
+        """A token was drawn, which does not end the text."""
+        if self.waits:
+            self._wait(self._vocabulary.pieces.content(token))
+        else:
+            self._matcher.consume_token(token)
+
+    def _wait(self, content: bytes) -> None:
+        text = self._tail + content
+        found = ((at + len(t.text)) for t in self._triggers if (at := text.find(t.text)) >= 0)
+        end = min(found, default=None)
+        self._tail = text[-self._longest :]
+        if end is not None:
+            self.waits = False
+            self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(text[end:]))
+
+
+def bitmask(tokens: Collection[int], words: int) -> Words:
+    """int32 [words] with these tokens' bits."""
+    bits = np.zeros(words * 32, dtype=np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def new_matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
+    """One that tells errors without quoting the grammar."""
+    return LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+
+def _write_grammar(structure: Structure) -> str:
+    """In llguidance's words. Raises ValueError."""
+    text = structure.text
+    spaces: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
+    match structure.kind:
+        case "json_schema":
+            schema = read_schema(text)
+            own = schema.get("x-guidance")  # llguidance's, which may forbid all white space: a pattern would allow it
+            silent = not isinstance(own, dict) or "whitespace_flexible" not in own
+            return LLMatcher.grammar_from_json_schema(schema, defaults=spaces if silent else None)
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=spaces)
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            choices = json.loads(text)
+            if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+                raise ValueError("choices are a list of texts, none of them empty")
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+        case "grammar":
+            return LLMatcher.grammar_from_lark(any_to_lark(text))

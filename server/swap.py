@@ -1,0 +1,50 @@
+"""Corrections that come, change and go while the server runs.
+
+Invariant: what takes time (reading, checking against the base, bringing tensors to the device) is done by the caller's
+thread; the engine's thread then takes the result between two steps. A request keeps the version that it began with, and
+one that begins after `put` or `remove` returned has the new state. Changes come one after the other.
+
+    swap = Swap(engine, base, bank);  entry, replaced = swap.put(correction);  swap.remove("mine")
+"""
+
+import threading
+
+import torch
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.base import Base
+from trimtab.server.engine import Engine
+from trimtab.steering.bank import Bank, Entry
+from trimtab.steering.correction import Correction, LoraCorrection, check
+
+
+class Swap:
+    """The one who changes a running engine's bank."""
+
+    def __init__(self, engine: Engine, base: Base, bank: Bank) -> None:
+        self._engine, self._base, self._bank = engine, base, bank
+        self._lock = threading.Lock()
+
+    def put(self, correction: Correction) -> tuple[Entry, bool]:
+        """Add it, or let it take the place of the one of its name. Blocks. -> its entry, and whether it replaced one.
+
+        Raises CorrectionError where it does not fit the base; then nothing has changed.
+        """
+        with self._lock:
+            torch.set_num_threads(1)  # this thread's own number: the engine needs the cores
+            check(correction, self._base.identity)
+            try:
+                draft = self._bank.prepare(correction)
+                placed = None
+                if isinstance(correction, LoraCorrection):
+                    placed = self._base.adapted.bring(correction.adapter)
+            except torch.OutOfMemoryError as error:
+                message = f"no memory is left on the device for {correction.name}: remove another one first"
+                raise InvalidRequest(message, "correction") from error
+            _ = draft.entry.version  # a digest of all its tensors: computed here, not where it is first told
+            return draft.entry, self._engine.between_steps(lambda core: core.publish(draft, placed))
+
+    def remove(self, name: str) -> None:
+        """No new request finds it. Blocks. Raises NotFound."""
+        with self._lock:
+            self._engine.between_steps(lambda core: core.bank.remove(name))

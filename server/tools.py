@@ -1,0 +1,101 @@
+"""The tools of one chat: which may be called, what that makes of its generation, and how its calls are read.
+
+Invariant: where a call must come, or the format has a marker that opens one, the model can write nothing but a call
+that fits a tool's schema, and its arguments are told as they come. Elsewhere (an object without a marker) the model is
+free, and a call is told once it is complete.
+
+    use = ToolUse.of(body, form, pieces);  await generation.constrain(use.structure);  reader = use.reader()
+"""
+
+import json
+from dataclasses import dataclass, replace
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.catalogue import Chosen
+from trimtab.server.pieces import Pieces
+from trimtab.server.request import TOOL_CALLS, Structure
+from trimtab.server.schema import ChatBody
+from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.stream import TextRules
+from trimtab.server.structure import WHITESPACE
+from trimtab.server.tool_formats import Callee, ToolFormat
+from trimtab.server.tool_reader import CallReader
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that may be called, at least one."""
+
+    form: ToolFormat
+    callees: tuple[Callee, ...]
+    must: bool  # one has to be called
+    several: bool  # more than one call may come
+    tokens: dict[str, int]  # special ones that a call may hold, by name
+    answer: str | None  # the JSON schema of an answer that is no call
+
+    @classmethod
+    def of(cls, body: ChatBody, form: ToolFormat, pieces: Pieces) -> "ToolUse | None":
+        """None where nothing may be called. Raises InvalidRequest."""
+        tools, must = body.callable_tools()
+        if not tools:
+            return None
+        callees = tuple(
+            Callee(tool.function.name, tool.schema_of_arguments, bool(tool.function.strict)) for tool in tools
+        )
+        several = body.parallel_tool_calls is not False
+        return cls(form, callees, must, several, form.tokens(pieces), None if must else _answer(body))
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the text must be."""
+        if self.must or self.answer is not None:
+            calls = self.form.grammar(self.callees, self.several, False, self.tokens, self.answer)
+            return Structure("grammar", calls)
+        if self.form.bare:
+            return None
+        calls = self.form.grammar(self.callees, self.several, True, self.tokens)
+        return Structure("grammar", calls, lazy=self.form.markers)
+
+    def relaxed(self) -> "ToolUse | None":
+        """With any object for arguments, save where a schema is strict; None where a call must come, and fit.
+
+        For schemas that no grammar can follow: tools of which they come are as good as others' that are not called.
+        """
+        if self.must or all(callee.strict for callee in self.callees):
+            return None
+        plain = (callee if callee.strict else replace(callee, parameters={}) for callee in self.callees)
+        return replace(self, callees=tuple(plain))
+
+    def reader(self) -> CallReader:
+        """A new one, for one choice."""
+        names = {callee.name for callee in self.callees}
+        return CallReader(self.form, names, eager=self.must or self.answer is not None or not self.form.bare)
+
+    def show(self, rules: TextRules) -> TextRules:
+        """Let the special tokens in a call be text, as the reader must see them."""
+        return replace(rules, keep=frozenset(self.tokens.values())) if self.tokens else rules
+
+    def spare(self, chosen: Chosen) -> Chosen:
+        """Let no call be steered, as the budget has it by default, though its words for calls are another format's.
+
+        An adapter that is always on acts in calls too: it would be another row if it did not.
+        """
+        budget = chosen.steering.budget
+        if budget.spans != TOOL_CALLS or self.form.spans == TOOL_CALLS or chosen.rule.adapter != NO_ADAPTER:
+            return chosen
+        return chosen._replace(steering=replace(chosen.steering, budget=replace(budget, spans=self.form.spans)))
+
+
+def _answer(body: ChatBody) -> str | None:
+    """The JSON schema that the body has for its answer, if it has one."""
+    asked = body.structure()
+    if asked is None:
+        return None
+    structure, field = asked
+    if structure.kind not in ("json_schema", "json_object"):
+        message = f"{field} and tools that may be called do not go together: send tool_choice none, or leave one out"
+        raise InvalidRequest(message, field)
+    schema = json.loads(structure.text or '{"type": "object"}')
+    if not isinstance(schema, dict):
+        return json.dumps({} if schema else {"enum": []})
+    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema})

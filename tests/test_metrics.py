@@ -1,0 +1,103 @@
+"""The metrics: Prometheus' own parser reads them, they count what happened, and no caller can make a series."""
+
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from scripted import ScriptedEngine, event, ids, in_memory, say
+from trimtab.server import metrics
+from trimtab.server.metrics import Metrics
+from trimtab.server.request import Event, Request, Steering
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+CHAT_PATH = "/v1/chat/completions"
+PROMPT = len(ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"))
+
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+def read(text: str) -> dict[Series, float]:
+    """All samples, by name and labels without the model's."""
+    found: dict[Series, float] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "tiny", "vLLM's label stands on every series"
+            key = sample.name.removeprefix("trimtab:"), frozenset(labels.items())
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def series(name: str, **labels: str) -> Series:
+    return name, frozenset(labels.items())
+
+
+def test_metrics_count_what_happened() -> None:
+    with in_memory(ScriptedEngine(say("abc"))) as ask:
+        ask("POST", CHAT_PATH, json=CHAT | {"model": "brief", "n": 2})
+        ask("POST", CHAT_PATH, json=CHAT | {"stream": True})
+        ask("POST", CHAT_PATH, json=CHAT | {"model": "polite", "steering": {"mode": "shadow"}})
+        answer = ask("GET", "/metrics")
+        version = ask("GET", "/v1/corrections/brief").json()["version"]
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    samples = read(answer.text)
+    brief: Mapping[str, str] = {"correction": "brief", "mode": "apply"}
+    expected = {
+        series("num_requests_running"): 2.0,
+        series("num_requests_waiting"): 1.0,
+        series("kv_cache_usage_perc"): 0.375,
+        series("prompt_tokens_total"): 3.0 * PROMPT,
+        series("generation_tokens_total"): 16.0,
+        series("prefix_cache_queries_total"): 3.0 * PROMPT,
+        series("prefix_cache_hits_total"): 12.0,
+        series("request_success_total", finished_reason="stop"): 4.0,
+        series("time_to_first_token_seconds_count"): 4.0,
+        series("inter_token_latency_seconds_count"): 12.0,
+        series("e2e_request_latency_seconds_count"): 4.0,
+        series("request_queue_time_seconds_count"): 4.0,
+        series("request_prefill_time_seconds_count"): 4.0,
+        series("request_decode_time_seconds_count"): 4.0,
+        series("request_prompt_tokens_sum"): 3.0 * PROMPT,
+        series("request_generation_tokens_sum"): 16.0,
+        series("steering_open_total", **brief): 8.0,
+        series("steering_fired_total", **brief): 8.0,
+        series("steering_flips_total", **brief): 8.0,
+        series("steering_kl_nats_total", **brief): 1.0,
+        series("steering_fired_total", correction="polite", mode="shadow"): 4.0,
+        series("steering_flips_total", correction="none", mode="off"): 4.0,
+        series("steering_entropy_nats_count", correction="brief"): 8.0,
+        series("steering_entropy_nats_bucket", correction="brief", le="1.25"): 0.0,
+        series("steering_entropy_nats_bucket", correction="brief", le="1.5"): 8.0,
+        series("correction_info", correction="brief", version=version, tier="head"): 1.0,
+    }
+    assert {key: samples.get(key) for key in expected} == expected
+    assert not any({("correction", "polite"), ("mode", "apply")} <= labels for _, labels in samples)
+
+
+def test_the_time_in_the_queue_is_told_apart() -> None:
+    def script(request: Request, index: int) -> list[Event]:
+        return [event(request, index, 65, finish="length", queued=30.0)]
+
+    with in_memory(ScriptedEngine(script)) as ask:
+        ask("POST", CHAT_PATH, json=CHAT)
+        samples = read(ask("GET", "/metrics").text)
+    assert samples[series("request_queue_time_seconds_sum")] == 30.0
+    assert samples[series("request_prefill_time_seconds_sum")] == 0.0, "never below"
+
+
+def test_callers_make_no_series_and_operators_not_too_many() -> None:
+    with in_memory(ScriptedEngine(say("a"))) as ask:
+        for model in ("nobody", "brief"):
+            ask("POST", CHAT_PATH, json=CHAT | {"model": model})
+        assert "nobody" not in ask("GET", "/metrics").text
+    counted = Metrics("tiny")
+    names = [f"c{i}" for i in range(metrics.MAX_CORRECTIONS + 5)]
+    for name in [*names, "c0"]:
+        counted._label(name)
+    labels = {counted._label(name) for name in names}
+    assert len(labels) == metrics.MAX_CORRECTIONS + 1
+    assert metrics.OTHERS in labels
+    assert counted._label(None) == metrics.NO_CORRECTION
+    assert counted.watch(Steering(names[-1])) is not None
