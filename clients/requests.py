@@ -1,122 +1,150 @@
 """What is sent to the server: the one request builder, shared by both clients.
 
-Invariant: what the caller did not set is not sent, so the server's defaults hold. Here is checked only what no body can
-say; values are checked by the server, which names the field that is wrong.
+Invariant: what the caller did not set is not sent. Here is checked only what no request can say; values are checked by
+the server.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
+from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
+
+from trimtab.clients.options import Budget, Messages, Options, Prompt, ResponseOptions, Steer, Steering, Text
 from trimtab.errors import InvalidRequest
 
-Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the user
-Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
-
-
-Gate = Literal["entropy", "varentropy", "margin", "random", "always"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How often a correction may act, and where. None leaves a value to the server."""
-
-    max_steps: int | None = None  # steps at which it may act
-    max_share: float | None = None  # of the steps so far
-    cooldown: int | None = None  # steps it rests after it acted
-    kl: float | None = None  # nats: the most that one step may move the distribution
-    until: str | None = None  # it ends with this marker in the answer's text
-    spans: Sequence[tuple[str, str]] | None = None  # never inside: (opening, closing) markers; by default tool calls
-
-
-@dataclass(frozen=True)
-class Steering:
-    """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction."""
-
-    correction: str | None = None
-    strength: float | None = None  # 0 is the base, bit for bit
-    tau: float | None = None  # it may act where the gate's statistic is above: nats, for the entropy
-    mode: Literal["apply", "shadow", "off"] | None = None  # shadow reports what apply would do, and changes nothing
-    report: Literal["none", "summary", "tokens"] | None = None  # tokens: a receipt for each step
-    corrections: Mapping[str, float] | None = None  # instead of `correction`: several, by weight
-    gate: Gate | None = None
-    ceiling: float | None = None  # and not above this
-    rate: float | None = None  # instead of tau: the share of steps, by the correction's calibration
-    budget: Budget | None = None
-    negative_prompt: str | None = None  # contrast: what its companion reads in place of the user's words
-
-
-Steer = str | Steering | None  # a string is a correction's name
-
-
-class Options(TypedDict, total=False):
-    """Everything else a generation may ask for, in OpenAI's and vLLM's words."""
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    n: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
-    logprobs: bool | int  # chat: true or false; completions: how many alternatives
-    top_logprobs: int
-    echo: bool
-    user: str
-    extra: Mapping[str, Any]  # any further keys of the body, as they are
+# What a correction's folder may hold that the server reads: its own two files, or a PEFT adapter's.
+CORRECTION_FILES = (("correction.json", "correction.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
 
 
 class Call(NamedTuple):
     """One HTTP request, relative to the base URL."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     body: dict[str, Any] | None = None
+    files: dict[str, bytes] | None = None  # instead of a body: a form's parts
+    admin: bool = False  # sent with the admin key, where there is one
+    root: bool = False  # relative to the server instead: /tokenize and kin stand beside /v1
 
 
 def list_models() -> Call:
     return Call("GET", "/models")
 
 
+def get_model(name: str) -> Call:
+    return Call("GET", f"/models/{_segment(name, 'model')}")
+
+
 def chat(messages: Messages, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
     """A chat request. messages: a string, or OpenAI's list of {role, content}."""
-    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    if not isinstance(listed, Sequence) or not all(isinstance(message, Mapping) for message in listed):
-        raise InvalidRequest("messages must be a string, or a list of {role, content}", "messages")
-    listed = [dict(message) for message in listed]
-    return Call("POST", "/chat/completions", _body({"messages": listed}, model, steering, options, stream))
+    subject = {"messages": _list_messages(messages)}
+    return Call("POST", "/chat/completions", _streamed(stream, usage=True) | _body(subject, model, steering, options))
 
 
 def complete(prompt: Prompt, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
     """A completion request. prompt: text or token ids, or a batch of either."""
-    return Call("POST", "/completions", _body({"prompt": prompt}, model, steering, options, stream))
+    body = _body({"prompt": prompt}, model, steering, options)
+    return Call("POST", "/completions", _streamed(stream, usage=True) | body)
+
+
+def respond(asked: Messages, model: str | None, steering: Steer, options: ResponseOptions, *, stream: bool) -> Call:
+    """A request to /v1/responses. asked: a string, or OpenAI's list of input items."""
+    subject = {"input": asked if isinstance(asked, str) else _list_messages(asked, "input")}
+    return Call("POST", "/responses", _streamed(stream) | _body(subject, model, steering, options))
+
+
+def score(prompt: Text, completion: Text, model: str | None, steering: Steer) -> Call:
+    """Teacher-forced: a receipt for each token of the completion."""
+    return Call("POST", "/steering/score", _body({"prompt": prompt, "completion": completion}, model, steering, {}))
+
+
+def score_chat(messages: Messages, completion: Text, model: str | None, steering: Steer) -> Call:
+    """The same after a chat."""
+    subject = {"messages": _list_messages(messages), "completion": completion}
+    return Call("POST", "/steering/score", _body(subject, model, steering, {}))
+
+
+def tokenize(text: Messages, model: str | None, special: bool | None) -> Call:
+    """vLLM's shape. text: a string as it is, or messages, which the chat template renders."""
+    subject = {"prompt": text} if isinstance(text, str) else {"messages": _list_messages(text)}
+    return Call("POST", "/tokenize", _body(subject, model, None, _set(add_special_tokens=special)), root=True)
+
+
+def detokenize(tokens: Sequence[int], model: str | None) -> Call:
+    return Call("POST", "/detokenize", _body({"tokens": list(tokens)}, model, None, {}), root=True)
+
+
+def list_corrections() -> Call:
+    return Call("GET", "/corrections")
+
+
+def get_correction(name: str) -> Call:
+    return Call("GET", f"/corrections/{_segment(name, 'correction')}")
+
+
+def add_correction(name: str, path: str) -> Call:
+    """path: a folder on the server's machine, or a model hub's id."""
+    return Call("POST", "/corrections", _body({"name": name, "path": path}, None, None, {}), admin=True)
+
+
+def upload_correction(folder: str | Path, name: str | None) -> Call:
+    """The files of a folder on this machine. name: the folder's own, unless given."""
+    folder = Path(folder).resolve()
+    for names in CORRECTION_FILES:
+        try:
+            files = {file: (folder / file).read_bytes() for file in names}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InvalidRequest(f"{folder} cannot be read: {error}", "folder") from error
+        return Call("POST", "/corrections", {"name": name or folder.name}, files, admin=True)
+    wanted = ", nor ".join(" and ".join(names) for names in CORRECTION_FILES)
+    raise InvalidRequest(f"{folder} holds no correction: neither {wanted}", "folder")
+
+
+def delete_correction(name: str) -> Call:
+    return Call("DELETE", f"/corrections/{_segment(name, 'correction')}", admin=True)
+
+
+def _segment(name: str, field: str) -> str:
+    """A name as one part of a path."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        raise InvalidRequest(f"{name!r} is not the name of a {field}", field)
+    return quote(name, safe="")
+
+
+def _list_messages(messages: Messages, field: str = "messages") -> list[dict[str, Any]]:
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if not isinstance(listed, Sequence) or not all(isinstance(message, Mapping) for message in listed):
+        raise InvalidRequest(f"{field} must be a string, or a list of {{role, content}}", field)
+    return [dict(message) for message in listed]
+
+
+def _streamed(stream: bool, usage: bool = False) -> dict[str, Any]:
+    """usage: the endpoint tells it at a stream's end when asked to."""
+    return {} if not stream else {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
 
 
 def _body(
-    subject: dict[str, Any], model: str | None, steering: Steer, options: Options, stream: bool
+    subject: Mapping[str, Any],
+    model: str | None,
+    steering: Steer,
+    options: Options | ResponseOptions | Mapping[str, Any],
 ) -> dict[str, Any]:
-    rest = dict(options)
+    rest: dict[str, Any] = dict(options)
     extra = rest.pop("extra", {})
     if not isinstance(extra, Mapping):
         raise InvalidRequest(f"extra must be a mapping of further body keys, not {type(extra).__name__}", "extra")
+    for key, wrap in (("response_format", _chat_format), ("text", _response_format)):
+        if isinstance(rest.get(key), type):
+            rest[key] = wrap(_schema(rest[key], key))
     body = {**({} if model is None else {"model": model}), **subject, **rest}
     if steering is not None:
-        chosen = Steering(correction=steering) if isinstance(steering, str) else steering
-        if not isinstance(chosen, Steering) or not isinstance(chosen.budget, Budget | None):
-            raise InvalidRequest("steering must be a correction's name or a Steering, its budget a Budget", "steering")
-        told = _set(chosen)
-        body["steering"] = told if chosen.budget is None else told | {"budget": _set(chosen.budget)}
-    if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body["steering"] = _steering(steering)
     body |= extra
     for key, value in body.items():
         try:
@@ -126,6 +154,44 @@ def _body(
     return body
 
 
-def _set(fields: Steering | Budget) -> dict[str, Any]:
+def _steering(steering: Steer) -> dict[str, Any]:
+    chosen = Steering(correction=steering) if isinstance(steering, str) else steering
+    if not isinstance(chosen, Steering) or not isinstance(chosen.budget, Budget | None):
+        raise InvalidRequest("steering must be a correction's name or a Steering, its budget a Budget", "steering")
+    told = _set(**vars(chosen))
+    return told if chosen.budget is None else told | {"budget": _set(**vars(chosen.budget))}
+
+
+def _schema(kind: Any, field: str) -> dict[str, Any]:
+    """A pydantic class as a named JSON schema."""
+    try:
+        if not issubclass(kind, BaseModel):
+            raise TypeError("it is no pydantic model")
+        return {"name": kind.__name__, "schema": _closed(kind.model_json_schema()), "strict": True}
+    except (TypeError, PydanticUserError) as error:
+        raise InvalidRequest(f"{field}: no JSON schema can be made of {kind.__name__}: {error}", field) from error
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with every object's keys required and no others allowed, as OpenAI's strict mode asks."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
+        closed |= {"additionalProperties": False, "required": list(closed["properties"])}
+    return closed
+
+
+def _chat_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"format": {"type": "json_schema", **schema}}
+
+
+def _set(**fields: Any) -> dict[str, Any]:
     """What was set."""
-    return {key: value for key, value in vars(fields).items() if value is not None}
+    return {key: value for key, value in fields.items() if value is not None}

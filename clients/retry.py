@@ -1,7 +1,8 @@
 """When to try again, and how long to wait before.
 
 Invariant: a refusal is retried only where a later attempt can differ (408, 409, 429, 5xx, a broken connection), never
-sooner than the server's Retry-After asks. A read that timed out is not retried: the server would do the work twice.
+sooner than the server's Retry-After asks; its x-should-retry has the last word. A read that timed out is not retried:
+the server would do the work twice.
 """
 
 import random
@@ -31,7 +32,9 @@ class Retries:
     def after_response(self, attempt: int, response: httpx.Response) -> float | None:
         """Seconds to wait after the refusal of attempt 0, 1, ...; None: give up."""
         status = response.status_code
-        if attempt >= self.limit or not (status in (408, 409, 429) or status >= 500):
+        told = response.headers.get("x-should-retry")
+        worth = told == "true" if told in ("true", "false") else status in (408, 409, 429) or status >= 500
+        if attempt >= self.limit or not worth:
             return None
         asked = retry_after(response)
         if asked is None:
@@ -47,14 +50,20 @@ class Retries:
         return float(min(self.longest, self.first * 2.0**attempt)) * random.uniform(0.75, 1.0)
 
 
-_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 _FINAL = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)
 
 
 def retry_after(response: httpx.Response) -> float | None:
-    """The Retry-After header in seconds from now, as a number or a date; None when absent or not understood."""
+    """The Retry-After header in seconds from now, as a number or a date; None when absent or not understood.
+
+    Retry-After-Ms says the same more finely, and goes first.
+    """
+    value = response.headers.get("retry-after-ms", "").strip()
+    if _NUMBER.fullmatch(value):
+        return float(value) / 1000
     value = response.headers.get("retry-after", "").strip()
-    if _SECONDS.fullmatch(value):
+    if _NUMBER.fullmatch(value):
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())

@@ -1,7 +1,7 @@
 """A streamed answer: iterate it for chunks; what it added up to is on it afterwards.
 
-Invariant: a stream that iterates to its end was whole: it saw [DONE]. A connection that breaks, or an error event,
-raises StreamFailed. Stream and AsyncStream differ in `for` and `async for` alone.
+Invariant: a stream that iterates to its end was whole: it saw [DONE], or the event that ends a response. A connection
+that breaks, or an error event, raises StreamFailed. Stream and AsyncStream differ in `for` and `async for` alone.
 
     with client.stream_chat("Why is the sky blue?", steering="brief") as stream:
         for chunk in stream:
@@ -17,23 +17,27 @@ import httpx
 from pydantic import ValidationError
 
 from trimtab.clients.errors import BadAnswer, StreamFailed, read_envelope, transport_error
+from trimtab.clients.responses import Response, ResponseEvent
 from trimtab.clients.sse import Decoder
-from trimtab.clients.types import ChatChunk, Completion, Receipt, SteeringReport, Usage
+from trimtab.clients.types import ChatChunk, Completion, Function, Receipt, SteeringReport, ToolCall, Usage
 
-C = TypeVar("C", ChatChunk, Completion)
+C = TypeVar("C", ChatChunk, Completion, ResponseEvent)
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
 class _Reader(Generic[C]):
-    """Turns bytes into chunks and keeps the sums. Texts, receipts and totals are of choice 0."""
+    """Turns bytes into chunks and keeps the sums. Texts, calls, receipts and totals are of choice 0."""
 
     def __init__(self, response: httpx.Response, kind: type[C]) -> None:
-        self.response = response
+        self.http = response
         self.receipts: list[Receipt] = []
         self.steering: SteeringReport | None = None  # the totals, which come with the last chunk of the choice
         self.usage: Usage | None = None
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # of a response: its status
+        self.response: Response | None = None  # of `stream_respond`: the whole, once it has ended
         self._kind: type[C] = kind
         self._texts: list[str] = []
+        self._calls: dict[int, list[ToolCall]] = {}  # by index: its pieces
         self._decoder = Decoder()
         self._done = False
 
@@ -41,6 +45,11 @@ class _Reader(Generic[C]):
     def text(self) -> str:
         """All text so far."""
         return "".join(self._texts)
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """All calls so far, each put together from its pieces."""
+        return [_join(self._calls[index]) for index in sorted(self._calls)]
 
     def _read(self, piece: bytes) -> Iterator[C]:
         for event in self._decoder.feed(piece):
@@ -52,31 +61,57 @@ class _Reader(Generic[C]):
     def _take(self, data: str) -> C:
         try:
             body = json.loads(data)
-            if isinstance(body, dict) and "error" in body:
-                fields = read_envelope(body)
-                raise StreamFailed(fields["message"] or "the server reported a failure without a message")
+            _raise_failure(body)
             chunk: C = self._kind.model_validate(body)
         except (ValueError, ValidationError) as error:
             raise BadAnswer(f"not a chunk of this API: {data[:200]!r}") from error
-        self._add(chunk)
+        if isinstance(chunk, ResponseEvent):
+            self._add_event(chunk)
+        else:
+            self._add_choices(chunk)
         return chunk
 
-    def _add(self, chunk: C) -> None:
+    def _add_choices(self, chunk: ChatChunk | Completion) -> None:
         self.usage = chunk.usage or self.usage
         for choice in chunk.choices:
-            if choice.index != 0:
-                continue
-            self._texts.append(choice.text)
-            self.finish_reason = choice.finish_reason or self.finish_reason
-            if choice.steering is not None:
-                self.receipts += choice.steering.tokens
-                if "steps" in choice.steering.model_fields_set:
-                    self.steering = choice.steering
+            if choice.index == 0:
+                self._texts.append(choice.text)
+                self.finish_reason = choice.finish_reason or self.finish_reason
+                self._add_report(choice.steering)
+        for choice in chunk.choices if isinstance(chunk, ChatChunk) else ():
+            for call in choice.delta.tool_calls or [] if choice.index == 0 else []:
+                self._calls.setdefault(call.index, []).append(call)
+
+    def _add_event(self, event: ResponseEvent) -> None:
+        self._texts.append(event.text)
+        self._add_report(event.steering)
+        if event.type in _ENDS and event.response is not None:
+            self._done = True
+            self._add_response(event.response)
+
+    def _add_response(self, whole: Response) -> None:
+        """The event that ends a response has all of it."""
+        self.response, self.finish_reason = whole, whole.status
+        if whole.usage is not None:
+            read, written, total = whole.usage.input_tokens, whole.usage.output_tokens, whole.usage.total_tokens
+            self.usage = Usage(prompt_tokens=read, completion_tokens=written, total_tokens=total)
+        if whole.steering is not None:
+            self.steering = whole.steering
+            self.receipts = self.receipts or list(whole.steering.tokens)
+        for index, item in enumerate(whole.tool_calls):
+            function = Function(name=item.name, arguments=item.arguments)
+            self._calls[index] = [ToolCall(index=index, id=item.call_id, type="function", function=function)]
+
+    def _add_report(self, report: SteeringReport | None) -> None:
+        if report is not None:
+            self.receipts += report.tokens
+            if "steps" in report.model_fields_set:
+                self.steering = report
 
     def _failed(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed:
         if isinstance(error, httpx.StreamError):
             return StreamFailed("a stream can be read once, inside its `with` block")
-        return StreamFailed(str(transport_error(error, str(self.response.url))))
+        return StreamFailed(str(transport_error(error, str(self.http.url))))
 
     def _finish(self) -> None:
         if not self._done:
@@ -88,7 +123,7 @@ class Stream(_Reader[C]):
 
     def __iter__(self) -> Iterator[C]:
         try:
-            for piece in self.response.iter_bytes():
+            for piece in self.http.iter_bytes():
                 yield from self._read(piece)
         except (httpx.RequestError, httpx.StreamError) as error:
             raise self._failed(error) from error
@@ -100,9 +135,33 @@ class AsyncStream(_Reader[C]):
 
     async def __aiter__(self) -> AsyncIterator[C]:
         try:
-            async for piece in self.response.aiter_bytes():
+            async for piece in self.http.aiter_bytes():
                 for chunk in self._read(piece):
                     yield chunk
         except (httpx.RequestError, httpx.StreamError) as error:
             raise self._failed(error) from error
         self._finish()
+
+
+def _join(pieces: list[ToolCall]) -> ToolCall:
+    """A call from its pieces: the first of each field, and all of the arguments."""
+    function = Function(
+        name=next((piece.function.name for piece in pieces if piece.function.name), None),
+        arguments="".join(piece.function.arguments or "" for piece in pieces),
+    )
+    call_id = next((piece.id for piece in pieces if piece.id), None)
+    kind = next((piece.type for piece in pieces if piece.type), None)
+    return ToolCall(index=pieces[0].index, id=call_id, type=kind, function=function)
+
+
+def _raise_failure(body: object) -> None:
+    """Raise StreamFailed for an event that says the answer failed: {"error": ...}, or a response's own two ways."""
+    if not isinstance(body, dict):
+        return
+    if body.get("type") == "response.failed" and isinstance(body.get("response"), dict):
+        body = {"error": body["response"].get("error")}
+    elif body.get("type") == "error" and "error" not in body:
+        body = {"error": body}
+    if "error" in body:
+        fields = read_envelope(body)
+        raise StreamFailed(fields["message"] or "the server reported a failure without a message")

@@ -2,16 +2,27 @@
 
 Invariant: these models only read. Unknown fields are kept (`extra="allow"`), so that a newer server never breaks an
 older client, and everything steering adds is optional, so that any OpenAI-compatible server can be read.
+
+Here are chats and completions; responses.py has those of /v1/responses, facts.py what a server says of itself.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from trimtab.clients.errors import BadAnswer
+
+P = TypeVar("P")
+Kind = type[P]  # in classes that have a field `type`
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What all of them are."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class Receipt(_Answer):
+class Receipt(Answer):
     """What one decode step did. Log-probabilities are of the sampled token unless said, at temperature 1."""
 
     token: str
@@ -33,10 +44,11 @@ class Receipt(_Answer):
     strength: float | None = None  # that was applied, after a budget's cap; 0 where it did not fire
 
 
-class SteeringReport(_Answer):
+class SteeringReport(Answer):
     """What steering did to one choice: totals, and with `report` a receipt for each step."""
 
     correction: str | None = None
+    version: str | None = None  # of the correction, which may be replaced while the server runs
     mode: str = "apply"  # apply, shadow or off
     strength: float | None = None
     corrections: dict[str, float] | None = None  # several that acted together, by weight
@@ -52,33 +64,52 @@ class SteeringReport(_Answer):
     tokens: list[Receipt] = Field(default_factory=list)
 
 
-class Usage(_Answer):
+class PromptDetails(Answer):
+    """Of the tokens read: how many were in the cache."""
+
+    cached_tokens: int = 0
+
+
+class Usage(Answer):
     """Tokens read and written."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    prompt_tokens_details: PromptDetails | None = None
 
 
-class Model(_Answer):
-    """One entry of /v1/models: the base, or the base with a correction."""
+class Function(Answer):
+    """Which function is called, with which arguments: JSON, as the model wrote it; in a stream a piece of it."""
 
-    id: str
-    object: str = "model"
-    created: int = 0
-    owned_by: str = ""
-    parent: str | None = None  # of a correction: the base it steers
-    tier: str | None = None  # of a correction: head, lora, or contrast, which nothing was learned for
+    name: str | None = None
+    arguments: str | None = None
 
 
-class Message(_Answer):
+class ToolCall(Answer):
+    """A call that the model asks for. In a stream the pieces of one call share their `index`."""
+
+    index: int = 0
+    id: str | None = None
+    type: str | None = None
+    function: Function = Function()
+
+    def parse(self, kind: Kind[P]) -> P:
+        """The arguments as data. Raises BadAnswer where they are not `kind`."""
+        return parse(self.function.arguments or "", kind)
+
+
+class Message(Answer):
     """A chat message, or in a stream a piece of one."""
 
     role: str | None = None
     content: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
-class TopLogprob(_Answer):
+class TopLogprob(Answer):
     """One of the most likely tokens of a step. bytes: its UTF-8, which may be a part of a character."""
 
     token: str
@@ -92,13 +123,13 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob] = Field(default_factory=list)
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(Answer):
     """Log-probabilities of a chat choice, a token each."""
 
     content: list[TokenLogprob] | None = None
 
 
-class CompletionLogprobs(_Answer):
+class CompletionLogprobs(Answer):
     """Log-probabilities of a text completion, as parallel lists. With echo the first has no log-probability."""
 
     tokens: list[str] = Field(default_factory=list)
@@ -107,7 +138,7 @@ class CompletionLogprobs(_Answer):
     text_offset: list[int] = Field(default_factory=list)
 
 
-class _Choice(_Answer):
+class _Choice(Answer):
     index: int = 0
     finish_reason: str | None = None
     steering: SteeringReport | None = None
@@ -142,7 +173,7 @@ class CompletionChoice(_Choice):
     logprobs: CompletionLogprobs | None = None
 
 
-class _Reply(_Answer):
+class _Reply(Answer):
     id: str = ""
     created: int = 0
     model: str = ""
@@ -160,8 +191,16 @@ class ChatCompletion(_Reply):
         return self.choices[0].text
 
     @property
+    def tool_calls(self) -> list[ToolCall]:
+        return self.choices[0].message.tool_calls or []
+
+    @property
     def steering(self) -> SteeringReport | None:
         return self.choices[0].steering
+
+    def parse(self, kind: Kind[P]) -> P:
+        """The text, which is JSON, as `kind`: the class that was given as response_format. Raises BadAnswer."""
+        return parse(self.text, kind)
 
 
 class Completion(_Reply):
@@ -190,3 +229,11 @@ class ChatChunk(_Reply):
     @property
     def steering(self) -> SteeringReport | None:
         return self.choices[0].steering if self.choices else None
+
+
+def parse(text: str, kind: type[P]) -> P:
+    """JSON that a model wrote, as data: a pydantic class, or dict. Raises BadAnswer."""
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise BadAnswer(f"the model's text is no {kind.__name__}: {error}") from error

@@ -9,16 +9,14 @@ heads.py, order and the draw in draw.py.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
 from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, Masks, RowParams, StepInputs, StepRecord
 from trimtab.kernels.rows import Row, read_row
-
-_BITS = torch.arange(32, dtype=torch.int32)
 
 
 class _Drawn(NamedTuple):
@@ -154,5 +152,7 @@ def _mask(z: Tensor, mask: Masks, row: int) -> Tensor:
     line = int(mask.row[row])
     if line < 0:
         return z
-    legal = (mask.words[line][:, None] >> _BITS & 1).bool().view(-1)  # [words * 32]
-    return torch.where(pad(legal, (0, len(z) - len(legal))), z, float("-inf"))
+    bits = np.unpackbits(mask.words[line].numpy().view(np.uint8), bitorder="little")  # [words * 32], fast
+    masked = torch.full_like(z, float("-inf"))
+    masked[: len(bits)] = torch.where(torch.from_numpy(bits).bool(), z[: len(bits)], float("-inf"))
+    return masked

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trimtab.server import chat, completions, corrections, http_errors, score
+from trimtab.server import chat, completions, corrections, http_errors, page, score
 from trimtab.server.base import Base
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
@@ -40,7 +40,6 @@ from trimtab.steering.bank import Bank
 log = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
-_CLIENT_CLOSED = 499  # nginx's word, for the access log: nobody reads it
 _MAX_UNKNOWN = 100  # unknown body keys that are remembered as logged
 
 
@@ -57,11 +56,13 @@ def create_app(
     max_per_key: int | None = None,
     lifecycle: Lifecycle | None = None,
     observers: Sequence[Observer] = (),
+    with_page: bool = True,
 ) -> FastAPI:
     """names: what the base is called, the first being the default; base.name when empty. api_keys: none means open.
 
     keep_alive: seconds of silence after which a stream sends a comment. admin_keys: none means that corrections stay as
-    they are. corrections_root: where those that are loaded must lie. For the rest see front_door.py.
+    they are. corrections_root: where those that are loaded must lie. with_page: whether there is one at `/`. For the
+    rest see front_door.py.
     """
     names = names or [base.name]
     lifecycle = lifecycle or Lifecycle()
@@ -74,6 +75,7 @@ def create_app(
         metrics=Metrics(names[0]),
         max_len=engine.max_len,
         capacity=engine.capacity,
+        queue_tokens=engine.queue_tokens,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
@@ -108,7 +110,7 @@ def create_app(
         try:
             content = await or_gone(request.receive, generation.whole())
         except ClientGone:
-            return Response(status_code=_CLIENT_CLOSED)
+            return Response(status_code=http_errors.CLIENT_CLOSED)
         return Response(content, media_type="application/json")
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -152,5 +154,6 @@ def create_app(
 
     corrections.add_routes(app, service, corrections_root)
     score.add_routes(app, service)
-
+    if with_page:
+        page.add_routes(app)
     return app

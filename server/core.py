@@ -15,10 +15,11 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest
+from trimtab.errors import EngineFailure
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.adapters import Placed
+from trimtab.server.admission import Admission
 from trimtab.server.base import Base
 from trimtab.server.budget import Allowance
 from trimtab.server.config import EngineConfig
@@ -26,7 +27,7 @@ from trimtab.server.constraint import Constraint
 from trimtab.server.inputs import Sampling
 from trimtab.server.pieces import Pieces
 from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
-from trimtab.server.rule import Beside, Rule, rule_for
+from trimtab.server.rule import Rule
 from trimtab.server.runner import Forward, Runner
 from trimtab.server.scheduler import Scheduler
 from trimtab.server.sequence import Row, Scores, Sequence
@@ -53,6 +54,7 @@ class Core:
         self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
         self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
+        self._admission = Admission(base, bank, self.config, self.max_len, self.grammars, self._runner.has)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
@@ -83,56 +85,8 @@ class Core:
         return self._scheduler.free_slots
 
     def check(self, request: Request) -> Request:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule.
-
-        Reads only, save that a structure is compiled where `grammars` has not done so before.
-        """
-        wanted = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
-        if len(request.prompt) + min(wanted, 1) > self.max_len:
-            raise ContextOverflow(self.max_len, len(request.prompt), wanted)
-        self._check_tokens("prompt", request.prompt)
-        for field in ("logit_bias", "stop_token_ids"):
-            for token in getattr(request.sampling, field):
-                if not 0 <= token < self.base.vocab:
-                    raise InvalidRequest(f"{field} names token {token}; ids are 0..{self.base.vocab - 1}", field)
-        self._check_tokens("allowed_token_ids", tuple(request.sampling.allowed_tokens or ()))
-        for word in request.sampling.bad_words:
-            self._check_tokens("bad_words", word)
-        if request.structure is not None:
-            self.grammars.compile(request.structure)
-        rule = request.rule or rule_for(request.steering, self.bank)
-        if not all(map(self._runner.has, (rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER))):
-            message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
-            raise InvalidRequest(message, "steering.correction")
-        if rule.beside is not None:
-            self._check_companion(request, rule.beside)
-        return request if request.rule is not None else replace(request, rule=rule)
-
-    def _check_companion(self, request: Request, beside: Beside) -> None:
-        if self.config.slots < 2:
-            name = request.steering.correction
-            message = f"{name} needs a companion row, so two slots a choice; this server has 1 (--max-num-seqs)"
-            raise InvalidRequest(message, "steering.correction")
-        prompt = request.steering.companion_prompt
-        if not beside.own_prompt:
-            return
-        field = "steering.companion_prompt"
-        if prompt is None:
-            raise InvalidRequest("contrast needs the tokens that its companion reads", field)
-        scored = 0
-        if request.score_from is not None:
-            if request.sampling.max_tokens != 0:
-                message = "a contrast scores what follows its companion's prompt, then samples nothing: max_tokens 0"
-                raise InvalidRequest(message, "max_tokens")
-            scored = len(request.prompt) - request.score_from
-        if len(prompt) + max(scored, 1) > self.max_len:
-            wanted = scored or request.sampling.max_tokens or 1
-            raise ContextOverflow(self.max_len, len(prompt), wanted, field)
-        self._check_tokens(field, prompt)
-
-    def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
-        if not all(0 <= token < self.base.vocab for token in tokens):
-            raise InvalidRequest(f"{field} holds a token id outside 0..{self.base.vocab - 1}", field)
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule."""
+        return self._admission.check(request)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises as `check`."""
@@ -161,6 +115,7 @@ class Core:
         """Let a choice that goes on do so as if it had sampled `token` in the last step: what lockstep.py needs."""
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
+        assert sequence.constraint is None, "its structure has taken the token that was sampled"
         if sequence.row.tokens[-1] != token:
             self._ahead = None
         for row in sequence.rows:

@@ -28,7 +28,7 @@ from trimtab.server.visit import Observer, Visit, visiting
 log = logging.getLogger(__name__)
 
 MAX_BODY = 8 * 2**20  # bytes: some hundred prompts of a few thousand tokens each
-OPEN_PATHS = {"/health", "/ready", "/metrics"}  # that need no key, and are answered to the end
+OPEN_PATHS = {"/", "/health", "/ready", "/metrics"}  # that need no key, and are answered to the end
 _SLASHES = re.compile("/{2,}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 

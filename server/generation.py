@@ -23,7 +23,7 @@ from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
-from trimtab.server.prompt_scores import PromptScores
+from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
@@ -48,6 +48,7 @@ class Service:
     metrics: Metrics
     max_len: int
     capacity: int  # choices under way at once
+    queue_tokens: int | None  # of prompts that may wait at once, where there are several
     fingerprint: str
     swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
@@ -57,6 +58,13 @@ class Service:
         if prompts * n > self.capacity:
             message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
             raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
+
+    def check_queue(self, prompts: Sequence[Ids]) -> None:
+        """Raise InvalidRequest for more text than can ever wait."""
+        tokens = sum(map(len, prompts))
+        if self.queue_tokens is not None and len(prompts) > 1 and tokens > self.queue_tokens:
+            message = f"this server takes {self.queue_tokens} tokens of prompts at once, not {tokens}: send fewer"
+            raise InvalidRequest(message, "prompt")
 
 
 class Shape(Protocol):
@@ -108,7 +116,7 @@ class Generation:
         for prompt in prompts:
             if len(prompt) + min(wanted, 1) > service.max_len:
                 raise ContextOverflow(service.max_len, len(prompt), wanted, shape.subject)
-        first, told = self._scored()
+        first, told = what_to_score(body, chosen.rule)
         self._requests = [
             Request(
                 f"{self._id}-{i}",
@@ -126,6 +134,7 @@ class Generation:
         if negatives:
             self._requests = list(map(self._beside, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
+        service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
@@ -139,18 +148,6 @@ class Generation:
             self._visit.prompt = getattr(body, shape.subject, None)
             kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
             self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
-
-    def _scored(self) -> tuple[int | None, int]:
-        """The first of the prompt's tokens that is scored, and how many alternatives are told with each."""
-        wanted = self._body.prompt_alternatives()
-        if wanted is None:
-            return None, 0
-        beside = self._chosen.rule.beside
-        if beside is not None and beside.own_prompt:
-            field = "echo" if self._body.prompt_logprobs is None else "prompt_logprobs"
-            message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
-            raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)
-        return 1, wanted
 
     def _beside(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
@@ -290,11 +287,10 @@ class Generation:
         return self._shape.write_logprobs(tokens)
 
     def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Of the prompt's tokens, where they stand before the answer's; nothing is known of the first."""
+        """Of the prompt's tokens, where they stand before the answer's."""
         if not (choice.echo and self._shape.logprobs):
             return None
-        told = self._shape.write_logprobs(choice.scores.shown(choice.echo, self._body.alternatives()))
-        return told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
+        return choice.scores.write(self._shape.write_logprobs, choice.echo, self._body.alternatives())
 
     def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
         if self._body.report != "tokens":

@@ -3,16 +3,35 @@
 Invariant: an entry for each token of the prompt, the first of which has no probability: nothing comes before it.
 Offsets count characters of the text that is echoed, and never go back.
 
-    scores = PromptScores(prompt, pieces);  scores.add(event);  scores.shown(text, 5);  scores.by_id(5)
+    scores = PromptScores(prompt, pieces);  scores.add(event);  scores.write(write_logprobs, text, 5);  scores.by_id(5)
 """
 
 import codecs
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from trimtab.errors import InvalidRequest
 from trimtab.server.pieces import Pieces
 from trimtab.server.receipts import finite
 from trimtab.server.request import Event
+from trimtab.server.rule import Rule
+from trimtab.server.schema import Body
 from trimtab.server.stream import Shown
+
+
+def what_to_score(body: Body, rule: Rule) -> tuple[int | None, int]:
+    """The first of a prompt's tokens that is scored, and how many alternatives are told with each.
+
+    Raises InvalidRequest.
+    """
+    wanted = body.prompt_alternatives()
+    if wanted is None:
+        return None, 0
+    if rule.beside is not None and rule.beside.own_prompt:
+        field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
+        message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
+        raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)
+    return 1, wanted
 
 
 class PromptScores:
@@ -26,8 +45,14 @@ class PromptScores:
         """The next token, from the second on."""
         self._events.append(event)
 
-    def shown(self, text: str, most: int) -> list[Shown]:
-        """All tokens as those of an answer that begins with `text`, with at most so many alternatives."""
+    def write(
+        self, write_logprobs: Callable[[Sequence[Shown]], dict[str, list[Any]]], text: str, most: int
+    ) -> dict[str, list[Any]]:
+        """A completion's logprobs of all tokens, as they stand in `text`, with at most so many alternatives."""
+        told = write_logprobs(self._shown(text, most))
+        return told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
+
+    def _shown(self, text: str, most: int) -> list[Shown]:
         first = Event("", 0, self._prompt[0], 0.0, (), None, None)
         events = [first, *(self._with(event, most) for event in self._events)]
         contents = map(self._pieces.content, self._prompt)

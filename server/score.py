@@ -6,6 +6,7 @@ sampled. What a body may say of its prompt is what completions and chats may.
 
 import secrets
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from trimtab.server.request import Request, SamplingParams
 from trimtab.server.schema import Message
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step
+from trimtab.server.visit import note
 from trimtab.server.wire import ClientGone, or_gone
 
 _CLIENT_CLOSED = 499
@@ -55,6 +57,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/steering/score", response_model=None)
     async def score(request: HttpRequest, body: ScoreBody) -> Response:
+        """What steering would have done at every token of a completion, had the model written it."""
         try:
             return JSONResponse(await or_gone(request.receive, _score(service, body)))
         except ClientGone:
@@ -78,16 +81,17 @@ async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
         steering = replace(steering, companion_prompt=companion)
     name = "score-" + secrets.token_hex(12)
     sampling = SamplingParams(max_tokens=0, seed=body.seed)
-    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt))
+    asked = Request(name, prompt + completion, sampling, steering, score_from=len(prompt), rule=chosen.rule)
     tally, tokens = Tally(chosen), await _tokens(service, asked)
     for step, _ in tokens:
         tally.add(step.receipt)
+    sizes = {"prompt_tokens": len(prompt), "completion_tokens": len(completion)}
+    note(kind="steering.score", answer_id=name, **chosen.facts, **sizes, fired=tally.fired, flips=tally.flips)
     return {
         "id": name,
         "object": "steering.score",
         "model": chosen.name,
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(completion),
+        **sizes,
         "steering": tally.summary(),
         "tokens": [receipt_json(step, service.pieces) | {"logprob": finite(logprob)} for step, logprob in tokens],
     }
@@ -98,18 +102,15 @@ async def _read(service: Service, body: ScoreBody, chosen: Chosen) -> tuple[Ids,
     prompter, special = service.prompter, body.add_special_tokens is not False
     negatives: list[Ids] = []
     if body.messages is not None:
-        generation = body.add_generation_prompt is not False
-        render = {"add_generation_prompt": generation, "template_kwargs": body.chat_template_kwargs}
+        opens = body.add_generation_prompt is not False
+        render = partial(prompter.chat, add_generation_prompt=opens, template_kwargs=body.chat_template_kwargs)
         messages = [message.for_template() for message in body.messages]
-        prompt = await prompter.chat(messages, **render)  # type: ignore[arg-type]
+        prompt = await render(messages)
         if chosen.negative is not None:
-            negatives = [await prompter.chat(replace_words(messages, chosen.negative), **render)]  # type: ignore[arg-type]
+            negatives = [await render(replace_words(messages, chosen.negative))]
     else:
-        prompt = (
-            (await prompter.text([body.prompt], special))[0]
-            if isinstance(body.prompt, str)
-            else tuple(body.prompt or ())
-        )
+        given = body.prompt or ()
+        prompt = (await prompter.text([given], special))[0] if isinstance(given, str) else tuple(given)
         if chosen.negative is not None:
             negatives = await prompter.negatives(chosen.negative, [prompt], special)
     text = body.completion
@@ -128,7 +129,7 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
     watch = service.metrics.watch(request.steering)
     reason = "abort"
     with service.tickets.open([request]) as ticket:
-        service.metrics.prompt_tokens.inc(len(request.prompt))
+        service.metrics.accept([len(request.prompt)])
         try:
             while True:
                 for event in await ticket.next(service.keep_alive):

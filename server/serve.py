@@ -5,6 +5,8 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +60,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--max-queue-tokens", type=_at_least(1), default=2**20, metavar="TOKENS", help=tokens)
     add("--max-requests-per-key", type=_at_least(1), metavar="N", help="at once; more get a 429")
     add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--no-page", action="store_true", help="without the page at /")
     add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     add("--log-format", default="text", choices=("text", "json"), help="json: an object a line")
@@ -111,17 +114,22 @@ def serve(args: argparse.Namespace) -> None:
         max_per_key=args.max_requests_per_key,
         lifecycle=lifecycle,
         observers=[logs.RequestLog(args.log_prompts), *([tracer] if tracer else [])],
+        with_page=not args.no_page,
     )
     print(describe(base, bank, names, config.slots, engine.max_len), flush=True)
     settings = uvicorn.Config(app, args.host, args.port, log_config=None, access_log=False, server_header=False)
     server = DrainingServer(settings, engine, args.drain_timeout, lifecycle)
     try:
         server.run()
+    except SystemExit:  # after SIGTERM: see `_leave`
+        if not server.started:
+            raise
     finally:
         if tracer is not None:
             tracer.close()
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
+    _end()
 
 
 def choose_tracer(endpoint: str | None) -> "Tracer | None":
@@ -208,6 +216,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _end() -> None:
+    """All is answered and told. The interpreter's own end would take seconds more, and wait for other threads."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _leave(signum: int, frame: object) -> None:

@@ -31,7 +31,6 @@ class Swap:
         Raises CorrectionError where it does not fit the base; then nothing has changed.
         """
         with self._lock:
-            torch.set_num_threads(1)  # this thread's own number: the engine needs the cores
             check(correction, self._base.identity)
             try:
                 draft = self._bank.prepare(correction)

@@ -3,7 +3,7 @@
 Invariant: a visit belongs to one request, from the front door to the last byte of its answer; whatever serves it adds
 what it knows, and nothing reads it before the end. Without a front door there is none, and nothing is noted.
 
-    with visiting(Visit(...)):  ...  current().note(model="tiny")
+    with visiting(Visit(...)):  ...  note(model="tiny")
 """
 
 import time
@@ -44,6 +44,13 @@ _CURRENT: ContextVar[Visit | None] = ContextVar("trimtab_visit", default=None)
 def current() -> Visit | None:
     """That of the request which this task serves."""
     return _CURRENT.get()
+
+
+def note(**facts: Any) -> None:
+    """Add to it, where there is one."""
+    visit = current()
+    if visit is not None:
+        visit.note(**facts)
 
 
 @contextmanager

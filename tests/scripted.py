@@ -69,6 +69,7 @@ class ScriptedEngine:
 
     max_len = 200
     capacity = 64
+    queue_tokens: int | None = None
 
     def __init__(self, script: Script, refusal: Exception | None = None) -> None:
         self.script, self.refusal = script, refusal

@@ -422,6 +422,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
@@ -512,6 +513,16 @@ def test_a_batch_that_can_never_be_taken_is_a_400_before_it_is_tokenised(monkeyp
     with in_memory(ScriptedEngine(say("x"))) as ask:
         response = ask("POST", TEXT_PATH, json={"prompt": ["a"] * 65})
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
+
+
+def test_a_batch_of_more_text_than_may_ever_wait_is_a_400() -> None:
+    engine = ScriptedEngine(say("x"))
+    engine.queue_tokens = 5
+    with in_memory(engine) as ask:
+        refused = ask("POST", TEXT_PATH, json={"prompt": ["abc", "def"]})
+        taken = [ask("POST", TEXT_PATH, json={"prompt": prompt}).status_code for prompt in ("abcdef", ["abc", "de"])]
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "prompt")
+    assert taken == [200, 200], "one prompt alone may always wait"
 
 
 def test_ids_that_cannot_fit_are_a_400_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,15 @@
 
 import asyncio
 import inspect
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from mocked import CHAT, COMPLETION, RECEIPT, TOTALS, Both, Server, piece, refusal, sse
 from trimtab.clients import (
     AsyncClient,
     Authentication,
@@ -30,128 +29,8 @@ from trimtab.clients import (
     StreamFailed,
     TimedOut,
 )
-from trimtab.clients import client as client_module
 from trimtab.clients.retry import Retries
 from trimtab.errors import InvalidRequest, TrimtabError
-
-Handler = Callable[[httpx.Request], httpx.Response]
-RECEIPT = {
-    "token": " sky", "token_id": 7, "entropy": 1.25, "open": True, "fired": True, "flip": True,
-    "base_token": " sea", "base_token_id": 8, "steered_token": " sky", "steered_token_id": 7,
-    "base_logprob": -1.5, "steered_logprob": -0.25, "base_token_logprob": -0.5, "steered_token_logprob": -0.25,
-    "statistic": 1.25, "kl": 0.5, "strength": 1.0,
-}  # fmt: skip
-TOTALS = {
-    "correction": "brief", "corrections": {"brief": 1.0, "kind": 0.5}, "mode": "apply", "strength": 1.0,
-    "gate": "entropy", "tau": 0.5, "ceiling": None,
-    "steps": 2, "open": 1, "fired": 1, "flips": 1, "mean_entropy": 0.75, "kl": 0.5,
-}  # fmt: skip
-CHAT = {
-    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "demo", "shade": "new",
-    "choices": [{
-        "index": 0, "message": {"role": "assistant", "content": "The sky"}, "finish_reason": "stop",
-        "logprobs": {"content": [{
-            "token": "The", "logprob": -0.5, "bytes": [84], "top_logprobs": [{"token": "The", "logprob": -0.5}],
-        }]},
-        "steering": {**TOTALS, "tokens": [RECEIPT]},
-    }],
-    "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
-}  # fmt: skip
-COMPLETION = {"id": "cmpl-1", "model": "demo", "choices": [{"index": 0, "text": " blue", "finish_reason": "length"}]}
-
-
-class Both:
-    """Runs the same call on Client or AsyncClient, over a handler."""
-
-    def __init__(self, kind: type[Client] | type[AsyncClient]) -> None:
-        self.kind = kind
-
-    def call(self, handler: Handler, method: str, *args: Any, settings: dict[str, Any] | None = None, **kw: Any) -> Any:
-        transport = httpx.MockTransport(handler)
-        if self.kind is Client:
-            with Client(**settings or {}, transport=transport) as client:
-                return getattr(client, method)(*args, **kw)
-
-        async def main() -> Any:
-            async with AsyncClient(**settings or {}, transport=transport) as client:
-                return await getattr(client, method)(*args, **kw)
-
-        return asyncio.run(main())
-
-    def stream(self, handler: Handler, *args: Any, method: str = "stream_chat", limit: int = 99, **kw: Any) -> Any:
-        """-> (the chunks, at most `limit`, and the stream)."""
-        transport = httpx.MockTransport(handler)
-        if self.kind is Client:
-            chunks = []
-            with Client(transport=transport) as client, getattr(client, method)(*args, **kw) as stream:
-                for chunk in stream:
-                    chunks.append(chunk)
-                    if len(chunks) == limit:
-                        break
-            return chunks, stream
-
-        async def main() -> Any:
-            chunks = []
-            async with AsyncClient(transport=transport) as client, getattr(client, method)(*args, **kw) as stream:
-                async for chunk in stream:
-                    chunks.append(chunk)
-                    if len(chunks) == limit:
-                        break
-            return chunks, stream
-
-        return asyncio.run(main())
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-def both(request: pytest.FixtureRequest) -> Both:
-    return Both(request.param)
-
-
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that were asked for; none is slept."""
-    taken: list[float] = []
-
-    async def nap(seconds: float) -> None:
-        taken.append(seconds)
-
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(sleep=taken.append))
-    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(sleep=nap))
-    return taken
-
-
-class Server:
-    """Answers in turn, and keeps the requests. A number is a refusal with that status, an exception is raised."""
-
-    def __init__(self, *answers: httpx.Response | Exception | int) -> None:
-        self.answers = list(answers)
-        self.requests: list[httpx.Request] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return refusal(answer) if isinstance(answer, int) else answer
-
-    @property
-    def body(self) -> Any:
-        return json.loads(self.requests[-1].content)
-
-
-def refusal(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    error = {"message": "no", "type": None, "param": None, "code": None, **fields}
-    return httpx.Response(status, json={"error": error}, headers=headers)
-
-
-def sse(*events: Any) -> bytes:
-    return b"".join(b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + b"\n\n" for e in events)
-
-
-def piece(content: str | None = None, **choice: Any) -> dict[str, Any]:
-    delta = {} if content is None else {"content": content}
-    return {"id": "chatcmpl-1", "model": "demo", "choices": [{"index": 0, "delta": delta, **choice}]}
-
 
 # what is sent
 
@@ -225,7 +104,7 @@ def test_the_base_url_may_leave_v1_out(both: Both, url: str) -> None:
     [
         {"base_url": "localhost:8000"},
         {"base_url": "http://"},
-        {"base_url": None},
+        {"base_url": 8000},
         {"max_retries": -1},
         {"api_key": "schlüssel"},
         {"api_key": "a\nb"},
@@ -326,6 +205,23 @@ def test_a_passing_failure_is_retried(both: Both, naps: list[float], first: int 
     assert both.call(server, "chat", "Why?").text == "The sky"
     assert len({request.content for request in server.requests}) == 1
     assert 0.3 < naps[0] <= 0.5 < 0.7 < naps[1] <= 1.0
+
+
+@pytest.mark.parametrize(("status", "header", "attempts"), [(503, "false", 1), (400, "true", 2), (503, "maybe", 2)])
+def test_the_server_has_the_last_word_on_retries(
+    both: Both, naps: list[float], status: int, header: str, attempts: int
+) -> None:
+    server = Server(refusal(status, {"x-should-retry": header}), 404)
+    with pytest.raises(StatusError):
+        both.call(server, "chat", "Why?")
+    assert len(server.requests) == attempts
+    assert len(naps) == attempts - 1
+
+
+def test_milliseconds_go_before_seconds(both: Both, naps: list[float]) -> None:
+    answers = [{"retry-after-ms": "250", "retry-after": "7"}, {"retry-after-ms": "soon", "retry-after": "7"}]
+    both.call(Server(*(refusal(429, headers) for headers in answers), httpx.Response(200, json=CHAT)), "chat", "Why?")
+    assert naps == [0.25, 7.0]
 
 
 @pytest.mark.parametrize("answer", [400, 404, httpx.ReadTimeout("slow")])
@@ -501,13 +397,16 @@ def test_a_refused_stream_is_retried_then_raised(both: Both, naps: list[float]) 
 
 
 def test_the_clients_mirror_one_another() -> None:
-    def surface(kind: type) -> dict[str, list[str]]:
+    def surface(kind: type) -> dict[str, Any]:
+        """Of each method: what it takes, and what it says it does."""
         methods = inspect.getmembers(kind, inspect.isfunction)
         return {
-            name: [*inspect.signature(method).parameters]
+            name: ([*inspect.signature(method).parameters], inspect.getdoc(method))
             for name, method in methods
             if not name.startswith("_") or name == "__init__"
         }
 
     assert surface(Client) == surface(AsyncClient)
-    assert {"chat", "complete", "models", "stream_chat", "stream_complete", "close"} < set(surface(Client))
+    assert inspect.getdoc(Client) == inspect.getdoc(AsyncClient)
+    assert all(told for name, (_, told) in surface(Client).items() if name != "close")
+    assert {"chat", "respond", "score", "models", "stream_chat", "close"} < set(surface(Client))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from interpreted import Interpreter
 
 from oracle import Expected, divergence, draw, expect
-from steps import make_edits, make_inputs
+from steps import make_edits, make_inputs, make_mask, random_mask
 from trimtab.kernels import reference
 from trimtab.kernels.companion import Companions, mix, step_with
 from trimtab.kernels.record import (
@@ -125,6 +125,8 @@ def step(request: pytest.FixtureRequest) -> Iterator[Step]:
 )
 def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int) -> None:
     inputs, companions = make_pair([r for r, _ in rows], vocab, seed, edits=[e for _, e in rows])
+    masks = [random_mask(seed + row, vocab) or None for row in range(len(rows))]
+    inputs = inputs._replace(mask=make_mask(masks, vocab))
     check(inputs, companions, step_with(reference.step, inputs, companions))
 
 

@@ -113,6 +113,8 @@ def test_a_folder_is_loaded_listed_served_replaced_and_removed(server: Server) -
     body = {"model": "mine", "prompt": PROMPT, "max_tokens": 2}
     answer = server.ask("POST", "/v1/completions", json=body).json()
     assert answer["choices"][0]["steering"]["version"] == versions[1]
+    scored = server.ask("POST", "/v1/steering/score", json={"model": "mine", "prompt": "a", "completion": "b"})
+    assert scored.json()["steering"]["version"] == versions[1]
     labels = f'correction="mine",model_name="tiny-llama",tier="head",version="{versions[1]}"'
     assert f"trimtab:correction_info{{{labels}}} 1.0" in server.ask("GET", "/metrics").text
     removed = server.ask("DELETE", "/v1/corrections/mine").json()

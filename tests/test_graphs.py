@@ -15,7 +15,7 @@ from trimtab.server.base import Base
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.graphs import batch_sizes
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.request import Request, SamplingParams, Steering, Structure
 from trimtab.steering.bank import Bank
 
 REFERENCE = LayerKernels(
@@ -65,6 +65,7 @@ def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:
             SamplingParams(temperature=(0, 0.8)[i % 2], top_p=0.9, seed=i, max_tokens=9, ignore_eos=True),
             steerings[i % 6],
             n=1 + (i == 3),
+            structure=Structure("regex", "[a-z]{3}[0-9]+") if i % 4 == 1 else None,
         )
         for i in range(12)
     ]
@@ -108,6 +109,23 @@ def test_batch_sizes_end_at_the_slots_and_waste_less_than_a_third() -> None:
         assert (sizes[0], sizes[-1]) == (1, rows)
         for asked in range(9, rows):
             assert next(size for size in sizes if size >= asked) <= 1.5 * asked
+
+
+def test_a_step_that_was_launched_ahead_is_masked_by_the_token_before_it(on_gpu: list[int]) -> None:
+    base = tiny_base()
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=3, max_model_len=64))
+    for name, regex in (("a", "(xy){6}"), ("b", "(yx){6}"), ("c", "[xy]{12}")):
+        core.submit(Request(name, (1, 2, 3), SamplingParams(seed=1), structure=Structure("regex", regex)))
+    texts, ahead = dict.fromkeys("abc", ""), 0
+    while core.busy:
+        for event in core.step():
+            if event.finish is None:
+                texts[event.request_id] += base.tokenizer.decode([event.token])
+        ahead += core._ahead is not None
+    assert ahead > 10
+    assert (texts["a"], texts["b"]) == ("xy" * 6, "yx" * 6)
+    assert len(texts["c"]) == 12
+    assert set(texts["c"]) <= {"x", "y"}
 
 
 def test_what_ends_or_changes_from_outside_spoils_no_step_that_was_launched_ahead(on_gpu: list[int]) -> None:

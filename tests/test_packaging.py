@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = {"tests", "benchmarks", "scripts", "build", "dist"}
+NOT_SHIPPED = {"tests", "benchmarks", "examples", "scripts", "build", "dist"}
 PACKAGE_DIR: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
 
@@ -30,6 +30,11 @@ def module_files() -> set[str]:
 def correction_files() -> set[str]:
     """The two files of every correction that comes with the package; what lies beside them is for readers."""
     return {path.relative_to(ROOT).as_posix() for path in ROOT.glob("corrections/*/correction.*")}
+
+
+def page_files() -> set[str]:
+    """What the page is put together from."""
+    return {path.relative_to(ROOT).as_posix() for path in ROOT.glob("server/web/*")}
 
 
 def test_every_folder_with_python_files_is_listed() -> None:
@@ -62,7 +67,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     """The wheel of a copy of the tree (building writes into it), made offline with what is installed."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in (*module_files(), *correction_files(), "pyproject.toml", "README.md", "LICENSE", "py.typed"):
+    for name in (
+        *module_files(),
+        *correction_files(),
+        *page_files(),
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "py.typed",
+    ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -76,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     held = {name.removeprefix("trimtab/") for name in wheel.namelist() if ".dist-info/" not in name}
     assert module_files() <= held
-    assert held - module_files() == {"py.typed", *correction_files()}
+    assert held - module_files() == {"py.typed", *correction_files(), *page_files()}
     assert all(name.startswith("trimtab") for name in wheel.namelist())
 
 

@@ -1,12 +1,13 @@
 """Prompts: what the template makes of a chat, and what it may refuse."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
 from tiny import tiny_tokenizer
-from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 
@@ -117,3 +118,52 @@ def test_callers_take_turns() -> None:
     finally:
         prompter.close()
     assert tokenizer.seen.index("x") == 1
+
+
+def held() -> tuple[threading.Event, threading.Event, Prompter]:
+    """A prompter whose first text is being tokenised once `begun` is set, and until `going` is."""
+    begun, going = threading.Event(), threading.Event()
+    prompter = prompter_of(tiny_tokenizer())
+
+    def hold(text: str, **options: Any) -> list[int]:
+        begun.set()
+        assert going.wait(60)
+        return [1]
+
+    prompter._tokenizer.encode = hold
+    return begun, going, prompter
+
+
+def test_a_server_that_ends_waits_for_no_queue_of_prompts() -> None:
+    """What is being tokenised is left alone, what waits is told so at once, and what comes later too."""
+    begun, going, prompter = held()
+
+    async def main() -> None:
+        running, waiting = (asyncio.create_task(prompter.text([text])) for text in "ab")
+        await asyncio.to_thread(begun.wait, 60)
+        prompter.close()
+        with pytest.raises(EngineStopped):
+            await waiting
+        with pytest.raises(EngineStopped):
+            await prompter.text(["c"])
+        assert not running.done()
+        going.set()
+        assert await running == [(1,)]
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_leaves_is_no_end_of_the_server() -> None:
+    begun, going, prompter = held()
+
+    async def main() -> None:
+        first, second = (asyncio.create_task(prompter.text([text])) for text in "ab")
+        await asyncio.to_thread(begun.wait, 60)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        going.set()
+        assert await first == [(1,)]
+        prompter.close()
+
+    asyncio.run(main())

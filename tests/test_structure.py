@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import AddedToken
 from schemas import SCHEMAS
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base, prepare
+from trimtab.server.base import Base, load_base, prepare
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.request import Request, SamplingParams, Structure
@@ -179,6 +180,36 @@ def test_a_token_that_holds_a_whole_trigger_and_more_is_looked_into(base: Base) 
     assert legal(fits, base) == {"z"}
     never = grammars.compile(Structure("regex", "az", lazy=(">>",))).start()
     assert not {"x>>{", ">>{"} & legal(never, base)
+
+
+# A real tokenizer, of byte-level pairs
+
+
+@pytest.mark.model
+def test_the_demos_model_writes_json_and_calls() -> None:
+    base = load_base("demo", dtype="float32", device="cpu")
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=2, max_model_len=128))
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"enum": ["small", "big"]}},
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    }
+    prompt = tuple(base.tokenizer.encode("A cat as JSON:", add_special_tokens=False))
+    eager = dict.fromkeys(base.tokenizer.encode("CALL", add_special_tokens=False), 100.0)
+    lazy = Structure("json_schema", json.dumps(schema), lazy=("CALL",))
+    greedy = SamplingParams(temperature=0, max_tokens=60)
+    requests = [
+        Request("json", prompt, greedy, structure=Structure("json_schema", json.dumps(schema))),
+        Request("lazy", prompt, replace(greedy, logit_bias=eager), structure=lazy),
+    ]
+    texts: dict[str, str] = defaultdict(str)
+    for event in core.run(requests):
+        assert event.error is None
+        if event.finish != "stop":
+            texts[event.request_id] += base.tokenizer.decode([event.token])
+    Draft202012Validator(schema).validate(json.loads(texts["json"]))
+    Draft202012Validator(schema).validate(json.loads(texts["lazy"].partition("CALL")[2]))
 
 
 # The acceptance test: 39 schemas, 12 samples each

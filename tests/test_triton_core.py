@@ -14,7 +14,7 @@ from tiny import tiny_base, tiny_correction
 from trimtab.kernels.step import step
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.request import Request, SamplingParams, Steering, Structure
 from trimtab.steering.bank import Bank
 
 torch.set_num_threads(1)
@@ -36,6 +36,7 @@ requests = [
             max_tokens=6,
         ),
         Steering((None, "c0", "c1")[i % 3], strength=2.0, tau=1.0, mode="shadow" if i == 4 else "apply"),
+        structure=Structure("regex", "[a-z]{3}[0-9]+", steer=i == 5) if i in (2, 3, 5) else None,
     )
     for i in range(9)
 ]
@@ -48,7 +49,7 @@ def answers(core):
 
 config = EngineConfig(slots=5, step_tokens=32)
 reference, triton = Core(base, bank, config), Core(base, bank, config)
-triton._step = step
+triton._runner._step = step
 expected = answers(reference)
 assert any(fired for _, _, _, fired, *_ in expected) and not all(fired for _, _, _, fired, *_ in expected)
 assert answers(triton) == expected

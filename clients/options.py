@@ -1,0 +1,97 @@
+"""What a caller may ask of a generation: steering, and everything else in OpenAI's and vLLM's words.
+
+Invariant: what was not set is not sent, so the server's defaults hold; values are checked by the server, which names
+the field that is wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from pydantic import BaseModel
+
+Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the user
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+Text = str | Sequence[int]  # one text, or its token ids
+
+Gate = Literal["entropy", "varentropy", "margin", "random", "always"]
+Format = Mapping[str, Any] | type[BaseModel]  # a pydantic class stands for its JSON schema
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How often a correction may act, and where. None leaves a value to the server."""
+
+    max_steps: int | None = None  # steps at which it may act
+    max_share: float | None = None  # of the steps so far
+    cooldown: int | None = None  # steps it rests after it acted
+    kl: float | None = None  # nats: the most that one step may move the distribution
+    until: str | None = None  # it ends with this marker in the answer's text
+    spans: Sequence[tuple[str, str]] | None = None  # never inside: (opening, closing) markers; by default tool calls
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction."""
+
+    correction: str | None = None
+    strength: float | None = None  # 0 is the base, bit for bit
+    tau: float | None = None  # it may act where the gate's statistic is above: nats, for the entropy
+    mode: Literal["apply", "shadow", "off"] | None = None  # shadow reports what apply would do, and changes nothing
+    report: Literal["none", "summary", "tokens"] | None = None  # tokens: a receipt for each step
+    corrections: Mapping[str, float] | None = None  # instead of `correction`: several, by weight
+    gate: Gate | None = None
+    ceiling: float | None = None  # and not above this
+    rate: float | None = None  # instead of tau: the share of steps, by the correction's calibration
+    budget: Budget | None = None
+    negative_prompt: str | None = None  # contrast: what its companion reads in place of the user's words
+
+
+Steer = str | Steering | None  # a string is a correction's name
+
+
+class _Drawing(TypedDict, total=False):
+    """What every generation may ask for."""
+
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
+    metadata: Mapping[str, str]
+    user: str
+    extra: Mapping[str, Any]  # any further keys of the body, as they are
+
+
+class Options(_Drawing, total=False):
+    """Of chats and completions. Tools are for chats."""
+
+    max_tokens: int
+    min_tokens: int
+    top_k: int
+    min_p: float
+    seed: int
+    n: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: bool | int  # chat: true or false; completions: how many alternatives
+    echo: bool
+    response_format: Format
+    structured_outputs: Mapping[str, Any]  # vLLM's: one of json, regex, choice, grammar
+    chat_template_kwargs: Mapping[str, Any]
+
+
+class ResponseOptions(_Drawing, total=False):
+    """Of /v1/responses."""
+
+    instructions: str
+    max_output_tokens: int
+    reasoning: Mapping[str, Any]
+    store: bool
+    text: Format  # {"format": {...}}, or a pydantic class

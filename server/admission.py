@@ -1,0 +1,85 @@
+"""What a request must be to run on one engine: what request.py, which knows no model, cannot say.
+
+Invariant: a request that `check` returns has its rule and can be carried out; a refusal names the field.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.server.base import Base
+from trimtab.server.config import EngineConfig
+from trimtab.server.request import Request
+from trimtab.server.rule import Beside, rule_for
+from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.structure import Grammars
+from trimtab.steering.bank import Bank
+
+
+class Admission:
+    """Of one core."""
+
+    def __init__(
+        self,
+        base: Base,
+        bank: Bank,
+        config: EngineConfig,
+        max_len: int,
+        grammars: Grammars,
+        has: Callable[[int], bool],
+    ) -> None:
+        """max_len: tokens that a slot holds. has: whether an adapter is there."""
+        self._base, self._bank, self._config, self._max_len = base, bank, config, max_len
+        self._grammars, self._has = grammars, has
+
+    def check(self, request: Request) -> Request:
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule.
+
+        Reads only, save that a structure is compiled where `grammars` has not done so before.
+        """
+        wanted = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
+        if len(request.prompt) + min(wanted, 1) > self._max_len:
+            raise ContextOverflow(self._max_len, len(request.prompt), wanted)
+        self._check_tokens("prompt", request.prompt)
+        for field in ("logit_bias", "stop_token_ids"):
+            for token in getattr(request.sampling, field):
+                if not 0 <= token < self._base.vocab:
+                    raise InvalidRequest(f"{field} names token {token}; ids are 0..{self._base.vocab - 1}", field)
+        self._check_tokens("allowed_token_ids", tuple(request.sampling.allowed_tokens or ()))
+        for word in request.sampling.bad_words:
+            self._check_tokens("bad_words", word)
+        if request.structure is not None:
+            self._grammars.compile(request.structure)
+        rule = request.rule or rule_for(request.steering, self._bank)
+        if not all(map(self._has, (rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER))):
+            message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
+            raise InvalidRequest(message, "steering.correction")
+        if rule.beside is not None:
+            self._check_companion(request, rule.beside)
+        return request if request.rule is not None else replace(request, rule=rule)
+
+    def _check_companion(self, request: Request, beside: Beside) -> None:
+        if self._config.slots < 2:
+            name = request.steering.correction
+            message = f"{name} needs a companion row, so two slots a choice; this server has 1 (--max-num-seqs)"
+            raise InvalidRequest(message, "steering.correction")
+        prompt = request.steering.companion_prompt
+        if not beside.own_prompt:
+            return
+        field = "steering.companion_prompt"
+        if prompt is None:
+            raise InvalidRequest("contrast needs the tokens that its companion reads", field)
+        scored = 0
+        if request.score_from is not None:
+            if request.sampling.max_tokens != 0:
+                message = "a contrast scores what follows its companion's prompt, then samples nothing: max_tokens 0"
+                raise InvalidRequest(message, "max_tokens")
+            scored = len(request.prompt) - request.score_from
+        if len(prompt) + max(scored, 1) > self._max_len:
+            wanted = scored or request.sampling.max_tokens or 1
+            raise ContextOverflow(self._max_len, len(prompt), wanted, field)
+        self._check_tokens(field, prompt)
+
+    def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
+        if not all(0 <= token < self._base.vocab for token in tokens):
+            raise InvalidRequest(f"{field} holds a token id outside 0..{self._base.vocab - 1}", field)

@@ -1,0 +1,134 @@
+"""A fleet under Ray Serve: replicas of this server, on as many machines and GPUs as its config file says.
+
+Invariant: `user_config` alone says which corrections are served, and in which version. Ray hands it to a new replica
+before that takes requests, and to every running one when it changes. A replica then changes between two of its steps:
+no request is dropped, and each answer names the version that made it. What cannot be read, or is another version than
+the config says, stops a new replica, and leaves a running one as it is.
+
+    serve run deploy/fleet.yaml          # on this machine, in the foreground
+    serve deploy deploy/fleet.yaml       # on a cluster; after an edit of user_config, the same again
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.app import create_app
+from trimtab.server.base import load_base
+from trimtab.server.config import EngineConfig
+from trimtab.server.core import CONTRAST
+from trimtab.server.engine import Engine
+from trimtab.server.keys import API_VARIABLE, choose_keys
+from trimtab.server.serve import describe
+from trimtab.server.sources import read_named
+from trimtab.server.weights import DEMO
+from trimtab.steering.bank import Bank
+from trimtab.steering.correction import Correction
+from trimtab.steering.folder import version_of
+
+log = logging.getLogger("trimtab.server")
+
+
+class Replicated(BaseModel):
+    """The application's `args` in the config file: what every replica is. Names and meaning are `trimtab serve`'s."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = DEMO
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_queue: int = 512
+    threads: int = 1
+
+
+class Source(BaseModel):
+    """Where a correction comes from, and which version it must be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str  # a folder, a model hub's id, or a URL that fsspec reads: s3://bucket/folder
+    version: str | None = None  # as GET /v1/corrections tells; None takes whatever is there
+
+
+class Wanted(BaseModel):
+    """The deployment's `user_config`: the corrections by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    corrections: dict[str, Source] = {}
+
+
+class Replica:
+    """One whole server: a base, an engine, a bank."""
+
+    def __init__(self, args: Replicated) -> None:
+        self._base = load_base(args.model, args.dtype, args.device, args.threads)
+        self._bank = Bank(self._base.hidden, self._base.device)
+        config = EngineConfig(
+            slots=args.max_num_seqs,
+            max_model_len=args.max_model_len,
+            step_tokens=args.max_num_batched_tokens,
+            max_queue=args.max_queue,
+            threads=args.threads,
+        )
+        self._engine = Engine(self._base, self._bank, config)
+        self._names = [args.served_model_name or self._base.name]
+        keys = choose_keys(None, API_VARIABLE, None, "api-key")
+        self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)
+        self._configured = False
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray calls it before the first request, and whenever the config has changed."""
+        try:
+            await asyncio.to_thread(self._serve, Wanted.model_validate(user_config))
+        except Exception:
+            if not self._configured:
+                raise
+            log.exception("the new user_config is not in place: this replica goes on with what it has")
+        else:
+            self._configured = True
+
+    def check_health(self) -> None:
+        """Ray replaces a replica for which this raises."""
+        if not self._engine.stats().alive:
+            raise RuntimeError("the engine has died: the replica's log says why")
+
+    def _serve(self, wanted: Wanted) -> None:
+        """All sources are read before anything changes."""
+        swap = self._app.state.service.swap
+        read = [_read(name, source) for name, source in wanted.corrections.items() if not self._has(name, source)]
+        for correction in read:
+            swap.put(correction)
+        for name in self._bank.names:
+            if name not in wanted.corrections and name != CONTRAST:
+                swap.remove(name)
+        log.info(describe(self._base, self._bank, self._names, self._engine.capacity, self._engine.max_len))
+
+    def _has(self, name: str, source: Source) -> bool:
+        return name in self._bank.names and self._bank.entry(name).version == source.version
+
+
+def _read(name: str, source: Source) -> Correction:
+    correction = read_named(source.source, name, None)
+    found = version_of(correction)
+    if source.version not in (None, found):
+        message = f"corrections.{name}: {source.source} is version {found}, and the config wants {source.version}"
+        raise InvalidRequest(message, f"corrections.{name}")
+    return correction
+
+
+def build(args: Replicated) -> Any:
+    """The application of a config file: import_path trimtab.server.fleet:build."""
+    return serve.deployment(name="trimtab")(serve.ingress()(Replica)).bind(args)
