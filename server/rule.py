@@ -14,11 +14,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
 from trimtab.server.request import Budget, GateKind, Steering
 from trimtab.server.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection, Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate
+
+GATES: dict[GateKind, int] = {
+    "entropy": GATE_ENTROPY,
+    "varentropy": GATE_VARENTROPY,
+    "margin": GATE_MARGIN,
+    "random": GATE_RANDOM,
+    "always": GATE_ALWAYS,
+}
 
 
 class Beside(NamedTuple):

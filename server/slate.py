@@ -13,19 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
-from trimtab.server.request import GateKind
+from trimtab.server.rule import GATES
 from trimtab.server.sequence import Sequence
 
 _DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _ACTS = ("strength", "tau", "ceiling", "kl_cap")
-GATES: dict[GateKind, int] = {
-    "entropy": GATE_ENTROPY,
-    "varentropy": GATE_VARENTROPY,
-    "margin": GATE_MARGIN,
-    "random": GATE_RANDOM,
-    "always": GATE_ALWAYS,
-}
 
 Slots = npt.NDArray[np.int64]
 

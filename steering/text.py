@@ -23,7 +23,7 @@ from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import FIRED, RowParams, StepInputs
 from trimtab.server.base import Base
 from trimtab.server.request import GateKind
-from trimtab.server.slate import GATES
+from trimtab.server.rule import GATES
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.evaluate import bootstrap

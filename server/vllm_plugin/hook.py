@@ -17,9 +17,10 @@ from torch import Tensor
 from trimtab.errors import EngineFailure, UnsupportedModel
 from trimtab.server.vllm_plugin.base import check_front, check_weights, checkpoint
 from trimtab.server.vllm_plugin.head import whole_head
-from trimtab.server.vllm_plugin.settings import read_settings, version_of
+from trimtab.server.vllm_plugin.settings import read_settings
 from trimtab.server.vllm_plugin.support import check_engine, check_version
 from trimtab.steering.bank import Bank
+from trimtab.steering.folder import version_of
 
 log = logging.getLogger("vllm.trimtab")
 

@@ -23,7 +23,7 @@ from trimtab.server.vllm_plugin.ask import ask
 from trimtab.server.vllm_plugin.batch import Batch, read_v1, read_v2
 from trimtab.server.vllm_plugin.hook import Sight, has_sight, installed, served, sight_of
 from trimtab.server.vllm_plugin.receipts import Receipts
-from trimtab.server.vllm_plugin.settings import read_settings, version_of
+from trimtab.server.vllm_plugin.settings import read_settings
 from trimtab.server.vllm_plugin.support import check_engine, check_version
 from trimtab.server.vllm_plugin.table import Table
 from trimtab.steering.bank import Bank
@@ -46,11 +46,9 @@ class Processor(ForV2, ForV1):  # type: ignore[misc]  # vllm is not there when t
         self._device = torch.device(where[0] if on_v1 else where[0].device)
         slots = vllm_config.scheduler_config.max_num_seqs if on_v1 else where[0].max_num_reqs
         self._bank = Bank(vllm_config.model_config.get_hidden_size(), self._device)
-        corrections = self._settings.load()
-        for correction in corrections.values():
+        for correction in self._settings.load().values():
             self._bank.add(correction)
-        self._versions = {name: version_of(correction) for name, correction in corrections.items()}
-        self._table = Table(slots, self._bank)
+        self._table = Table(slots)
         self._steer = steer_for(self._device)
         self._sight: Sight | None = None
         self._receipts: Receipts | None = None
@@ -129,5 +127,5 @@ class Processor(ForV2, ForV1):  # type: ignore[misc]  # vllm is not there when t
                 model = self._config.model_config.served_model_name
                 name = model[0] if isinstance(model, list) else model
                 path = path and path.replace("{rank}", str(sight.rank))
-                self._receipts = Receipts(path, str(name), self._versions, counts=sight.tells)
+                self._receipts = Receipts(path, str(name), counts=sight.tells)
         return self._sight

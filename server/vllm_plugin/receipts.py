@@ -13,7 +13,6 @@ import functools
 import json
 import queue
 import threading
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +38,8 @@ class _Step(NamedTuple):
 class Receipts:
     """Of one rank. path: None writes no log; counts: whether the counters count, which one rank's do."""
 
-    def __init__(self, path: str | None, model: str, versions: Mapping[str, str], counts: bool) -> None:
-        self._path, self._model, self._versions = path, model, versions
+    def __init__(self, path: str | None, model: str, counts: bool) -> None:
+        self._path, self._model = path, model
         self._counters = _counters() if counts else None
         self._steps: queue.SimpleQueue[_Step | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="trimtab-receipts", daemon=True)
@@ -81,7 +80,7 @@ class Receipts:
             "request": request,
             "position": position,
             "correction": asked.correction,
-            "version": self._versions[asked.correction],
+            "version": asked.rule.version,
             "mode": asked.mode,
             "entropy": receipt.entropy,
             "statistic": receipt.statistic,

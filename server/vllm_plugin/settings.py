@@ -17,7 +17,7 @@ from typing import Any
 
 from trimtab.errors import CorrectionError
 from trimtab.steering.correction import HeadCorrection
-from trimtab.steering.folder import JSON_FILE, digest, load
+from trimtab.steering.folder import JSON_FILE, load
 
 KEY = "trimtab"  # in additional_config
 CORRECTIONS, RECEIPTS, ANY_BASE = "TRIMTAB_CORRECTIONS", "TRIMTAB_RECEIPTS", "TRIMTAB_ANY_BASE"
@@ -55,11 +55,6 @@ def read_settings(vllm_config: Any, environment: Mapping[str, str] = os.environ)
         raise CorrectionError(f"{where}: two corrections are called {twice[0]}: give one another name, NAME=DIR")
     any_base = given.get("any_base", environment.get(ANY_BASE, "") not in ("", "0"))
     return Settings(tuple(folders), given.get("receipts") or environment.get(RECEIPTS) or None, bool(any_base))
-
-
-def version_of(correction: HeadCorrection) -> str:
-    """Tells two contents of one name apart."""
-    return digest(correction)[:12]
 
 
 def _split(asked: Any, where: str) -> list[tuple[str, str]]:

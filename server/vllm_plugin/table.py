@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 
 from trimtab.kernels.record import RowParams
-from trimtab.server.slate import GATES
+from trimtab.server.rule import GATES
 from trimtab.server.staging import stage
 from trimtab.server.vllm_plugin.ask import Asked
-from trimtab.steering.bank import Bank
 
 Rows = npt.NDArray[np.int64]
 
@@ -24,8 +23,7 @@ _DRAW = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "pre
 class Table:
     """By slot: a row of the batch (V1), or a request's place for its life (V2)."""
 
-    def __init__(self, slots: int, bank: Bank) -> None:
-        self._bank = bank
+    def __init__(self, slots: int) -> None:
         self.asked: dict[int, Asked] = {}
         self.steered = np.zeros(slots, dtype=np.bool_)
         self._floats = np.zeros((slots, len(_ASKED)), dtype=np.float32)
@@ -43,7 +41,7 @@ class Table:
         self.asked[slot] = asked
         self._floats[slot] = rule.strength, rule.tau, rule.ceiling, math.inf if asked.kl is None else asked.kl
         self._gate[slot], self._shadow[slot] = GATES[rule.gate], asked.mode == "shadow"
-        self._head[slot] = self._bank.head_index(asked.correction)
+        ((self._head[slot], _),) = rule.heads
 
     def move(self, source: int, target: int, swap: bool) -> None:
         """The owner of a slot sits in another one now, and its owner, where they swapped, in the first."""
@@ -58,6 +56,7 @@ class Table:
             **dict(zip(_ASKED, self._floats[slots].T, strict=True)),
             **{name: np.full(n, value, dtype=np.float32) for name, value in _DRAW.items()},
             "top_k": np.zeros(n, dtype=np.int32),
+            "forced": np.full(n, -1, dtype=np.int32),
             "uniform": np.full(n, 0.5),
             "chance": np.full(n, 0.5, dtype=np.float32),
             "steered": self.steered[slots],
