@@ -1,4 +1,4 @@
-"""Where a correction that is loaded at run time comes from: a folder of this machine, a model hub, or an upload.
+"""Where a correction that is loaded at run time comes from: a folder of this machine, a store, a model hub, an upload.
 
 Invariant: whatever comes is read as JSON and safetensors, never unpickled, and no name that a caller sent becomes a
 path, save that of a folder, which lies inside the root where there is one. What is wrong with it is an InvalidRequest.
@@ -27,7 +27,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def read_named(path: str, name: str | None, root: Path | None) -> Correction:
-    """path: a folder, which must lie inside the root where there is one, or a hub id. name: None for its own."""
+    """name: None for its own. path: a folder, which must lie inside the root where there is one, or a hub id.
+
+    Without a root it may also be a URL that fsspec reads, where the package for its store is installed: s3://bucket/folder.
+    """
+    if root is None and "://" in path:
+        return _read_url(path, name)
     folder = Path(path).expanduser() if root is None else root / path
     if root is not None and not folder.resolve().is_relative_to(root.resolve()):
         raise InvalidRequest(f"path: {path} is outside of the folder that --corrections-root names", "path")
@@ -72,6 +77,20 @@ def _read(folder: Path, name: str | None, called: str) -> Correction:
         log.warning("a correction's files cannot be read", exc_info=error)
         raise InvalidRequest(f"{called} cannot be read: {type(error).__name__}", "correction") from error
     return correction if name is None else rename(correction, name)
+
+
+def _read_url(url: str, name: str | None) -> Correction:
+    import fsspec
+
+    with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
+        try:
+            store, base = fsspec.url_to_fs(url)
+            for file in FILES:
+                if store.exists(f"{base}/{file}"):
+                    store.get_file(f"{base}/{file}", f"{folder}/{file}")
+        except Exception as error:  # each store raises what it likes
+            raise InvalidRequest(f"path: {url} cannot be fetched: {error}", "path") from error
+        return _read(Path(folder), name, url)
 
 
 def _download(hub_id: str) -> Path:
