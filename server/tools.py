@@ -18,6 +18,7 @@ from trimtab.server.schema import ChatBody
 from trimtab.server.slots import NO_ADAPTER
 from trimtab.server.stream import TextRules
 from trimtab.server.structure import WHITESPACE
+from trimtab.server.tool_body import NamedTool
 from trimtab.server.tool_formats import Callee, ToolFormat
 from trimtab.server.tool_reader import CallReader
 
@@ -42,7 +43,8 @@ class ToolUse:
         callees = tuple(
             Callee(tool.function.name, tool.schema_of_arguments, bool(tool.function.strict)) for tool in tools
         )
-        several = body.parallel_tool_calls is not False
+        named = isinstance(body.tool_choice, NamedTool)  # whoever names one means one call of it
+        several = not named if body.parallel_tool_calls is None else body.parallel_tool_calls
         return cls(form, callees, must, several, form.tokens(pieces), None if must else _answer(body))
 
     @property

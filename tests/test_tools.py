@@ -235,6 +235,7 @@ def test_a_call_that_must_come_is_all_there_is() -> None:
     assert lazy == ()
     assert '\\"now\\"' in named
     assert "get_weather" not in named
+    assert ")*" not in named  # one call
     assert ")*" in grammar
     assert ")*" not in grammar_of(tool_choice="required", parallel_tool_calls=False)[0]
 
