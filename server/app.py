@@ -27,13 +27,14 @@ from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
 from trimtab.server.engine import Engine
 from trimtab.server.front_door import FrontDoor
-from trimtab.server.generation import Generation, Service
+from trimtab.server.generation import Generation
 from trimtab.server.keys import Keys
 from trimtab.server.metrics import Metrics
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Prompter
 from trimtab.server.response_body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
+from trimtab.server.service import Service
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
 from trimtab.server.visit import Observer

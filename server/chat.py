@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.generation import Generation, Service
+from trimtab.server.generation import Generation
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
+from trimtab.server.service import Service
 from trimtab.server.stream import Shown, Update
 from trimtab.server.tool_reader import CallPiece
 from trimtab.server.tools import ToolUse
@@ -70,7 +71,7 @@ async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
 
 
 class ChatShape:
-    """See generation.Shape."""
+    """See telling.Shape."""
 
     prefix, whole_object, chunk_object, subject = "chatcmpl-", "chat.completion", "chat.completion.chunk", "messages"
     one_prompt = True

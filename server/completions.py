@@ -7,11 +7,12 @@ text_offset counts characters of the choice's text.
 from collections.abc import Sequence
 from typing import Any
 
-from trimtab.server.generation import Generation, Service
+from trimtab.server.generation import Generation
 from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids
 from trimtab.server.receipts import finite
 from trimtab.server.schema import CompletionBody
+from trimtab.server.service import Service
 from trimtab.server.stream import Shown, Update
 
 
@@ -37,7 +38,7 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
 
 
 class CompletionShape:
-    """See generation.Shape."""
+    """See telling.Shape."""
 
     prefix, whole_object, chunk_object, subject = "cmpl-", "text_completion", "text_completion", "prompt"
     one_prompt = False

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
-from trimtab.server.generation import Service
 from trimtab.server.http_errors import parse
+from trimtab.server.service import Service
 from trimtab.server.sources import FILES, read_files, read_named, rename
 from trimtab.steering.bank import Entry
 from trimtab.steering.correction import Correction

@@ -11,87 +11,28 @@ told with a status is raised before the first byte; later failures are an event,
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
-from trimtab.server.catalogue import Catalogue, Chosen
+from trimtab.errors import ContextOverflow, TrimtabError
+from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import Choice, outcome
 from trimtab.server.http_errors import error_event
-from trimtab.server.metrics import Metrics
-from trimtab.server.pieces import Pieces
-from trimtab.server.prompt import Ids, Prompter
+from trimtab.server.prompt import Ids
 from trimtab.server.prompt_scores import PromptScores, what_to_score
-from trimtab.server.receipts import receipt_json
 from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
-from trimtab.server.stream import Shown, Step, Update
-from trimtab.server.swap import Swap
-from trimtab.server.tickets import Ticket, Tickets
+from trimtab.server.service import Service
+from trimtab.server.stream import Update
+from trimtab.server.telling import Shape, Telling
+from trimtab.server.tickets import Ticket
 from trimtab.server.tools import ToolUse
 from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True)
-class Service:
-    """What every generation of an app uses."""
-
-    tickets: Tickets
-    prompter: Prompter
-    pieces: Pieces
-    catalogue: Catalogue
-    metrics: Metrics
-    max_len: int
-    capacity: int  # choices under way at once
-    queue_tokens: int | None  # of prompts that may wait at once, where there are several
-    fingerprint: str
-    swap: Swap
-    keep_alive: float = 10.0  # seconds of silence in a stream
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling's, where a body is silent
-    trust_templates: bool = False  # a request may bring its own chat template
-
-    def check_room(self, prompts: int, n: int) -> None:
-        """Raise InvalidRequest for more choices than can ever be under way."""
-        if prompts * n > self.capacity:
-            message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
-            raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
-
-    def check_queue(self, prompts: Sequence[Ids]) -> None:
-        """Raise InvalidRequest for more text than can ever wait."""
-        tokens = sum(map(len, prompts))
-        if self.queue_tokens is not None and len(prompts) > 1 and tokens > self.queue_tokens:
-            message = f"this server takes {self.queue_tokens} tokens of prompts at once, not {tokens}: send fewer"
-            raise InvalidRequest(message, "prompt")
-
-
-class Shape(Protocol):
-    """How an endpoint writes a choice. `logprobs` is None unless they were asked for."""
-
-    prefix: str  # of the answer's id
-    whole_object: str
-    chunk_object: str
-    subject: str  # the body's field that holds the prompt
-    logprobs: bool
-    one_prompt: bool  # an answer has one: its ids stand beside the choices, and else in each
-
-    def opening(self, echo: str) -> dict[str, Any] | None:
-        """The first chunk of a choice."""
-
-    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The chunks of what a step brought, at least one."""
-
-    def closing(self) -> dict[str, Any]:
-        """The last chunk."""
-
-    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A whole choice."""
-
-    def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
 
 
 class Generation:
@@ -109,6 +50,7 @@ class Generation:
     ) -> None:
         """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
         self._service, self._body, self._chosen, self._shape = service, body, chosen, shape
+        self._telling = Telling(body, shape, service.pieces)
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
@@ -198,18 +140,19 @@ class Generation:
             async for news in self._updates(ticket):
                 for choice, update in news:
                     choice.keep(update)
-        choices = [self._whole_choice(choice) for choice in self._choices.values()]
+        choices = [self._telling.whole(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
-        answer |= self._prompt_logprobs("messages", next(iter(self._choices.values())))
-        return _dumps(answer | self._prompt_ids(self._shape.one_prompt)).encode()
+        answer |= self._telling.prompt_logprobs("messages", self._first)
+        return _dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = _dumps(self._head(self._shape.chunk_object))[:-1]
-        once = "".join(f',"{key}":{_dumps(ids)}' for key, ids in self._prompt_ids(self._shape.one_prompt).items())
+        ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
+        once = "".join(f',"{key}":{_dumps(told)}' for key, told in ids.items())
         try:
             async for news in self._updates(ticket):
-                chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
+                chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 tail = self._tail()
                 events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
                 if once and chunks:
@@ -248,86 +191,6 @@ class Generation:
                     going -= 1
             yield news
 
-    def _chunks(self, choice: Choice, update: Update) -> Iterator[dict[str, Any]]:
-        """The chunks of one update: often one, none while text is held back."""
-        if not choice.opened:
-            choice.opened = True
-            opening = self._shape.opening(choice.echo)
-            told = self._prompt_ids(not self._shape.one_prompt, choice)
-            echoed = self._echo_logprobs(choice)
-            if opening is not None or told:
-                first = opening or self._shape.closing()
-                yield self._chunk(choice, first | ({"logprobs": echoed} if echoed else {})) | told
-        logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
-        receipts = self._receipts(update.steps)
-        ids = self._token_ids(update.steps)
-        if update.text or update.calls or logprobs is not None or receipts or ids.get("token_ids"):
-            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
-            yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
-            yield from others
-        if update.finish is not None:
-            yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
-
-    def _chunk(self, choice: Choice, content: dict[str, Any]) -> dict[str, Any]:
-        return {"index": choice.index, **content, "finish_reason": None}
-
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        answer = choice.whole
-        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
-        if logprobs is not None and echoed is not None:
-            logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
-        content = self._shape.whole(answer, logprobs)
-        ended = {"finish_reason": answer.finish}
-        steering = self._summary(choice)
-        if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(answer.steps)
-        ids = self._prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
-        return {
-            "index": choice.index,
-            **content,
-            **ended,
-            **ids,
-            **self._prompt_logprobs("prompt", choice),
-            **steering,
-        }
-
-    def _prompt_ids(self, here: bool, choice: Choice | None = None) -> dict[str, Any]:
-        """`prompt_token_ids`, where they were asked for and stand here. choice: None for the first one's."""
-        if not (here and self._body.return_token_ids):
-            return {}
-        return {"prompt_token_ids": (choice or next(iter(self._choices.values()))).prompt}
-
-    def _token_ids(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """`token_ids`, where they were asked for: all that was sampled, the token that ends a text included."""
-        return {"token_ids": [step.token for step in steps]} if self._body.return_token_ids else {}
-
-    def _prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
-        """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
-        most = self._body.prompt_logprobs
-        told = most is not None and subject == self._shape.subject
-        return {"prompt_logprobs": choice.scores.by_id(most or 0)} if told else {}
-
-    def _logprobs(self, choice: Choice, tokens: Sequence[Shown]) -> dict[str, Any] | None:
-        if not self._shape.logprobs:
-            return None
-        if choice.echo:
-            tokens = [token._replace(offset=token.offset + len(choice.echo)) for token in tokens]
-        return self._shape.write_logprobs(tokens)
-
-    def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Of the prompt's tokens, where they stand before the answer's."""
-        if not (choice.echo and self._shape.logprobs):
-            return None
-        return choice.scores.write(self._shape.write_logprobs, choice.echo, self._body.alternatives())
-
-    def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
-        if self._body.report != "tokens":
-            return []
-        return [receipt_json(step, self._service.pieces) for step in steps]
-
-    def _summary(self, choice: Choice) -> dict[str, Any]:
-        return {} if self._body.report == "none" else {"steering": choice.tally.summary()}
-
     def _tail(self) -> str:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""
         if not self._body.include_usage:
@@ -342,6 +205,10 @@ class Generation:
             "model": self._chosen.name,
             "system_fingerprint": self._service.fingerprint,
         }
+
+    @property
+    def _first(self) -> Choice:
+        return next(iter(self._choices.values()))
 
     @property
     def _cached(self) -> int:

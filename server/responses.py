@@ -10,10 +10,11 @@ from typing import Any
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
-from trimtab.server.generation import KEEP_ALIVE, Generation, Service
+from trimtab.server.generation import KEEP_ALIVE, Generation
 from trimtab.server.http_errors import failure
 from trimtab.server.response_body import ResponseBody, field_of_response
 from trimtab.server.response_events import Writer, dumps, encode
+from trimtab.server.service import Service
 from trimtab.server.tickets import Ticket
 
 
@@ -42,7 +43,7 @@ class ResponseGeneration(Generation):
         with self.open() as ticket:
             async for news in self._updates(ticket):
                 for choice, update in news:
-                    for chunk in self._chunks(choice, update):
+                    for chunk in self._telling.chunks(choice, update):
                         writer.take(chunk)
         return dumps(writer.end(self._usage())[-1]["response"]).encode()
 
@@ -52,7 +53,7 @@ class ResponseGeneration(Generation):
         yield encode(writer.begin())
         try:
             async for news in self._updates(ticket):
-                chunks = [chunk for choice, update in news for chunk in self._chunks(choice, update)]
+                chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if not news:
                     yield KEEP_ALIVE

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trimtab import __version__
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
-from trimtab.server.generation import Service
 from trimtab.server.prompt import Ids
 from trimtab.server.schema import ChatBody, Message
+from trimtab.server.service import Service
 
 
 class TokenizeBody(BaseModel):

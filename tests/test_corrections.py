@@ -18,8 +18,8 @@ from trimtab.server.app import create_app
 from trimtab.server.config import EngineConfig
 from trimtab.server.core import Core
 from trimtab.server.engine import Engine
-from trimtab.server.generation import Service
 from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.service import Service
 from trimtab.steering.adapter import adapter_files
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction

@@ -1,0 +1,128 @@
+"""How a choice is told in JSON: in chunks as it grows, or whole; and what a shape adds to make it an endpoint's.
+
+Invariant: both ways tell the same updates in the same words, so that chunks add up to the whole.
+
+    telling = Telling(body, shape, pieces);  telling.chunks(choice, update);  telling.whole(choice)
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from trimtab.server.choice import Choice
+from trimtab.server.pieces import Pieces
+from trimtab.server.receipts import receipt_json
+from trimtab.server.schema import Body
+from trimtab.server.stream import Shown, Step, Update
+
+
+class Shape(Protocol):
+    """How an endpoint writes a choice. `logprobs` is None unless they were asked for."""
+
+    prefix: str  # of the answer's id
+    whole_object: str
+    chunk_object: str
+    subject: str  # the body's field that holds the prompt
+    logprobs: bool
+    one_prompt: bool  # an answer has one: its ids stand beside the choices, and else in each
+
+    def opening(self, echo: str) -> dict[str, Any] | None:
+        """The first chunk of a choice."""
+
+    def pieces(self, update: Update, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The chunks of what a step brought, at least one."""
+
+    def closing(self) -> dict[str, Any]:
+        """The last chunk."""
+
+    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A whole choice."""
+
+    def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
+
+
+class Telling:
+    """Of the choices of one answer."""
+
+    def __init__(self, body: Body, shape: Shape, pieces: Pieces) -> None:
+        self._body, self._shape, self._pieces = body, shape, pieces
+
+    def chunks(self, choice: Choice, update: Update) -> Iterator[dict[str, Any]]:
+        """The chunks of one update: often one, none while text is held back."""
+        if not choice.opened:
+            choice.opened = True
+            opening = self._shape.opening(choice.echo)
+            told = self.prompt_ids(not self._shape.one_prompt, choice)
+            echoed = self._echo_logprobs(choice)
+            if opening is not None or told:
+                first = opening or self._shape.closing()
+                yield self._chunk(choice, first | ({"logprobs": echoed} if echoed else {})) | told
+        logprobs = self._logprobs(choice, update.tokens) if update.tokens else None
+        receipts = self._receipts(update.steps)
+        ids = self._token_ids(update.steps)
+        if update.text or update.calls or logprobs is not None or receipts or ids.get("token_ids"):
+            first, *others = (self._chunk(choice, piece) for piece in self._shape.pieces(update, logprobs))
+            yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
+            yield from others
+        if update.finish is not None:
+            yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
+
+    def _chunk(self, choice: Choice, content: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice.index, **content, "finish_reason": None}
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """A choice that has ended, as a whole answer holds it."""
+        answer = choice.whole
+        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
+        if logprobs is not None and echoed is not None:
+            logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
+        content = self._shape.whole(answer, logprobs)
+        ended = {"finish_reason": answer.finish}
+        steering = self._summary(choice)
+        if self._body.report == "tokens":
+            steering["steering"]["tokens"] = self._receipts(answer.steps)
+        ids = self.prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
+        return {
+            "index": choice.index,
+            **content,
+            **ended,
+            **ids,
+            **self.prompt_logprobs("prompt", choice),
+            **steering,
+        }
+
+    def prompt_ids(self, here: bool, choice: Choice) -> dict[str, Any]:
+        """`prompt_token_ids`, where they were asked for and stand here."""
+        if not (here and self._body.return_token_ids):
+            return {}
+        return {"prompt_token_ids": choice.prompt}
+
+    def _token_ids(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """`token_ids`, where they were asked for: all that was sampled, the token that ends a text included."""
+        return {"token_ids": [step.token for step in steps]} if self._body.return_token_ids else {}
+
+    def prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
+        """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
+        most = self._body.prompt_logprobs
+        told = most is not None and subject == self._shape.subject
+        return {"prompt_logprobs": choice.scores.by_id(most or 0)} if told else {}
+
+    def _logprobs(self, choice: Choice, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+        if not self._shape.logprobs:
+            return None
+        if choice.echo:
+            tokens = [token._replace(offset=token.offset + len(choice.echo)) for token in tokens]
+        return self._shape.write_logprobs(tokens)
+
+    def _echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Of the prompt's tokens, where they stand before the answer's."""
+        if not (choice.echo and self._shape.logprobs):
+            return None
+        return choice.scores.write(self._shape.write_logprobs, choice.echo, self._body.alternatives())
+
+    def _receipts(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        if self._body.report != "tokens":
+            return []
+        return [receipt_json(step, self._pieces) for step in steps]
+
+    def _summary(self, choice: Choice) -> dict[str, Any]:
+        return {} if self._body.report == "none" else {"steering": choice.tally.summary()}
