@@ -116,7 +116,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     bank.add(tiny_correction(base, "bold"))
     engine = Engine(base, bank, EngineConfig(slots=16, max_model_len=256))
     with loopback(create_app(engine, base, bank), engine) as url:
-        yield Server(url, 200 if tiny else int(os.environ.get("TRIMTAB_STREAMS", "24")), 10 if tiny else 16)
+        yield Server(url, 200 if tiny else int(os.environ.get("TRIMTAB_STREAMS", "9")), 10 if tiny else 16)
 
 
 def test_random_prompts_through_the_engine(server: Server) -> None:
