@@ -1,6 +1,7 @@
 # Serves the embedded demo:        docker run -p 8000:8000 IMAGE
 # Another model:                   docker run -p 8000:8000 -v /my/models:/models:ro IMAGE /models/qwen
-# On a GPU: build with --build-arg TORCH_INDEX_URL=(an index of CUDA builds of torch), run with --gpus all.
+# TORCH_INDEX_URL names an index of torch's CPU builds, or of those for a CUDA release; without it pip takes what its own
+# index has, which may be gigabytes of CUDA. On a GPU, run with --gpus all.
 # It runs as uid 10001 and needs no right: --read-only --tmpfs /tmp --cap-drop ALL work. Weights that are unpacked at the
 # first start, and whatever is compiled, go to the volume /cache.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -10,8 +11,8 @@ WORKDIR /source
 COPY pyproject.toml ./
 # torch has its own layer below; CUDA builds of it bring the triton they need, and CPU builds need none.
 RUN mkdir /dist && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    wanted = p['dependencies'] + p['optional-dependencies']['server']; \
-    print(*(r for r in wanted if not r.startswith(('torch', 'triton'))), sep='\n')" > /dist/requirements.txt
+    extras = p['optional-dependencies']; wanted = p['dependencies'] + extras['server'] + extras['otel']; \
+    print(*(r for r in wanted if not r.startswith(('torch', 'tri'))), sep='\n')" > /dist/requirements.txt
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 

@@ -108,6 +108,10 @@ def limits() -> str:
         ["one replica", "one process, one device; no tensor parallelism: a larger model goes into vLLM"],
         ["prefix reuse", "within a replica: send `x-session-id`, so that a session meets its cache"],
         ["a change of corrections", "each replica reads and checks it by itself, and goes on serving meanwhile"],
+        [
+            "`/metrics` under Ray",
+            "of the one replica that was asked: for sums take Ray's own metrics instead",
+        ],
         ["Ray's proxies", "not measured here"],
     ]
     return "## Where the limits lie\n\n" + table(["what", "limit"], rows).replace("---:", "---")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.arguments import HelpFormatter
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.weights import DEMO
@@ -31,7 +32,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = commands.add_parser(
         "serve",
         help="serve a model and its corrections over HTTP",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("model", nargs="?", default=DEMO, metavar="MODEL", help="a folder, a .gguf file, a hub id, or `demo`")

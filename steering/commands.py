@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.arguments import HelpFormatter
 from trimtab.steering.config import FitConfig
 
 Subparsers = Any  # argparse's own type is private
@@ -23,7 +24,7 @@ def add_fit(subparsers: Subparsers) -> None:
         "fit",
         help="fit a correction to a base and a task, and report what it does on held-out problems",
         description="Fit a correction. A killed run continues when started again with the same options.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     _add_fields(parser)
     parser.set_defaults(func=run_fit)
@@ -35,7 +36,7 @@ def add_distill(subparsers: Subparsers) -> None:
         "distill",
         help="fit a head, or a LoRA, that makes a base act like a tuned model, and report what it does",
         description="Distil a tuned model into a correction of its base. A killed run continues when started again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
     parser.add_argument("teacher", metavar="TEACHER", help="a tuned model, or a PEFT folder made for the base")

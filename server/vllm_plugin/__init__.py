@@ -1,6 +1,6 @@
 """Head corrections inside an unmodified vLLM: the same folders, gate and mathematics as in our own engine.
 
-    pip install trimtab[vllm]
+    pip install '.[vllm]'
     TRIMTAB_CORRECTIONS=DIR vllm serve MODEL --logits-processors trimtab.server.vllm_plugin:Processor
     {"model": ..., "prompt": ..., "vllm_xargs": {"correction": "NAME", "strength": 0.5}}
 
