@@ -27,6 +27,7 @@ class Budget:
     cooldown: int | None = None  # steps it rests after it acted
     kl: float | None = None  # nats: the most that one step may move the distribution
     until: str | None = None  # it ends with this marker in the answer's text
+    structured: bool | None = None  # it may act inside a structure too
     spans: Sequence[tuple[str, str]] | None = None  # never inside: (opening, closing) markers; by default tool calls
 
 

@@ -17,7 +17,11 @@ from trimtab.clients.options import Budget, Messages, Options, Prompt, ResponseO
 from trimtab.errors import InvalidRequest
 
 # What a correction's folder may hold that the server reads: its own two files, or a PEFT adapter's.
-CORRECTION_FILES = (("correction.json", "correction.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
+CORRECTION_FILES = (
+    ("correction.json", "correction.safetensors"),
+    ("correction.json", "adapter_config.json", "adapter_model.safetensors"),
+    ("adapter_config.json", "adapter_model.safetensors"),
+)
 
 
 class Call(NamedTuple):

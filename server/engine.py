@@ -188,7 +188,16 @@ class Engine:
             elif isinstance(message, _Errand):
                 self._run(message)
             else:
-                self._core.add(message)
+                self._add(message)
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except Exception as error:  # whatever it was, its caller hears of it and the engine goes on
+            log.exception("a request could not be started")
+            for index in range(request.n):
+                self._core.abort(request.id, index)
+            self._finish(request.id, self._open.get(request.id, set()), f"the engine failed: {error}")
 
     def _run(self, errand: _Errand) -> None:
         try:

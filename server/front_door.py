@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,7 +63,8 @@ class FrontDoor:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"req_{secrets.token_hex(12)}"
         bodiless = scope["method"] == "HEAD"
-        visit = Visit(request_id, scope["method"], _SLASHES.sub("/", scope["path"]), headers)
+        path = _SLASHES.sub("/", scope["path"]).rstrip("\n")  # a line break at the end, which routes would not see
+        visit = Visit(request_id, scope["method"], path, headers)
         scope = {**scope, "method": "GET" if bodiless else visit.method, "path": visit.path}
         limit = self._max_body
         received = 0
@@ -105,10 +107,11 @@ class FrontDoor:
     @contextmanager
     def _admit(self, scope: Scope, headers: Headers) -> Iterator[bool]:
         """Let it in, and count it. -> whether it came with the admin key, and needs it. Raises what it may not."""
-        if scope["path"] in OPEN_PATHS:
+        path = get_route_path(scope)  # as the routes see it: without what the app is mounted under
+        if path in OPEN_PATHS:
             yield False
             return
-        admin = corrections.changes(scope["method"], scope["path"])
+        admin = corrections.changes(scope["method"], path)
         holder = self._keys.admit(headers.get("authorization", ""), admin)
         with self._lifecycle.work(), self._count(holder):
             yield admin

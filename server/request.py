@@ -19,6 +19,7 @@ Mode = Literal["apply", "shadow", "off"]
 GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/correction.py
 
 MAX_MIX = 8  # corrections that act together in one request
+MAX_STOP_TOKENS = 64
 TOOL_CALLS = (("<tool_call>", "</tool_call>"),)
 
 
@@ -64,6 +65,9 @@ class SamplingParams:
             raise InvalidRequest("allowed_token_ids must name a token", "allowed_token_ids")
         if not all(self.bad_words):
             raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            message = f"stop_token_ids must be at most {MAX_STOP_TOKENS}, not {len(self.stop_token_ids)}"
+            raise InvalidRequest(message, "stop_token_ids")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
@@ -94,6 +98,11 @@ class Budget:
             _within("steering.budget.kl", self.kl, 0.0, 1e6, open_low=True)
         if self.until == "":
             raise InvalidRequest("steering.budget.until must not be empty", "steering.budget.until")
+        try:
+            "".join([self.until or "", *(marker for span in self.spans for marker in span)]).encode()
+        except UnicodeEncodeError as error:
+            message = "steering.budget holds a marker that is not valid Unicode: half a surrogate pair"
+            raise InvalidRequest(message, "steering.budget") from error
         if not all(opening and closing for opening, closing in self.spans):
             raise InvalidRequest("steering.budget.spans must be pairs of non-empty markers", "steering.budget.spans")
 

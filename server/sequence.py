@@ -84,7 +84,9 @@ class Sequence:
     def steered(self) -> bool:
         """Whether a correction may act at the next step, if the gate opens; its legal tokens are filled in."""
         allowed = self.rule.steered and (self.allowance is None or self.allowance.open)
-        return allowed and (self.constraint is None or self.constraint.steers)
+        if self.constraint is None or self.rule.adapter != NO_ADAPTER:  # under an adapter it runs, structure or not
+            return allowed
+        return allowed and self.constraint.steers
 
     @property
     def edits(self) -> dict[int, tuple[int, float]]:

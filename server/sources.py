@@ -33,10 +33,15 @@ def read_named(path: str, name: str | None, root: Path | None) -> Correction:
     """
     if root is None and "://" in path:
         return _read_url(path, name)
-    folder = Path(path).expanduser() if root is None else root / path
-    if root is not None and not folder.resolve().is_relative_to(root.resolve()):
+    try:
+        folder = Path(path).expanduser() if root is None else root / path
+        inside = root is None or folder.resolve().is_relative_to(root.resolve())
+        there = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidRequest(f"path: {path} is no folder: {error}", "path") from error
+    if not inside:
         raise InvalidRequest(f"path: {path} is outside of the folder that --corrections-root names", "path")
-    if not folder.is_dir():
+    if not there:
         if _HUB_ID.fullmatch(path) is None:
             raise InvalidRequest(f"path: there is no folder {path}", "path")
         folder = _download(path)

@@ -232,6 +232,7 @@ def _write_grammar(structure: Structure) -> str:
             choices = json.loads(text)
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise ValueError("choices are a list of texts, none of them empty")
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+            # one lexeme: the parser bounds how many alternatives a rule may have
+            return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)))
         case "grammar":
             return LLMatcher.grammar_from_lark(any_to_lark(text))

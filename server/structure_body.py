@@ -58,7 +58,7 @@ class StructuredBody(BaseModel):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[str] | None = Field(default=None, max_length=512)  # each is looked for at each step
 
     def structure(self) -> tuple[Structure, str] | None:
         """What the text must be, and the field that says so. Raises InvalidRequest."""

@@ -77,7 +77,7 @@ class TokenizerInfo(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     tokenizer_class: str
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
 
 
 class Version(BaseModel):

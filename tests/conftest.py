@@ -1,8 +1,35 @@
-"""One torch thread for every test: two on busy cores can be a hundred times slower. None has a time to be done in."""
+"""For every test: one torch thread, as two on busy cores can be a hundred times slower, and no deadline. Shared fixtures."""
+
+from types import SimpleNamespace
 
 import hypothesis
+import pytest
 import torch
+
+from mocked import Both
+from trimtab.clients import AsyncClient, Client, async_client, client
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Both:
+    """Either client, whatever the environment says."""
+    for name in ("TRIMTAB_BASE_URL", "TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return Both(request.param)
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that were asked for; none is slept."""
+    taken: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=taken.append))
+    monkeypatch.setattr(async_client, "asyncio", SimpleNamespace(sleep=nap))
+    return taken

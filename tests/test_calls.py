@@ -68,16 +68,22 @@ def test_changing_corrections_takes_the_admin_key(both: Both, settings: dict[str
 
 
 @pytest.mark.parametrize(
-    "names", [("correction.json", "correction.safetensors"), ("adapter_config.json", "adapter_model.safetensors")]
+    "names",
+    [
+        ("correction.json", "correction.safetensors"),
+        ("correction.json", "adapter_config.json", "adapter_model.safetensors"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+    ],
 )
 def test_a_folder_is_uploaded_whole_at_every_attempt(
-    both: Both, naps: list[float], tmp_path: Path, names: tuple[str, str]
+    both: Both, naps: list[float], tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "report.md").write_text("not sent")
-    (folder / names[0]).write_bytes(b"{}")
-    (folder / names[1]).write_bytes(bytes(range(256)))
+    for name in names[:-1]:
+        (folder / name).write_bytes(b"{}")
+    (folder / names[-1]).write_bytes(bytes(range(256)))
     server = Server(503, httpx.Response(201, json=CORRECTION))
     assert both.call(server, "upload_correction", folder, settings=ADMIN).version == "0a1b2c"
     assert len(naps) == 1
@@ -85,8 +91,8 @@ def test_a_folder_is_uploaded_whole_at_every_attempt(
         assert request.headers["content-type"].startswith("multipart/form-data")
         form = request.content
         assert b'name="name"\r\n\r\nmine\r\n' in form
-        assert b'name="%s"; filename="%s"' % (names[0].encode(), names[0].encode()) in form
-        assert b'name="%s"' % names[1].encode() in form
+        for name in map(str.encode, names):
+            assert b'name="%s"; filename="%s"' % (name, name) in form
         assert bytes(range(256)) in form
         assert b"not sent" not in form
     again = Server(httpx.Response(200, json=CORRECTION))

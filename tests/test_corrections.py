@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from scripted import ScriptedEngine, in_memory, loopback, say
+from scripted import ScriptedEngine, in_memory, loopback, say, scripted_app
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, NotFound
 from trimtab.server import corrections, front_door, sources
@@ -81,6 +83,8 @@ def tokens_of(correction: Correction) -> str:
         ("DELETE", "/v1/corrections/head"),
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/v1/unload_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter%0A"),  # for a route, the same
+        ("POST", "/v1/corrections%0A"),
     ],
 )
 def test_changes_take_the_admin_key_and_where_there_is_none_nobody_may(server: Server, method: str, path: str) -> None:
@@ -88,6 +92,18 @@ def test_changes_take_the_admin_key_and_where_there_is_none_nobody_may(server: S
         assert error_of(server.ask(method, path, headers=headers))[::2] == (401, "invalid_api_key")
     with in_memory(ScriptedEngine(say("x"))) as ask:
         assert error_of(ask(method, path, headers=ADMIN))[::2] == (403, "forbidden")
+
+
+def test_an_app_that_is_mounted_asks_for_the_same_keys() -> None:
+    inner = scripted_app(ScriptedEngine(say("x")), api_keys=["user"], admin_keys=["boss"])
+    outer = Starlette(routes=[Mount("/llm", app=inner)])
+
+    async def ask(method: str, path: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="http://x") as client:
+            return (await client.request(method, f"/llm{path}", headers={"Authorization": "Bearer user"})).status_code
+
+    assert asyncio.run(ask("DELETE", "/v1/corrections/brief")) == 401
+    assert asyncio.run(ask("GET", "/v1/models")) == 200
 
 
 def test_the_list_takes_an_api_key_and_the_admin_key_is_one(server: Server) -> None:

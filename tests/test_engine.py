@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -167,14 +168,33 @@ def test_mistakes_are_raised_where_they_were_made(harness: Harness) -> None:
         harness.engine.submit(Request("b", (1, 2), long, n=128))
 
 
+def test_a_request_that_cannot_be_started_fails_alone(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = harness.engine._core.add
+
+    def trip(request: Request) -> None:
+        add(request)
+        if request.id == "bad":
+            raise RuntimeError("boom")
+
+    monkeypatch.setattr(harness.engine._core, "add", trip)
+    harness.engine.submit(greedy("good"))
+    harness.engine.submit(replace(greedy("bad"), n=2))
+    events = harness.collect(3)
+    assert [events["bad", k][-1].error for k in (0, 1)] == ["the engine failed: boom"] * 2
+    assert [event.token for event in events["good", 0]] == harness.alone(greedy("good"))
+    harness.engine.submit(greedy("later"))
+    assert harness.collect(1)["later", 0][-1].finish == "length"
+    assert harness.engine.stats().used == 0
+
+
 def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:
     blocked = threading.Event()
 
-    def die(request: Request) -> None:
+    def die() -> None:
         blocked.set()
         raise RuntimeError("boom")
 
-    harness.engine._core.add = die  # type: ignore[method-assign]
+    harness.engine._core.step = die  # type: ignore[method-assign]
     harness.engine.submit(greedy("r"))
     event = harness.events.get(timeout=WAIT)
     assert blocked.is_set()

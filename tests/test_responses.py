@@ -396,3 +396,11 @@ def test_openais_helper_follows_a_stream(client: OpenAI) -> None:
         final = stream.get_final_response()
     assert {"response.output_text.delta", "response.completed"} <= kinds
     assert final.output_text == TEXT
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_could_not_be_repeated_is_refused(stream: bool) -> None:
+    content = json.dumps({"input": "hi", "metadata": {"a": "\ud800"}, "stream": stream})  # escaped
+    with in_memory(ScriptedEngine(say(TEXT))) as ask:
+        answer = ask("POST", PATH, content=content, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata")

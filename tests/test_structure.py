@@ -131,6 +131,13 @@ def test_a_model_without_an_end_of_text_has_no_structures(base: Base) -> None:
         Grammars(base.tokenizer, base.vocab, ()).compile(Structure("regex", "a"))
 
 
+def test_choices_may_be_many(grammars: Grammars, base: Base) -> None:
+    matcher = grammars.compile(Structure("choice", json.dumps([f"v{i}x" for i in range(5000)]))).start()
+    for token in ids(base, "v4999"):
+        matcher.take(token)
+    assert legal(matcher, base) == {"x"}
+
+
 def test_a_structure_is_compiled_once_and_followed_by_many(grammars: Grammars, base: Base) -> None:
     structure = Structure("regex", "abc")
     assert grammars.compile(structure) is grammars.compile(Structure("regex", "abc"))
