@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from trimtab.errors import TaskError
 from trimtab.steering.config import FitConfig
@@ -104,7 +105,7 @@ def measure(head: Head, watched: Watched, rows: Tensor, config: FitConfig, stren
 
 def _divergence(head: Head, watched: Watched, rows: Tensor, config: FitConfig, strength: float = 1.0) -> Tensor:
     features, k = watched.features, config.top_k
-    delta = strength * head(features.h, rows[features.ids[:, :k].long()])
+    delta = strength * head(features.h, embedding(features.ids[:, :k].long(), rows))
     corrected = torch.cat([features.logits[:, :k] + delta, features.logits[:, k:]], 1).log_softmax(1)
     teacher = watched.targets.log_softmax(1)
     return (teacher.exp() * (teacher - corrected)).sum(1)

@@ -1,4 +1,4 @@
-"""For every test: one torch thread, as two on busy cores may be a hundred times slower; no deadline; shared fixtures."""
+"""For every test: one torch thread, as two on busy cores can be a hundred times slower; no deadline. What several use."""
 
 from types import SimpleNamespace
 
