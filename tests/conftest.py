@@ -1,4 +1,4 @@
-"""For every test: one torch thread, as two on busy cores can be a hundred times slower; no deadline. What several use."""
+"""One torch thread for every test: two on busy cores can be a hundred times slower. No deadline. Shared fixtures."""
 
 from types import SimpleNamespace
 
