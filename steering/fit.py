@@ -20,7 +20,7 @@ from trimtab.steering.head import Head
 from trimtab.steering.objective import Change, change_by, loss
 from trimtab.steering.progress import Progress, say
 
-CHECK_EVERY = 8  # steps between measurements of held-out KL; the first steps are all measured
+CHECK_EVERY = 8  # steps between measurements of held-out KL, or a 32nd of those done; the first steps are all measured
 MEASURE_ROWS = 1024  # positions at a time: their candidates' rows are [positions, top_k, hidden]
 STRENGTH_LIMIT = 32.0
 
@@ -61,6 +61,7 @@ def fit(
     waiting = sorted(budgets)
     last = Snapshot(copy.deepcopy(head), waiting[0], 0.0, 0, True)
     taken: list[Snapshot] = []
+    due = 0  # the step at which it is measured next
     steps_an_epoch = -(-len(training.h) // config.batch)
     with Progress(stage, steps_an_epoch * config.epochs, "steps") as progress:
         for step, batch in enumerate(_batches(training, config, order), start=1):
@@ -70,8 +71,9 @@ def fit(
             objective.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             progress.add(1, f"held-out KL {last.kl:.3f}")
-            if step > CHECK_EVERY and step % CHECK_EVERY and step != steps_an_epoch * config.epochs:
+            if step > CHECK_EVERY and step < due and step != steps_an_epoch * config.epochs:
                 continue
+            due = step + max(CHECK_EVERY, step // 32)
             kl = measure(head, measured, rows, config)
             if not math.isfinite(kl):
                 raise TaskError(f"the loss is no number by step {step}: lower --learning-rate")
