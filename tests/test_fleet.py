@@ -187,8 +187,11 @@ def test_a_version_that_is_not_there_leaves_the_replicas_as_they_are(url: str, f
 
 
 def test_one_session_meets_one_replica(url: str) -> None:
-    for session in map(str, range(6)):
-        body, headers = {"prompt": session * 64, "max_tokens": 1}, {"x-session-id": session}
-        told = [httpx.post(f"{url}/v1/completions", json=body, headers=headers).json() for _ in range(3)]
-        cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in told]
-        assert min(cached[1:]) > 32
+    """Its first request is computed, the others reuse. By random routes, seven of eight sessions would miss again."""
+    asked, missed = 16, 0
+    for session in map(str, range(asked)):
+        body, headers = {"prompt": f"{session}, " * 32, "max_tokens": 1}, {"x-session-id": session}
+        for _ in range(4):
+            told = httpx.post(f"{url}/v1/completions", json=body, headers=headers).json()
+            missed += told["usage"]["prompt_tokens_details"]["cached_tokens"] < 32
+    assert asked <= missed <= asked + 4  # a replica that does not answer at once is passed over
