@@ -56,7 +56,7 @@ DOCUMENT: dict[str, Any] = {
 
 def _streamed(whole: type[BaseModel], chunk: str) -> dict[int | str, dict[str, Any]]:
     """An answer that `stream: true` turns into server-sent events, each a `chunk`."""
-    events = {"text/event-stream": {"schema": {"type": "string", "description": f"with `stream`: {chunk} events"}}}
+    events = {"text/event-stream": {"schema": {"description": f"with `stream`: {chunk} events"}}}  # text, or by event
     return {200: {"model": whole, "description": "The answer.", "content": events}}
 
 
