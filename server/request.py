@@ -19,7 +19,7 @@ Mode = Literal["apply", "shadow", "off"]
 GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/correction.py
 
 MAX_MIX = 8  # corrections that act together in one request
-MAX_STOP_TOKENS = 64
+MAX_STOP_TOKENS = 256
 TOOL_CALLS = (("<tool_call>", "</tool_call>"),)
 
 

@@ -61,11 +61,11 @@ const paths = {
   },
   async json_schema() {
     const response_format = { type: "json_schema", json_schema: { name: "weather", schema, strict: true } };
-    const answer = await client.chat.completions.create({ ...chat, max_tokens: 60, response_format });
+    const answer = await client.chat.completions.create({ ...chat, max_tokens: 400, response_format });
     assert.deepEqual(Object.keys(JSON.parse(answer.choices[0].message.content)).sort(), ["rain", "sky"]);
   },
   async tools() {
-    const asked = { ...chat, max_tokens: 200, tools };
+    const asked = { ...chat, max_tokens: 600, tools };
     const required = { tool_choice: "required", parallel_tool_calls: false };
     const answer = await client.chat.completions.create({ ...asked, ...required });
     const { message, finish_reason } = answer.choices[0];
@@ -81,7 +81,7 @@ const paths = {
     assert.equal(finish_reason === "tool_calls", Boolean(message.tool_calls?.length));
   },
   async tools_stream() {
-    const asked = { ...chat, max_tokens: 200, tools, tool_choice: { type: "function", function: { name: "look" } } };
+    const asked = { ...chat, max_tokens: 600, tools, tool_choice: { type: "function", function: { name: "look" } } };
     const whole = await client.chat.completions.create(asked);
     const joined = await client.chat.completions.stream(asked).finalChatCompletion();
     const [call] = joined.choices[0].message.tool_calls;
@@ -110,12 +110,12 @@ const paths = {
   },
   async responses_json_schema() {
     const text = { format: { type: "json_schema", name: "weather", schema, strict: true } };
-    const answer = await client.responses.create({ model, input: "Is it raining?", max_output_tokens: 60, text });
+    const answer = await client.responses.create({ model, input: "Is it raining?", max_output_tokens: 400, seed: 1, text });
     assert.deepEqual(Object.keys(JSON.parse(answer.output_text)).sort(), ["rain", "sky"]);
   },
   async responses_tools() {
     const tool = { type: "function", name: "look", parameters: schema, strict: true };
-    const asked = { model, input: "Is it raining?", max_output_tokens: 200, tools: [tool], tool_choice: "required" };
+    const asked = { model, input: "Is it raining?", max_output_tokens: 600, seed: 1, tools: [tool], tool_choice: "required" };
     const call = (await client.responses.create(asked)).output.find((item) => item.type === "function_call");
     assert.deepEqual(Object.keys(JSON.parse(call.arguments)).sort(), ["rain", "sky"]);
   },

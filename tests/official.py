@@ -24,6 +24,7 @@ TOOL: Any = {"type": "function", "function": {"name": "look", "description": "Lo
 
 client = OpenAI(**SETTINGS, max_retries=0)
 model = os.environ.get("TRIMTAB_MODEL") or client.models.list().data[0].id
+SEEDED = {"seed": 1}
 chat: Any = {"model": model, "messages": MESSAGES, "max_tokens": 12, "seed": 1}
 
 
@@ -94,7 +95,7 @@ def errors() -> None:
 
 def json_schema() -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA, "strict": True}}
-    answer = client.chat.completions.create(**chat | {"max_tokens": 60}, response_format=wanted)
+    answer = client.chat.completions.create(**chat | {"max_tokens": 400}, response_format=wanted)
     told = json.loads(answer.choices[0].message.content or "")
     assert set(told) == {"rain", "sky"}
     assert told["sky"] in ("grey", "blue")
@@ -102,7 +103,7 @@ def json_schema() -> None:
 
 def tools() -> None:
     """Required, then the call's answer goes back."""
-    ask = chat | {"max_tokens": 200}
+    ask = chat | {"max_tokens": 600}
     answer = client.chat.completions.create(**ask, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
@@ -120,7 +121,7 @@ def tools_auto() -> None:
 
 
 def tools_stream() -> None:
-    ask = chat | {"max_tokens": 200, "parallel_tool_calls": False}
+    ask = chat | {"max_tokens": 600, "parallel_tool_calls": False}
     named: Any = {"type": "function", "function": {"name": "look"}}
     whole = client.chat.completions.create(**ask, tools=[TOOL], tool_choice=named)
     name, arguments, ids = "", "", set()
@@ -158,14 +159,21 @@ def responses_stream() -> None:
 
 def responses_json_schema() -> None:
     wanted: Any = {"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}
-    answer = client.responses.create(model=model, input="Is it raining?", max_output_tokens=60, text=wanted)
+    answer = client.responses.create(
+        model=model, input="Is it raining?", max_output_tokens=400, text=wanted, extra_body=SEEDED
+    )
     assert set(json.loads(answer.output_text)) == {"rain", "sky"}
 
 
 def responses_tools() -> None:
     tool: Any = {"type": "function", "name": "look", "parameters": SCHEMA, "strict": True}
     answer = client.responses.create(
-        model=model, input="Is it raining?", max_output_tokens=200, tools=[tool], tool_choice="required"
+        model=model,
+        input="Is it raining?",
+        max_output_tokens=600,
+        tools=[tool],
+        tool_choice="required",
+        extra_body=SEEDED,
     )
     call: Any = next(item for item in answer.output if item.type == "function_call")
     assert set(json.loads(call.arguments)) == {"rain", "sky"}

@@ -422,7 +422,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
-        ({"stop_token_ids": list(range(65))}, "stop_token_ids"),
+        ({"stop_token_ids": list(range(257))}, "stop_token_ids"),
         ({"bad_words": ["x"] * 513}, "bad_words"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"best_of": 3}, "best_of"),
