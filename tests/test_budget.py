@@ -123,3 +123,9 @@ def test_a_bad_value_names_its_field(values: dict[str, Any], field: str) -> None
     with pytest.raises(InvalidRequest) as caught:
         Budget(**values)
     assert caught.value.field == f"steering.budget.{field}"
+
+
+@pytest.mark.parametrize("budget", [{"until": "\ud800"}, {"spans": (("<a>", "\udfff"),)}])
+def test_a_marker_that_no_text_can_hold_is_refused(budget: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        Budget(**budget)
