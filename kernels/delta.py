@@ -94,7 +94,7 @@ def bound(log_share, delta, log_rest, force, cap):
     share = tl.exp(log_share)
     total = tl.sum(share, axis=0) + tl.exp(log_rest)
     mean = tl.sum(share * delta.to(tl.float64), axis=0) / total
-    start = tl.log(total)  # 0, but for the rounding of what came in
+    start = add_logs(log_share, log_rest)  # rounded as below: no move diverges by 0, which a cap of 0 allows
     gain = add_logs(log_share + (force * delta).to(tl.float64), log_rest) - start
     kl = tl.maximum(gain - force.to(tl.float64) * mean, 0.0)
     if kl > cap:

@@ -124,7 +124,7 @@ class _Line:
         shares = [math.exp(p) for p in self._logs]
         total = sum(shares)
         self._mean = sum(p * d for p, d in zip(shares, self._delta, strict=True)) / total
-        self._start = math.log(total)  # 0, but for the rounding of what came in
+        self._start = _add_logs(self._logs)  # rounded as in _measure: no move diverges by 0, which a cap of 0 allows
 
     def bound(self, strength: float, cap: float) -> tuple[float, float, float]:
         """The strength as far as the cap on the divergence allows (record.py, 3).
@@ -144,6 +144,11 @@ class _Line:
 
     def _measure(self, strength: float) -> tuple[float, float]:
         logs = [p + strength * d for p, d in zip(self._logs, self._delta, strict=True)]
-        peak = max(logs)
-        gain = peak + math.log(sum(math.exp(p - peak) for p in logs)) - self._start
+        gain = _add_logs(logs) - self._start
         return max(gain - strength * self._mean, 0.0), gain
+
+
+def _add_logs(terms: list[float]) -> float:
+    """log sum exp of terms, one of which is finite."""
+    peak = max(terms)
+    return peak + math.log(sum(math.exp(term - peak) for term in terms))

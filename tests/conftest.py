@@ -1,4 +1,7 @@
-"""One torch thread for every test: two on busy cores can be a hundred times slower. No deadline. Shared fixtures."""
+"""One torch thread for every test: two on busy cores can be a hundred times slower. No deadline. Shared fixtures.
+
+Property tests look at other cases in every run, but under --hypothesis-profile=repeatable, where a change is judged.
+"""
 
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from trimtab.clients import AsyncClient, Client, async_client, client
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
 
 

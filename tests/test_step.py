@@ -380,6 +380,16 @@ def test_a_cap_of_nothing_keeps_the_base_bit_for_bit(step: Step) -> None:
     assert_same(base, record, tuple(set(StepRecord._fields) - {"status"}))
 
 
+@pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
+def test_what_moves_nothing_keeps_its_strength_under_any_cap(step: Step, spread: float) -> None:
+    """Its divergence is 0, which even a cap of 0 allows: rounding must not leave more."""
+    rows = [{"correction": {i % 3: 0.0}, "gate": GATE_ALWAYS, "kl_cap": 0.0, "uniform": 0.09 * i} for i in range(9)]
+    for run in (step, reference.step):
+        record = run(make_inputs(rows, 129, 4, spread, top_k=(5, 20, 33)))
+        assert (record.applied_strength == 1).all()
+        assert (record.kl == 0).all()
+
+
 def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
     inputs = make_inputs([{"correction": {0: 0.7, 1: 1.0}, "tau": -1.0, "uniform": 0.4}] * 2, 200)
     bank = inputs.corrections
