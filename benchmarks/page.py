@@ -3,7 +3,8 @@
     python benchmarks/page.py [--tokens 500] [--rate 100] [--loads 10]
 
 The server is the real one over a scripted engine, on loopback, in this process; every load has a fresh profile
-and a fresh process of the browser, and then is loaded again. The answer comes in two streams, base and steered side by
+and a fresh process of the browser, and then is loaded again. Beside each, a page of one word says what the browser
+itself takes on this machine. The answer comes in two streams, base and steered side by
 side, `--rate` tokens a second each. A long task is the browser's word for 50 ms or more without a chance to react; a
 frame is late when the one before it was drawn over 34 ms ago, so that one of 60 Hz was missed. What else the machine
 does shows in all of these; the CPU time of the page's main thread is its own. Needs Chromium and the extra `dev`.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import machine
 from playwright.sync_api import Browser, CDPSession
+from starlette.responses import HTMLResponse
 
 from browser import CHROMIUM, NO_CHROMIUM, PATIENCE, PacedEngine, chromium, receipt, steps, visit
 from scripted import ids, loopback, scripted_app
@@ -60,34 +62,38 @@ def main() -> None:
         raise SystemExit(NO_CHROMIUM)
     version = subprocess.run([CHROMIUM, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     engine = PacedEngine(lambda request, index: script(request, args.tokens), 1 / args.rate)
-    with loopback(scripted_app(engine), engine) as url, chromium() as browser:  # type: ignore[arg-type]
+    app = scripted_app(engine)  # type: ignore[arg-type]
+    app.add_route("/word", lambda _: HTMLResponse("<!doctype html><link rel=icon href=data:,>word"))
+    with loopback(app, engine) as url, chromium() as browser:
         paints = [paint(browser, url) for _ in range(args.loads)]
         smooth = watch(browser, url, args.tokens)
-    first, again, ready = ([load[key] for load in paints] for key in ("painted", "painted_again", "ready"))
     here = machine.describe()
     print(machine.card(here, browser=version, answer=f"2 streams of {args.tokens} tokens, {args.rate:g} tokens/s each"))
-    print(f"\n{'first paint':>16}  median {statistics.median(first):.0f} ms, worst {max(first):.0f} ms of {args.loads}")
-    print(f"{'reloaded':>16}  median {statistics.median(again):.0f} ms, worst {max(again):.0f} ms")
-    print(f"{'usable after':>16}  median {statistics.median(ready):.0f} ms, worst {max(ready):.0f} ms")
+    print()
+    for name in paints[0]:
+        times = [load[name] for load in paints]
+        print(f"{name.replace('_', ' '):>16}  median {statistics.median(times):.0f} ms, worst {max(times):.0f} ms")
     print(f"{'long tasks':>16}  {smooth['long_tasks']}, the longest {smooth['longest_task_ms']:.0f} ms")
     share = f"{smooth['late_frames']} of {smooth['frames']} frames"
     print(f"{'late frames':>16}  {share}; p50 {smooth['frame_ms_p50']:.1f} ms, p99 {smooth['frame_ms_p99']:.1f} ms")
     parts = ", ".join(f"{name.lower()} {smooth[f'{name.lower()}_cpu_s']:.2f}" for name in CPU)
     print(f"{'CPU':>16}  {parts} s, for both answers")
     facts = {"browser": version, "tokens": args.tokens, "rate": args.rate, "loads": args.loads}
-    loads = {"first_paint_ms": first, "reload_ms": again, "ready_ms": ready}
-    row = {f"{name}_p50": statistics.median(times) for name, times in loads.items()} | smooth
+    row = {f"{name}_ms_p50": statistics.median(load[name] for load in paints) for name in paints[0]} | smooth
     print(json.dumps({"benchmark": "page", **facts, "machine": here, "results": [row]}))
 
 
 def paint(browser: Browser, url: str) -> dict[str, float]:
-    """When the page was first painted and could be used, in ms from the navigation's start."""
+    """In ms from each navigation's start: the first paint, of the page, of it again and of one word; the page's use."""
+    with visit(browser, f"{url}/word") as visited:
+        word = visited.page.evaluate(PAINTED)
     with visit(browser, url) as visited:
         visited.page.locator("#corrections article").first.wait_for()
         ready: float = visited.page.evaluate("performance.now()")
         painted = visited.page.evaluate(PAINTED)
         visited.page.reload()
-        return {"painted": painted, "painted_again": visited.page.evaluate(PAINTED), "ready": ready}
+        again = visited.page.evaluate(PAINTED)
+        return {"first_paint": painted, "reloaded": again, "a_word": word, "usable": ready}
 
 
 def watch(browser: Browser, url: str, tokens: int) -> dict[str, Any]:
