@@ -25,11 +25,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from trimtab.server.attention import IMPLEMENTATION
-from trimtab.server.base import Base, prepare
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.model.attention import IMPLEMENTATION
+from trimtab.server.model.base import Base, prepare
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
 from trimtab.steering.gate import Gate

@@ -19,7 +19,7 @@ from typing import Any
 import machine
 from finished import read_config, read_features, read_watched
 
-from trimtab.server.base import load_base
+from trimtab.server.model.base import load_base
 from trimtab.steering import lora
 from trimtab.steering.config import ROUTES
 from trimtab.steering.distil import distil

@@ -22,10 +22,10 @@ from typing import Any
 import machine
 import torch
 
-from trimtab.server.base import Base, load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import HeadCorrection, check
 from trimtab.steering.folder import load

@@ -18,10 +18,10 @@ import machine
 import torch
 from step import WARM_UP, choose_correction, spread, start
 
-from trimtab.server.base import Base, load_base
-from trimtab.server.core import CONTRAST, Core
-from trimtab.server.request import Steering
-from trimtab.server.rule import rule_for
+from trimtab.server.engine.core import CONTRAST, Core
+from trimtab.server.engine.request import Steering
+from trimtab.server.engine.rule import rule_for
+from trimtab.server.model.base import Base, load_base
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection, LoraCorrection, check

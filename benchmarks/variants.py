@@ -22,7 +22,7 @@ import torch
 from finished import read_config, read_watched
 from torch import Tensor, nn
 
-from trimtab.server.base import Base, load_base
+from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FitConfig
 from trimtab.steering.distil import Distilled, distil

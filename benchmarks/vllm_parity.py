@@ -26,7 +26,7 @@ import httpx
 import machine
 from vllm_server import CHUNK, serving
 
-from trimtab.server.weights import locate
+from trimtab.server.model.weights import locate
 from trimtab.steering.folder import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,10 +298,10 @@ def call_engine(args: argparse.Namespace, path: str, asked: list[tuple[list[int]
 
 def run_engine(told: dict[str, Any]) -> list[dict[str, Any]]:
     """The steered requests through our engine, together: tokens and receipts."""
-    from trimtab.server.base import load_base
-    from trimtab.server.config import EngineConfig
-    from trimtab.server.core import Core
-    from trimtab.server.request import Request, SamplingParams, Steering
+    from trimtab.server.engine.config import EngineConfig
+    from trimtab.server.engine.core import Core
+    from trimtab.server.engine.request import Request, SamplingParams, Steering
+    from trimtab.server.model.base import load_base
     from trimtab.steering.bank import Bank
     from trimtab.steering.correction import check as check_base
 

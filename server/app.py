@@ -21,18 +21,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from trimtab.clients import facts
-from trimtab.server import chat, completions, corrections, http_errors, openapi, page, responses, score, tokens
-from trimtab.server.base import Base
+from trimtab.server import chat, completions, corrections, http_errors, openapi, page, score, tokens
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
-from trimtab.server.engine import Engine
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.front_door import FrontDoor
 from trimtab.server.generation import Generation
 from trimtab.server.keys import Keys
 from trimtab.server.metrics import Metrics
-from trimtab.server.pieces import Pieces
+from trimtab.server.model.base import Base
 from trimtab.server.prompt import Prompter
-from trimtab.server.response_body import ResponseBody
+from trimtab.server.responses import endpoint as responses
+from trimtab.server.responses.body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
 from trimtab.server.service import Service
 from trimtab.server.swap import Swap

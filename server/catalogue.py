@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trimtab.errors import InvalidRequest, NotFound
-from trimtab.server.request import Steering
-from trimtab.server.rule import Rule, rule_for, slots_of
+from trimtab.server.engine.request import Steering
+from trimtab.server.engine.rule import Rule, rule_for, slots_of
 from trimtab.server.steering_body import SteeringBody
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection

@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 from trimtab.errors import InvalidRequest
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.generation import Generation
-from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
 from trimtab.server.stream import Shown, Update
-from trimtab.server.tool_reader import CallPiece
-from trimtab.server.tools import ToolUse
+from trimtab.server.tools.calls import ToolUse
+from trimtab.server.tools.reader import CallPiece
 
 
 async def prepare(service: Service, body: ChatBody, make: Callable[..., Generation] = Generation) -> Generation:

@@ -8,13 +8,13 @@ from typing import Any
 
 from trimtab.errors import EngineFailure, EngineStopped
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Event
 from trimtab.server.metrics import Watch
-from trimtab.server.pieces import Pieces
 from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import Tally
-from trimtab.server.request import Event
 from trimtab.server.stream import ChoiceStream, TextRules, Update
-from trimtab.server.tool_reader import CallReader
+from trimtab.server.tools.reader import CallReader
 
 
 class Choice:

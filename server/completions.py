@@ -7,8 +7,8 @@ text_offset counts characters of the choice's text.
 from collections.abc import Sequence
 from typing import Any
 
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.generation import Generation
-from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids
 from trimtab.server.receipts import finite
 from trimtab.server.schema import CompletionBody

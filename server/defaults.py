@@ -9,8 +9,8 @@ is refused at the start.
 from typing import Any
 
 from trimtab.errors import InvalidRequest, UnsupportedModel
-from trimtab.server.base import Base
-from trimtab.server.request import SamplingParams
+from trimtab.server.engine.request import SamplingParams
+from trimtab.server.model.base import Base
 
 _NAMES = {
     "temperature": "temperature",

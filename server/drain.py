@@ -17,7 +17,7 @@ from types import FrameType
 import uvicorn
 
 from trimtab.errors import EngineStopped
-from trimtab.server.engine import Engine
+from trimtab.server.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 

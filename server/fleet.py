@@ -19,14 +19,14 @@ from ray import serve
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.app import create_app
-from trimtab.server.base import load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import CONTRAST
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import CONTRAST
+from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
+from trimtab.server.model.base import load_base
+from trimtab.server.model.weights import DEMO
 from trimtab.server.serve import describe
 from trimtab.server.sources import read_named
-from trimtab.server.weights import DEMO
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction
 from trimtab.steering.folder import version_of

@@ -19,16 +19,16 @@ from typing import Any
 from trimtab.errors import ContextOverflow, TrimtabError
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import Choice, outcome
+from trimtab.server.engine.request import Request, Structure
 from trimtab.server.http_errors import error_event
 from trimtab.server.prompt import Ids
 from trimtab.server.prompt_scores import PromptScores, what_to_score
-from trimtab.server.request import Request, Structure
 from trimtab.server.schema import Body
 from trimtab.server.service import Service
 from trimtab.server.stream import Update
 from trimtab.server.telling import Shape, Telling
 from trimtab.server.tickets import Ticket
-from trimtab.server.tools import ToolUse
+from trimtab.server.tools.calls import ToolUse
 from trimtab.server.visit import current
 
 KEEP_ALIVE = b": keep-alive\n\n"

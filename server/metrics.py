@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from trimtab.server.engine import EngineStats
-from trimtab.server.request import Event, Steering
+from trimtab.server.engine.engine import EngineStats
+from trimtab.server.engine.request import Event, Steering
 from trimtab.steering.bank import Entry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
-from trimtab.server.pieces import Pieces
-from trimtab.server.tool_template import ToolTemplate
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.tools.template import ToolTemplate
 
 Ids = tuple[int, ...]
 T = TypeVar("T")

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
-from trimtab.server.request import SamplingParams
+from trimtab.server.engine.request import SamplingParams
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
-from trimtab.server.tool_body import CalledTool, Tool, ToolChoice, choose
+from trimtab.server.tools.body import CalledTool, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 

@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, InvalidRequest
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
-from trimtab.server.request import Request, SamplingParams
 from trimtab.server.schema import Message
 from trimtab.server.service import Service
 from trimtab.server.steering_body import SteeringBody

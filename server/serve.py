@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from trimtab.arguments import HelpFormatter
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
-from trimtab.server.weights import DEMO
+from trimtab.server.model.weights import DEMO
 
 if TYPE_CHECKING:
-    from trimtab.server.base import Base
+    from trimtab.server.model.base import Base
     from trimtab.server.traces import Tracer
     from trimtab.steering.bank import Bank, Entry
 
@@ -95,11 +95,11 @@ def serve(args: argparse.Namespace) -> None:
 
     from trimtab.server import logs
     from trimtab.server.app import create_app
-    from trimtab.server.base import load_base
-    from trimtab.server.config import EngineConfig
     from trimtab.server.defaults import sampling_defaults
     from trimtab.server.drain import DrainingServer, Lifecycle
-    from trimtab.server.engine import Engine
+    from trimtab.server.engine.config import EngineConfig
+    from trimtab.server.engine.engine import Engine
+    from trimtab.server.model.base import load_base
 
     signal.signal(signal.SIGTERM, _leave)  # uvicorn raises it again after its shutdown: that is a success
     logs.configure(args.log_format, args.log_level)
@@ -221,7 +221,7 @@ def describe(
 
 def _describe_correction(entry: "Entry") -> str:
     """One line, and one with the verdict where something was learned."""
-    from trimtab.server.rule import slots_of
+    from trimtab.server.engine.rule import slots_of
 
     correction = entry.correction
     facts = ", ".join(f"{name} {_say(value)}" for name, value in correction.facts.items())

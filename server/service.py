@@ -9,8 +9,8 @@ from typing import Any
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.catalogue import Catalogue
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.metrics import Metrics
-from trimtab.server.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets

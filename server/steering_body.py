@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.request import Budget, GateKind, Mode, Steering
+from trimtab.server.engine.request import Budget, GateKind, Mode, Steering
 
 Report = Literal["none", "summary", "tokens"]
 

@@ -12,9 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Event, FinishReason, Receipt
-from trimtab.server.tool_reader import CallPiece
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Event, FinishReason, Receipt
+from trimtab.server.tools.reader import CallPiece
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.request import Structure
+from trimtab.server.engine.request import Structure
 
 JsonSchema = dict[str, Any] | bool
 

@@ -12,8 +12,8 @@ import threading
 import torch
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.engine import Engine
+from trimtab.server.engine.engine import Engine
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import Correction, LoraCorrection, check
 

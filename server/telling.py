@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from trimtab.server.choice import Choice
-from trimtab.server.pieces import Pieces
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.receipts import receipt_json
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update

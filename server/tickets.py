@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from trimtab.errors import EngineStopped
-from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request, Structure
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Event, Request, Structure
 
 
 class Ticket:

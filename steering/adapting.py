@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import lora
 from trimtab.steering.adapter import read_adapter
 from trimtab.steering.controls import SHUFFLED, SHUFFLED_TEACHER

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import InvalidRequest
 from trimtab.kernels import philox
-from trimtab.server.base import Base
-from trimtab.server.request import Request, Steering
+from trimtab.server.engine.request import Request, Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorrection
 from trimtab.steering.evaluate import claim, compare, describe_run, kept, summarise

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from trimtab.errors import EngineFailure, TaskError
-from trimtab.server.base import Base
-from trimtab.server.request import Steering
+from trimtab.server.engine.request import Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, Correction, HeadCorrection
 from trimtab.steering.gate import Gate

@@ -69,7 +69,7 @@ def _add_fields(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
 def run_fit(args: argparse.Namespace) -> None:
     """Prints the report on stdout. No error when the correction is not worth serving: the report says so."""
     config = _config_of(args)
-    from trimtab.server.base import load_base
+    from trimtab.server.model.base import load_base
     from trimtab.steering import pipeline
     from trimtab.steering.report import to_markdown
     from trimtab.steering.tasks import load_task

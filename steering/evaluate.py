@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.core import Core
-from trimtab.server.request import GateKind, Mode, Steering
-from trimtab.server.rule import rule_for
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import GateKind, Mode, Steering
+from trimtab.server.engine.rule import rule_for
 from trimtab.steering.atomic import write_json
 from trimtab.steering.folder import digest
 from trimtab.steering.problem import Problem

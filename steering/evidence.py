@@ -14,7 +14,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, settle
 
 if TYPE_CHECKING:
-    from trimtab.server.base import Base
+    from trimtab.server.model.base import Base
     from trimtab.steering.correction import Correction
     from trimtab.steering.gate import Gate
     from trimtab.steering.ladder import Entrants

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering.atomic import write_tensors
 from trimtab.steering.config import CANDIDATES, FitConfig
 from trimtab.steering.gate import Gate

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.core import CONTRAST, Core
-from trimtab.server.request import GateKind
+from trimtab.server.engine.core import CONTRAST, Core
+from trimtab.server.engine.request import GateKind
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Policy, answer

@@ -10,7 +10,7 @@ rows there are.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, compare, kept, summarise
 from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row

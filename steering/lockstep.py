@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.errors import EngineFailure
-from trimtab.server.base import Base
-from trimtab.server.core import Core
-from trimtab.server.request import Event, FinishReason, Receipt, Request, Steering
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Event, FinishReason, Receipt, Request, Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.calibrate import idle
 from trimtab.steering.evaluate import claim, describe_run

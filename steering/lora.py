@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import InvalidRequest, TaskError
-from trimtab.server.base import Base, read_logits
-from trimtab.server.linear import copy_unpacked
+from trimtab.server.model.base import Base, read_logits
+from trimtab.server.model.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_json, write_tensors
 from trimtab.steering.config import FitConfig

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from trimtab.server.core import Core
+from trimtab.server.engine.core import Core
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.progress import say

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trimtab.errors import InvalidRequest, TaskError
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import report as reports
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text

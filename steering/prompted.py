@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.errors import TaskError
-from trimtab.server.core import Core
+from trimtab.server.engine.core import Core
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Sampling, collect
 from trimtab.steering.tasks import Task

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction, LoraCorrection

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from trimtab.errors import EngineFailure, TaskError
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from trimtab.errors import TaskError
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER, fit_control, match, shuffle
 from trimtab.steering.correction import Correction
 from trimtab.steering.distil import Distilled, Watched, distil, merge

@@ -16,7 +16,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.steering.config import FitConfig
 
 if TYPE_CHECKING:
-    from trimtab.server.base import Base
+    from trimtab.server.model.base import Base
     from trimtab.steering.correction import Correction
     from trimtab.steering.problem import Problem
     from trimtab.steering.report import Exam
@@ -62,7 +62,7 @@ _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "t
 
 def settle(args: argparse.Namespace, correction: "Correction | None", needs_task: bool = True) -> Setting:
     """Load the base and the task that the arguments name, or the correction was fitted with; check that they fit."""
-    from trimtab.server.base import load_base
+    from trimtab.server.model.base import load_base
     from trimtab.steering.correction import check
     from trimtab.steering.rollouts import Sampling
     from trimtab.steering.tasks import load_task

@@ -14,7 +14,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.steering.setting import add_what, keep_in, positive, settle
 
 if TYPE_CHECKING:
-    from trimtab.server.base import Base
+    from trimtab.server.model.base import Base
     from trimtab.steering.analyze import Tuned
 
 Subparsers = Any  # argparse's own type is private

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.clock import Clock
 from trimtab.steering.config import FitConfig

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trimtab.errors import CorrectionError, UnsupportedModel
-from trimtab.server.base import Base, load_base, prepare
-from trimtab.server.linear import copy_unpacked
+from trimtab.server.model.base import Base, load_base, prepare
+from trimtab.server.model.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, read_adapter
 from trimtab.steering.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.problem import Problem

@@ -21,9 +21,9 @@ from trimtab.kernels import philox
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import FIRED, RowParams, StepInputs
-from trimtab.server.base import Base
-from trimtab.server.request import GateKind
-from trimtab.server.rule import GATES
+from trimtab.server.engine.request import GateKind
+from trimtab.server.engine.rule import GATES
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.evaluate import bootstrap

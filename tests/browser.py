@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from scripted import ScriptedEngine, event, ids
-from trimtab.server.request import Event, Receipt
-from trimtab.server.request import Request as EngineRequest
+from trimtab.server.engine.request import Event, Receipt
+from trimtab.server.engine.request import Request as EngineRequest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "Chromium is not installed: the page is tested in a real one (apt-get install chromium)"

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 
 PLUGIN = "trimtab.server.vllm_plugin"
 PROCESSOR = f"{PLUGIN}:Processor"

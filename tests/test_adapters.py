@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tiny import LORA_TARGETS, tiny_base, tiny_lora
 from trimtab.errors import CorrectionError
-from trimtab.server.adapters import Placed, group_tokens
-from trimtab.server.attention import KVBatch, Span
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.linear import copy_unpacked
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model.adapters import Placed, group_tokens
+from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.base import Base
+from trimtab.server.model.linear import copy_unpacked
 from trimtab.steering.adapter import LoraLayer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import LoraCorrection

@@ -8,7 +8,7 @@ import torch
 from test_routes import CONFIG, Vowels, contents
 
 from tiny import tiny_base
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import pipeline
 from trimtab.steering.adapting import mixed_kl
 from trimtab.steering.correction import LoraCorrection, check

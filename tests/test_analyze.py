@@ -9,9 +9,9 @@ import torch
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.core import Core
-from trimtab.server.request import Receipt, Steering
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Receipt, Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.analyze import Tuned, analyze, count, mark, place
 from trimtab.steering.analyze_report import to_markdown
 from trimtab.steering.bank import Bank

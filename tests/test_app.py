@@ -28,9 +28,9 @@ from scripted import (
 )
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, Overloaded
 from trimtab.server.drain import Lifecycle
+from trimtab.server.engine.request import Budget, Event, Request
 from trimtab.server.front_door import MAX_BODY
 from trimtab.server.prompt import Prompter
-from trimtab.server.request import Budget, Event, Request
 from trimtab.steering.folder import version_of
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

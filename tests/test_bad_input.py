@@ -9,8 +9,8 @@ import pytest
 
 from tiny import tiny_base
 from trimtab.cli import main
-from trimtab.server import base as base_module
-from trimtab.server.base import Base
+from trimtab.server.model import base as base_module
+from trimtab.server.model.base import Base
 from trimtab.steering import distil as distil_module
 from trimtab.steering import fit as fit_module
 from trimtab.steering import lora as lora_module

@@ -8,10 +8,10 @@ from torch import nn
 
 from tiny import tiny_base, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest, UnsupportedModel
-from trimtab.server import attention
-from trimtab.server.attention import KVBatch, Span
-from trimtab.server.base import load_base, prepare
-from trimtab.server.linear import PackedLinear, pack_linears
+from trimtab.server.model import attention
+from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.base import load_base, prepare
+from trimtab.server.model.linear import PackedLinear, pack_linears
 
 
 def test_a_local_folder_loads_and_identifies_itself_alike_at_any_dtype(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_cache_that_does_not_fit_names_the_flags() -> None:
 
 @pytest.mark.model
 def test_the_embedded_model_is_dequantised_once_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.server import weights
+    from trimtab.server.model import weights
 
     base = load_base("demo", device="cpu")
     assert (base.name, base.vocab, base.hidden, base.max_len) == ("SmolLM2-135M-Instruct", 49152, 576, 8192)

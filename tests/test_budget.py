@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tiny import tiny_tokenizer
 from trimtab.errors import InvalidRequest
-from trimtab.server.budget import Allowance
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Budget
+from trimtab.server.engine.budget import Allowance
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Budget
 
 PIECES = Pieces(tiny_tokenizer())
 

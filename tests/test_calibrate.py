@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tiny import tiny_base, tiny_correction
 from trimtab.errors import TaskError
-from trimtab.server.base import Base
-from trimtab.server.request import Steering
+from trimtab.server.engine.request import Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.calibrate import RATES, calibrate, measure, read_prompts, tabulate, to_text, watch
 from trimtab.steering.correction import BaseIdentity

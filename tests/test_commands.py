@@ -11,7 +11,7 @@ import torch
 
 from tiny import tiny_base
 from trimtab.cli import build_parser, main
-from trimtab.server import base as base_module
+from trimtab.server.model import base as base_module
 from trimtab.steering import teacher as teacher_module
 from trimtab.steering.config import FitConfig
 from trimtab.steering.folder import load

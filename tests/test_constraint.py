@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tiny import VOCAB, tiny_base, tiny_correction, tiny_tokenizer
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Budget, Event, Request, SamplingParams, Steering, Structure
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Budget, Event, Request, SamplingParams, Steering, Structure
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 EOS = 256

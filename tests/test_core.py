@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 
 from tiny import FAMILIES, VOCAB, tiny_base, tiny_correction
 from trimtab.errors import ContextOverflow, InvalidRequest, NotFound
-from trimtab.server.attention import IMPLEMENTATION
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.model.attention import IMPLEMENTATION
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

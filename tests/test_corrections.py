@@ -17,10 +17,10 @@ from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, NotFound
 from trimtab.server import corrections, front_door, sources
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.engine import Engine
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.service import Service
 from trimtab.steering.adapter import adapter_files
 from trimtab.steering.bank import Bank

@@ -10,9 +10,9 @@ import yaml
 
 from scripted import ScriptedEngine, say, scripted_app
 from trimtab.cli import build_parser
-from trimtab.server.engine import EngineStats
+from trimtab.server.engine.engine import EngineStats
+from trimtab.server.engine.request import Steering
 from trimtab.server.metrics import Metrics
-from trimtab.server.request import Steering
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

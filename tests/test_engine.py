@@ -10,11 +10,11 @@ import pytest
 
 from tiny import tiny_base, tiny_correction
 from trimtab.errors import ContextOverflow, EngineStopped, NotFound, Overloaded
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 WAIT = 60  # seconds before a test gives up on an event

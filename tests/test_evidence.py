@@ -10,8 +10,8 @@ import torch
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.cli import main
-from trimtab.server import base as base_module
-from trimtab.server.core import Core
+from trimtab.server.engine.core import Core
+from trimtab.server.model import base as base_module
 from trimtab.steering import teacher as teacher_module
 from trimtab.steering.correction import HeadCorrection
 from trimtab.steering.folder import load, save

@@ -21,8 +21,8 @@ import pytest
 from scripted import loopback
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
 from trimtab.steering.bank import Bank
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,9 +8,9 @@ import torch
 
 from tiny import tiny_base
 from trimtab.errors import TaskError
-from trimtab.server.base import Base
-from trimtab.server.core import Core
-from trimtab.server.request import Receipt, Request, SamplingParams
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Receipt, Request, SamplingParams
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import Features, cache_features

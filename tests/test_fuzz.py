@@ -27,9 +27,9 @@ from schemathesis.specs.openapi.checks import (
 from scripted import loopback
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
 from trimtab.server.corrections import changes
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
 from trimtab.steering.bank import Bank
 
 CASES = int(os.environ.get("TRIMTAB_FUZZ", "100"))

@@ -9,13 +9,14 @@ import torch
 from tiny import FAMILIES, tiny_base, tiny_correction, tiny_lora
 from trimtab.kernels import layer_reference, slot_attention_reference
 from trimtab.kernels.dispatch import LayerKernels
-from trimtab.server import base as base_module
-from trimtab.server import kv, runner
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.graphs import batch_sizes
-from trimtab.server.request import Request, SamplingParams, Steering, Structure
+from trimtab.server.engine import runner
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
+from trimtab.server.model import base as base_module
+from trimtab.server.model import kv
+from trimtab.server.model.base import Base
+from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
 
 REFERENCE = LayerKernels(

@@ -9,8 +9,8 @@ import pytest
 
 from scripted import EOS, ScriptedEngine, event, in_memory, loopback, say, scripted_app
 from trimtab.errors import Forbidden, InvalidRequest, Unauthorized
+from trimtab.server.engine.request import Event, Request
 from trimtab.server.keys import Keys, choose_keys
-from trimtab.server.request import Event, Request
 
 VARIABLE = "TRIMTAB_TEST_KEY"
 BODY = {"prompt": "ab"}

@@ -9,8 +9,8 @@ import torch
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.core import Core
+from trimtab.server.engine.core import Core
+from trimtab.server.model.base import Base
 from trimtab.steering.evaluate import Difference, Policy
 from trimtab.steering.gate import Gate
 from trimtab.steering.ladder import Climbed, Entrants, Row, climb

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tiny import tiny_base, tiny_model
-from trimtab.server.linear import PackedLinear, copy_unpacked
+from trimtab.server.model.linear import PackedLinear, copy_unpacked
 
 
 def test_the_copy_is_the_model_as_it_was_loaded() -> None:

@@ -10,8 +10,8 @@ import torch
 from scripted import loopback
 from tiny import tiny_base, tiny_model
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
 from trimtab.steering.bank import Bank
 
 completions = pytest.importorskip("lm_eval.models.openai_completions")

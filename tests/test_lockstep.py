@@ -10,11 +10,12 @@ import torch
 from tiny import tiny_base, tiny_correction
 from trimtab.kernels import layer_reference, slot_attention_reference
 from trimtab.kernels.dispatch import LayerKernels
-from trimtab.server import base as base_module
-from trimtab.server import kv, runner
-from trimtab.server.base import Base
-from trimtab.server.core import Core
-from trimtab.server.request import Steering
+from trimtab.server.engine import runner
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Steering
+from trimtab.server.model import base as base_module
+from trimtab.server.model import kv
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 from trimtab.steering.lockstep import Choose, Turn, Written, answer_sharpened, rollout_of, watched, write

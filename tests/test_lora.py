@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tiny import tiny_base, tiny_model
 from trimtab.errors import InvalidRequest, TaskError
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import lora
 from trimtab.steering.adapter import WEIGHTS_FILE
 from trimtab.steering.config import FitConfig

@@ -6,8 +6,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scripted import ScriptedEngine, event, ids, in_memory, say
 from trimtab.server import metrics
+from trimtab.server.engine.request import Event, Request, Steering
 from trimtab.server.metrics import Metrics
-from trimtab.server.request import Event, Request, Steering
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 CHAT_PATH = "/v1/chat/completions"

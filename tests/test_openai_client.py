@@ -11,9 +11,9 @@ from openai import OpenAI
 from scripted import loopback
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine, OnEvents
-from trimtab.server.request import Event
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine, OnEvents
+from trimtab.server.engine.request import Event
 from trimtab.steering.bank import Bank
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]

@@ -1,5 +1,6 @@
 """What is shipped: every module, nothing else, and a base install that stays light."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_folders_cannot_shadow_other_packages() -> None:
     """`kernels` is another package's import name: without an __init__ here it is never found at the root."""
     inits = {file for file in module_files() if file.endswith("__init__.py")}
     assert inits == {"__init__.py", "clients/__init__.py", "server/vllm_plugin/__init__.py"}
+
+
+@pytest.mark.parametrize(("folder", "knows"), [("model", {"model"}), ("engine", {"engine", "model"})])
+def test_data_flows_one_way_through_the_server(folder: str, knows: set[str]) -> None:
+    """HTTP knows the engine, which knows the model; neither knows who calls it."""
+    files = [*(ROOT / "server" / folder).glob("*.py")]
+    imported = {name for file in files for name in re.findall(r"trimtab\.server(?:\.(\w+))?", file.read_text())}
+    assert imported == knows
 
 
 def test_the_base_import_is_light() -> None:

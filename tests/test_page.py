@@ -22,9 +22,9 @@ from trimtab.cli import build_parser
 from trimtab.errors import EngineFailure, Overloaded
 from trimtab.server import page
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Event, Request
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import HeadCorrection
 

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tiny import SPECIAL, tiny_tokenizer
-from trimtab.server.pieces import Pieces
+from trimtab.server.engine.pieces import Pieces
 
 BYTE_LEVEL = Pieces(tiny_tokenizer())
 PIECES = ["<unk>", "<s>", "</s>", "\u2581", "\u2581the", "cat", "é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0x0A>"]

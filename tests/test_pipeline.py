@@ -10,7 +10,7 @@ import torch
 
 from tiny import tiny_base
 from trimtab.errors import InvalidRequest, TaskError
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import check

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tiny import tiny_tokenizer
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
-from trimtab.server.pieces import Pieces
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 
 HI = [{"role": "user", "content": "hi"}]

@@ -77,11 +77,14 @@ def test_every_path_in_the_tree_exists_and_every_file_is_in_it() -> None:
     (tree,) = re.findall(r"```\n(server/ .*?)```", README, re.DOTALL)
     folder, named = "", set()
     for line in tree.splitlines():
-        top = re.match(r"(\w+)/ ", line)
-        folder = top[1] if top else folder if line.startswith(" ") else ""
-        named |= {
-            f"{folder}/{name}" if folder else name for name in re.findall(r"\b\w+\.py\b", line) if name != "test_.py"
-        }
+        if top := re.match(r"(\w+)/ ", line):
+            folder = top[1]
+        elif below := re.match(r"  (\w+)/ ", line):
+            folder = f"{folder.split('/')[0]}/{below[1]}"
+        elif not line.startswith(" "):
+            folder = ""
+        files = set(re.findall(r"\b\w+\.py\b", line)) - {"test_.py"}
+        named |= {f"{folder}/{name}" if folder else name for name in files}
     missing = {path for path in named if not (ROOT / path).exists()}
     assert missing == set()
     assert {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))} <= set(

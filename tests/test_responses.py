@@ -11,9 +11,9 @@ from openai.types.responses import Response
 
 from scripted import TOKENIZER, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app
 from trimtab.errors import EngineFailure, Overloaded
-from trimtab.server.request import Event, Request
-from trimtab.server.response_body import ResponseBody
-from trimtab.server.response_events import Writer
+from trimtab.server.engine.request import Event, Request
+from trimtab.server.responses.body import ResponseBody
+from trimtab.server.responses.events import Writer
 
 PATH = "/v1/responses"
 TEXT = "Hello 😀 wörld!"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tiny import tiny_base, tiny_correction
-from trimtab.server.base import Base
-from trimtab.server.core import Core
-from trimtab.server.request import Steering
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Steering
+from trimtab.server.model.base import Base
 from trimtab.steering import rollouts as module
 from trimtab.steering.bank import Bank
 from trimtab.steering.problem import Problem, Split

@@ -7,8 +7,8 @@ import pytest
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, NotFound
-from trimtab.server.request import Budget, GateKind, Steering
-from trimtab.server.rule import Beside, Rule, rule_for
+from trimtab.server.engine.request import Budget, GateKind, Steering
+from trimtab.server.engine.rule import Beside, Rule, rule_for
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.gate import KINDS, Gate

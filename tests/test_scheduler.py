@@ -2,10 +2,10 @@
 
 import pytest
 
-from trimtab.server.request import Request
-from trimtab.server.rule import Rule
-from trimtab.server.scheduler import Scheduler
-from trimtab.server.sequence import Row, Sequence
+from trimtab.server.engine.request import Request
+from trimtab.server.engine.rule import Rule
+from trimtab.server.engine.scheduler import Scheduler
+from trimtab.server.engine.sequence import Row, Sequence
 
 
 def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1, beside: Row | None = None) -> Sequence:

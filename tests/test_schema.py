@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.request import SamplingParams
+from trimtab.server.engine.request import SamplingParams
 from trimtab.server.schema import ChatBody, CompletionBody
 from trimtab.server.stream import TextRules
 

@@ -12,10 +12,10 @@ import torch
 from scripted import loopback
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
-from trimtab.server.pieces import Pieces
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.model.base import Base
 from trimtab.server.prompt_scores import find_offsets
 from trimtab.steering.bank import Bank
 

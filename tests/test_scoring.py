@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 from scripted import loopback
 from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model
 from trimtab.errors import ContextOverflow, InvalidRequest
-from trimtab.server import scoring
 from trimtab.server.app import create_app
-from trimtab.server.base import Base, load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.engine import Engine
-from trimtab.server.request import Budget, Event, Receipt, Request, SamplingParams, Steering
-from trimtab.server.weights import locate
+from trimtab.server.engine import scoring
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.model.base import Base, load_base
+from trimtab.server.model.weights import locate
 from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 

@@ -13,9 +13,9 @@ from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokeniz
 from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
-from trimtab.server.core import Core
 from trimtab.server.drain import DrainingServer
-from trimtab.server.request import Request, SamplingParams, Steering
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.steering.adapter import adapter_files
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.folder import save
@@ -71,7 +71,7 @@ def test_what_an_operator_cannot_mean_is_said_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(serve.API_VARIABLE, raising=False)
-    monkeypatch.setattr("trimtab.server.base.load_base", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("trimtab.server.model.base.load_base", lambda *_: pytest.fail("it was loaded"))
     monkeypatch.setattr("trimtab.server.logs.configure", lambda *_: None)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     args = build_parser().parse_args(["serve", "demo", *flags])

@@ -8,9 +8,9 @@ import pytest
 from scripted import loopback
 from trimtab.clients import Client
 from trimtab.server.app import create_app
-from trimtab.server.base import load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
+from trimtab.server.model.base import load_base
 from trimtab.server.serve import DEMO_CORRECTION, load_bank
 from trimtab.steering.folder import load
 

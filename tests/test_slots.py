@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.server import slots as slots_module
-from trimtab.server.slots import Slots
+from trimtab.server.engine import slots as slots_module
+from trimtab.server.engine.slots import Slots
 
 tokens = st.lists(st.integers(0, 1), max_size=14)
 histories = st.lists(st.tuples(st.integers(-1, 1), tokens, st.integers(0, 14)), min_size=1, max_size=5)

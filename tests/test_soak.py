@@ -16,10 +16,10 @@ import torch
 from scripted import loopback
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.server.app import create_app
-from trimtab.server.base import Base, load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.engine import Engine
+from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 

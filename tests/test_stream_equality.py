@@ -16,10 +16,10 @@ import pytest
 from scripted import ScriptedEngine, in_memory, loopback, say
 from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
-from trimtab.server.base import load_base
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Event, Request
+from trimtab.server.model.base import load_base
 from trimtab.steering.bank import Bank
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")

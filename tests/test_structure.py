@@ -13,11 +13,11 @@ from tokenizers import AddedToken
 from schemas import SCHEMAS
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest
-from trimtab.server.base import Base, load_base, prepare
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Request, SamplingParams, Structure
-from trimtab.server.structure import Grammars, Matcher, bitmask
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Structure
+from trimtab.server.engine.structure import Grammars, Matcher, bitmask
+from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.steering.bank import Bank
 
 SAMPLES = 12

@@ -12,8 +12,8 @@ from scripted import loopback
 from tiny import tiny_base, tiny_correction, tiny_tokenizer
 from trimtab.errors import InvalidRequest
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine
 from trimtab.server.schema import ChatBody, CompletionBody
 from trimtab.steering.bank import Bank
 

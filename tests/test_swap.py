@@ -11,11 +11,11 @@ import torch
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.engine import Engine
-from trimtab.server.request import Event, Request, SamplingParams, Steering
-from trimtab.server.rule import rule_for
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.engine import Engine
+from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.rule import rule_for
 from trimtab.server.swap import Swap
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction

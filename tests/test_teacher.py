@@ -9,8 +9,8 @@ import torch
 
 from tiny import tiny_base
 from trimtab.errors import CorrectionError, UnsupportedModel
-from trimtab.server.base import Base
-from trimtab.server.linear import PackedLinear
+from trimtab.server.model.base import Base
+from trimtab.server.model.linear import PackedLinear
 from trimtab.steering import lora, teacher
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import CANDIDATES, cache_features, states_of

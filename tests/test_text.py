@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, TaskError
-from trimtab.server.base import Base
+from trimtab.server.model.base import Base
 from trimtab.steering import text as text_module
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection
 from trimtab.steering.folder import save

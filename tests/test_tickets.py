@@ -8,7 +8,7 @@ import pytest
 
 from scripted import ScriptedEngine, event, say
 from trimtab.errors import EngineStopped, Overloaded
-from trimtab.server.request import Event, Request
+from trimtab.server.engine.request import Event, Request
 from trimtab.server.tickets import Ticket, Tickets
 from trimtab.server.wire import ClientGone, or_gone
 

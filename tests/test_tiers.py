@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest
-from trimtab.server.attention import KVBatch, Span
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import LoraCorrection
 from trimtab.steering.gate import Gate

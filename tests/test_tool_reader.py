@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.server.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat
-from trimtab.server.tool_reader import CallReader
+from trimtab.server.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat
+from trimtab.server.tools.reader import CallReader
 
 FORMATS = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "named": MISTRAL_NAMED}
 NAMES = {"f", "get_weather", "größe"}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tiny import TEMPLATE, tiny_tokenizer
-from trimtab.server.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat, format_of
-from trimtab.server.tool_template import ToolTemplate
+from trimtab.server.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat, format_of
+from trimtab.server.tools.template import ToolTemplate
 
 TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 SHOWS = "{{ tools | tojson }}"

@@ -16,14 +16,14 @@ from pydantic import BaseModel
 from scripted import BASE, EOS, Script, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_bank
 from tiny import TEMPLATE, tiny_base, tiny_correction, tiny_tokenizer
 from trimtab.server.app import create_app
-from trimtab.server.config import EngineConfig
-from trimtab.server.engine import Engine as RealEngine
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Budget, Request, Structure
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.engine import Engine as RealEngine
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Budget, Request, Structure
+from trimtab.server.engine.structure import Grammars
 from trimtab.server.schema import ChatBody
-from trimtab.server.structure import Grammars
-from trimtab.server.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat
-from trimtab.server.tools import ToolUse
+from trimtab.server.tools.calls import ToolUse
+from trimtab.server.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, ToolFormat
 from trimtab.steering.bank import Bank
 
 CHAT_PATH = "/v1/chat/completions"

@@ -12,9 +12,9 @@ PROGRAM = """
 import torch
 from tiny import tiny_base, tiny_correction
 from trimtab.kernels.step import step
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Request, SamplingParams, Steering, Structure
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.steering.bank import Bank
 
 torch.set_num_threads(1)

@@ -21,11 +21,11 @@ from fake_vllm import PLUGIN, Engine, FakeVllm, Running, SamplingParams, V1Runne
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import CorrectionError, EngineFailure, UnsupportedModel
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Budget, Request, Steering
-from trimtab.server.request import SamplingParams as Sampling
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Budget, Request, Steering
+from trimtab.server.engine.request import SamplingParams as Sampling
+from trimtab.server.model.base import Base
 from trimtab.server.vllm_plugin.base import check_weights
 from trimtab.server.vllm_plugin.settings import read_settings
 from trimtab.steering.bank import Bank

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from trimtab.server.attention import IMPLEMENTATION
-from trimtab.server.base import Base, prepare
+from trimtab.server.model.attention import IMPLEMENTATION
+from trimtab.server.model.base import Base, prepare
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.correction import HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from trimtab.errors import InvalidRequest, NotFound
-from trimtab.server.request import Mode
-from trimtab.server.rule import Rule, rule_for
+from trimtab.server.engine.request import Mode
+from trimtab.server.engine.rule import Rule, rule_for
 from trimtab.server.steering_body import SteeringBody
 from trimtab.steering.bank import Bank
 

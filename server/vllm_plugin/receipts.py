@@ -20,8 +20,8 @@ from prometheus_client import Counter
 from torch import Tensor
 
 from trimtab.kernels.record import FIRED, OPEN, StepRecord, pack, unpack
+from trimtab.server.engine.request import Receipt
 from trimtab.server.receipts import finite
-from trimtab.server.request import Receipt
 from trimtab.server.vllm_plugin.ask import Asked
 
 _PATIENCE = 5.0  # seconds that a process which ends waits for its last lines

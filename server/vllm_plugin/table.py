@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from trimtab.kernels.record import RowParams
-from trimtab.server.rule import GATES
-from trimtab.server.staging import stage
+from trimtab.server.engine.rule import GATES
+from trimtab.server.model.staging import stage
 from trimtab.server.vllm_plugin.ask import Asked
 
 Rows = npt.NDArray[np.int64]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from trimtab.server.budget import Allowance
-from trimtab.server.constraint import Constraint
-from trimtab.server.request import FinishReason, Request
-from trimtab.server.rule import Rule
-from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.engine.budget import Allowance
+from trimtab.server.engine.constraint import Constraint
+from trimtab.server.engine.request import FinishReason, Request
+from trimtab.server.engine.rule import Rule
+from trimtab.server.engine.slots import NO_ADAPTER
 
 
 @dataclass(eq=False)

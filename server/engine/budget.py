@@ -8,8 +8,8 @@ alone: the device is told a row's gate is shut.
     while allowance.open ...: allowance.take(token, fired)
 """
 
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Budget
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Budget
 
 
 class Allowance:

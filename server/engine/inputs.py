@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trimtab.kernels import philox
 from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, Masks, RowParams, StepInputs
-from trimtab.server.sequence import Sequence
-from trimtab.server.slate import Slate, Slots
-from trimtab.server.staging import stage
+from trimtab.server.engine.sequence import Sequence
+from trimtab.server.engine.slate import Slate, Slots
+from trimtab.server.model.staging import stage
 
 
 class Sampling(NamedTuple):

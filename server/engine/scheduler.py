@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from trimtab.server.sequence import Row, Sequence
-from trimtab.server.slots import BLOCK, Slots
+from trimtab.server.engine.sequence import Row, Sequence
+from trimtab.server.engine.slots import BLOCK, Slots
 
 
 class Work(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from trimtab.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from trimtab.server.rule import Rule
+    from trimtab.server.engine.rule import Rule
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]

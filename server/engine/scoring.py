@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.record import FIRED, OPEN, StepRecord
-from trimtab.server.scheduler import Work
-from trimtab.server.sequence import Row
-from trimtab.server.sequence import Sequence as Choice
+from trimtab.server.engine.scheduler import Work
+from trimtab.server.engine.sequence import Row
+from trimtab.server.engine.sequence import Sequence as Choice
 
 PIECE = 64  # positions a step: with 150000 tokens, logits of 20 to 40 MB
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from trimtab.errors import InvalidRequest
 from trimtab.kernels.places import Places
-from trimtab.server.attention import FixedBatch
-from trimtab.server.base import Base
-from trimtab.server.kv import KVCache
+from trimtab.server.model.attention import FixedBatch
+from trimtab.server.model.base import Base
+from trimtab.server.model.kv import KVCache
 
 Replay = Callable[[], None]
 

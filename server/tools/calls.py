@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.catalogue import Chosen
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import TOOL_CALLS, Structure
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import TOOL_CALLS, Structure
+from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.structure import WHITESPACE
 from trimtab.server.schema import ChatBody
-from trimtab.server.slots import NO_ADAPTER
 from trimtab.server.stream import TextRules
-from trimtab.server.structure import WHITESPACE
-from trimtab.server.tool_body import NamedTool
-from trimtab.server.tool_formats import Callee, ToolFormat
-from trimtab.server.tool_reader import CallReader
+from trimtab.server.tools.body import NamedTool
+from trimtab.server.tools.formats import Callee, ToolFormat
+from trimtab.server.tools.reader import CallReader
 
 
 @dataclass(frozen=True)

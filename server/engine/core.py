@@ -18,21 +18,21 @@ from typing import Any
 from trimtab.errors import EngineFailure
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
-from trimtab.server.adapters import Placed
-from trimtab.server.admission import Admission
-from trimtab.server.base import Base
-from trimtab.server.budget import Allowance
-from trimtab.server.config import EngineConfig
-from trimtab.server.constraint import Constraint
-from trimtab.server.inputs import Sampling
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Event, Receipt, Request, SamplingParams, Steering
-from trimtab.server.rule import Rule
-from trimtab.server.runner import Forward, Runner
-from trimtab.server.scheduler import Scheduler
-from trimtab.server.sequence import Row, Scores, Sequence
-from trimtab.server.slots import NO_ADAPTER
-from trimtab.server.structure import Grammars
+from trimtab.server.engine.admission import Admission
+from trimtab.server.engine.budget import Allowance
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.constraint import Constraint
+from trimtab.server.engine.inputs import Sampling
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.engine.rule import Rule
+from trimtab.server.engine.runner import Forward, Runner
+from trimtab.server.engine.scheduler import Scheduler
+from trimtab.server.engine.sequence import Row, Scores, Sequence
+from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.structure import Grammars
+from trimtab.server.model.adapters import Placed
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Draft
 from trimtab.steering.correction import ContrastCorrection
 

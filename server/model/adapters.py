@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import CorrectionError
-from trimtab.server.linear import PackedLinear
+from trimtab.server.model.linear import PackedLinear
 from trimtab.steering.adapter import Adapter
 from trimtab.steering.bank import Entry
 

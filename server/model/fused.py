@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.kernels.places import Places, Rotary
-from trimtab.server.kv import KVCache
+from trimtab.server.model.kv import KVCache
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -21,9 +21,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 from llguidance.hf import from_tokenizer
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.json_schema import read_schema
-from trimtab.server.pieces import Pieces
-from trimtab.server.request import Structure
+from trimtab.server.engine.json_schema import read_schema
+from trimtab.server.engine.pieces import Pieces
+from trimtab.server.engine.request import Structure
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

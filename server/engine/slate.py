@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.server.rule import GATES
-from trimtab.server.sequence import Sequence
+from trimtab.server.engine.rule import GATES
+from trimtab.server.engine.sequence import Sequence
 
 _DRAWS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _ACTS = ("strength", "tau", "ceiling", "kl_cap")

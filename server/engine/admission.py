@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from trimtab.errors import ContextOverflow, InvalidRequest
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.request import Request
-from trimtab.server.rule import Beside, rule_for
-from trimtab.server.slots import NO_ADAPTER
-from trimtab.server.structure import Grammars
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.request import Request
+from trimtab.server.engine.rule import Beside, rule_for
+from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.structure import Grammars
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 

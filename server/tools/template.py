@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.server.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, format_of
+from trimtab.server.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, format_of
 
 Message = Mapping[str, Any]
 

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UnsupportedModel
 from trimtab.kernels.dispatch import LayerKernels, layers_for
-from trimtab.server.adapters import AdaptedLayers
-from trimtab.server.attention import IMPLEMENTATION, FixedBatch, KVBatch, Span
-from trimtab.server.fused import FusedDecoder, can_fuse
-from trimtab.server.kv import KVCache
-from trimtab.server.linear import pack_linears
-from trimtab.server.staging import stage
-from trimtab.server.weights import locate
+from trimtab.server.model.adapters import AdaptedLayers
+from trimtab.server.model.attention import IMPLEMENTATION, FixedBatch, KVBatch, Span
+from trimtab.server.model.fused import FusedDecoder, can_fuse
+from trimtab.server.model.kv import KVCache
+from trimtab.server.model.linear import pack_linears
+from trimtab.server.model.staging import stage
+from trimtab.server.model.weights import locate
 from trimtab.steering.identity import identify
 
 log = logging.getLogger(__name__)

@@ -15,17 +15,17 @@ from torch import Tensor
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
 from trimtab.kernels.record import StepRecord, pack, unpack
-from trimtab.server.adapters import Placed, Shelf
-from trimtab.server.attention import KVBatch, Span
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.graphs import DecodeGraphs
-from trimtab.server.inputs import Sampling, build_inputs
-from trimtab.server.scheduler import Work
-from trimtab.server.scoring import Scored, allow, keep_states, overruled, pieces, take_ready
-from trimtab.server.sequence import Sequence
-from trimtab.server.slate import Slate
-from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.inputs import Sampling, build_inputs
+from trimtab.server.engine.scheduler import Work
+from trimtab.server.engine.scoring import Scored, allow, keep_states, overruled, pieces, take_ready
+from trimtab.server.engine.sequence import Sequence
+from trimtab.server.engine.slate import Slate
+from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.model.adapters import Placed, Shelf
+from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.base import Base
+from trimtab.server.model.graphs import DecodeGraphs
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import LoraCorrection
 

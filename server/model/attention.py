@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 
 from trimtab.errors import UnsupportedModel
 from trimtab.kernels.places import Places
-from trimtab.server.adapters import Placed, group_tokens
-from trimtab.server.kv import KVCache
-from trimtab.server.staging import stage
+from trimtab.server.model.adapters import Placed, group_tokens
+from trimtab.server.model.kv import KVCache
+from trimtab.server.model.staging import stage
 
 IMPLEMENTATION = "trimtab"
 _NONE: Mapping[int, Placed] = {}

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
-from trimtab.server.request import Budget, GateKind, Steering
-from trimtab.server.slots import NO_ADAPTER
+from trimtab.server.engine.request import Budget, GateKind, Steering
+from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection, Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from trimtab.server.pieces import Pieces
+from trimtab.server.engine.pieces import Pieces
 
 # As json.dumps writes, and so the chat templates that a model has learnt from.
 _LAYOUT: dict[str, JsonValue] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

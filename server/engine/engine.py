@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from trimtab.errors import EngineFailure, EngineStopped, Overloaded
-from trimtab.server.base import Base
-from trimtab.server.config import EngineConfig
-from trimtab.server.core import Core
-from trimtab.server.request import Event, FinishReason, Request, Structure
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.engine.request import Event, FinishReason, Request, Structure
+from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.response_items import CallItem, Extensible, Items, MessageItem, OutputItem, text_of
+from trimtab.server.responses.items import CallItem, Extensible, Items, MessageItem, OutputItem, text_of
 from trimtab.server.schema import Body, ChatBody
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`

@@ -12,8 +12,8 @@ from trimtab.errors import InvalidRequest
 from trimtab.server import chat
 from trimtab.server.generation import KEEP_ALIVE, Generation
 from trimtab.server.http_errors import failure
-from trimtab.server.response_body import ResponseBody, field_of_response
-from trimtab.server.response_events import Writer, dumps, encode
+from trimtab.server.responses.body import ResponseBody, field_of_response
+from trimtab.server.responses.events import Writer, dumps, encode
 from trimtab.server.service import Service
 from trimtab.server.tickets import Ticket
 

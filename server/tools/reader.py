@@ -15,8 +15,8 @@ import secrets
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from trimtab.server.json_object import JsonExtent, members
-from trimtab.server.tool_formats import ToolFormat
+from trimtab.server.tools.formats import ToolFormat
+from trimtab.server.tools.json_object import JsonExtent, members
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')

@@ -10,8 +10,8 @@ are as legal as without a constraint.
 
 import numpy as np
 
-from trimtab.server.request import SamplingParams
-from trimtab.server.structure import Matcher, Words, bitmask
+from trimtab.server.engine.request import SamplingParams
+from trimtab.server.engine.structure import Matcher, Words, bitmask
 
 
 class Constraint:
