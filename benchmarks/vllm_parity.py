@@ -13,17 +13,17 @@ Invariant: exit code 0 says that every check below held; each is counted, and no
 import argparse
 import asyncio
 import json
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import machine
+from engine_process import ask_engine
+from vllm_checks import agree, check, read_log, read_metrics
 from vllm_server import CHUNK, serving
 
 from trimtab.server.model.weights import locate
@@ -66,11 +66,7 @@ def main() -> int:
     parser.add_argument("--runner", choices=["v1", "v2"], help="default: vLLM's choice")
     parser.add_argument("--engine", default=sys.executable, metavar="PYTHON", help="which runs our engine")
     parser.add_argument("--out", type=Path, help="folder for parity.json and parity.md")
-    parser.add_argument("--as-engine", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.as_engine:
-        json.dump(run_engine(json.load(sys.stdin)), sys.stdout)
-        return 0
     result = compare(args)
     print(card(result))
     print(json.dumps(result))
@@ -109,9 +105,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             runner = second.runner
         logs = {file.stem: read_log(file) for file in sorted(Path(folder).glob("*.jsonl"))}
     asked = [(prompt, rule) for prompt, rule in zip(prompts, rules, strict=True) if rule is not None]
-    ours = call_engine(args, path, asked)
+    ours = ask_engine(args.engine, path, args.correction, args.tokens, asked)
     receipts = logs["receipts-0"]
-    checks = check(args, plain, mixed, alone, untouched, refused, ours, rules, receipts)
+    checks = check(args.tokens, plain, mixed, alone, untouched, refused, ours, rules, receipts)
     if args.tensor_parallel > 1:
         checks["every rank wrote the same receipts, bit for bit"] = agree(list(logs.values()), args.tensor_parallel)
     steps = [
@@ -137,80 +133,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "metrics": counted,
         "checks": checks,
         "seconds": round(time.time() - began, 1),
-        "vllm": vllm_version(),
+        "vllm": version("vllm"),
         "machine": here,
     }
-
-
-def check(
-    args: argparse.Namespace,
-    plain: list[Any],
-    mixed: list[Any],
-    alone: list[Any],
-    untouched: list[Any],
-    refused: dict[str, tuple[int, str]],
-    ours: list[dict[str, Any]],
-    rules: list[Any],
-    receipts: dict[str, list[dict[str, Any]]],
-) -> dict[str, dict[str, int]]:
-    """What must hold -> of how many cases it did."""
-    off = [i for i, rule in enumerate(rules) if rule is None]
-    on = [i for i, rule in enumerate(rules) if rule is not None]
-    logged = [receipts.get(mixed[i][0], []) for i in on]
-    steps = [
-        (line, token)
-        for i, lines in zip(on, logged, strict=True)
-        for line, token in zip(lines, mixed[i][1], strict=False)
-    ]
-    pairs = [
-        (line, one)
-        for lines, answer in zip(logged, ours, strict=True)
-        for line, one in zip(lines, answer["steps"], strict=False)
-    ]
-    same = ("open", "fired", "base_token", "steered_token")
-    return {
-        "rows that are off equal vLLM without the plugin": tally(mixed[i][1] == plain[i][1] for i in off),
-        "steered rows equal our engine's tokens": tally(
-            mixed[i][1] == answer["tokens"] for i, answer in zip(on, ours, strict=True)
-        ),
-        "steered rows differ from the base's somewhere": tally([any(mixed[i][1] != plain[i][1] for i in on)]),
-        "a steered row alone equals the same in the batch": tally(
-            one[1] == mixed[i][1] for i, one in zip(range(1, 6, 2), alone, strict=True)
-        ),
-        "shadow, strength 0 and off equal vLLM without the plugin": tally(
-            one[1] == plain[i][1] for i, one in enumerate(untouched)
-        ),
-        "a receipt for each token, in order": tally(
-            [line["position"] for line in lines] == list(range(args.tokens)) for lines in logged
-        ),
-        "no receipt for a row that is off": tally(mixed[i][0] not in receipts for i in off),
-        "each steered step is a gated step": tally(line["open"] for line, _ in steps if line["fired"]),
-        "where the gate is shut, the token is the base's": tally(
-            token == line["base_token"] for line, token in steps if not line["open"]
-        ),
-        "the token is the steered distribution's best": tally(token == line["steered_token"] for line, token in steps),
-        "receipts equal our engine's": tally(
-            all(line[name] == one[name] for name in same) and abs(line["entropy"] - one["entropy"]) < 1e-3
-            for line, one in pairs
-        ),
-        "a bad value is HTTP 400 and is named": tally(
-            status == 400 and f"vllm_xargs.{key}" in text for key, (status, text) in refused.items()
-        ),
-    }
-
-
-def tally(held: Any) -> dict[str, int]:
-    found = [bool(one) for one in held]
-    return {"held": sum(found), "cases": len(found)}
-
-
-def agree(logs: list[dict[str, list[dict[str, Any]]]], ranks: int) -> dict[str, int]:
-    """Receipts of every rank, compared with the first's."""
-    if len(logs) != ranks:
-        return {"held": 0, "cases": 1}
-    first = [line for lines in logs[0].values() for line in lines]
-    others = [[log.get(line["request"], []) for log in logs[1:]] for line in first]
-    return tally(all(line in found for found in others_of) for line, others_of in zip(first, others, strict=True))
 
 
 def make_prompts(path: str, count: int) -> list[list[int]]:
@@ -266,67 +191,6 @@ def body(prompt: list[int], tokens: int) -> dict[str, Any]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-
-
-def read_log(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """By request, in order; vLLM adds a random suffix to the id that it tells."""
-    found = defaultdict(list)
-    for line in file.read_text().splitlines():
-        told = json.loads(line)
-        told["request"] = re.sub(r"(-\d+)-[0-9a-f]{8}$", r"\1", told["request"])
-        found[told["request"]].append(told)
-    return dict(found)
-
-
-def read_metrics(text: str) -> dict[str, float]:
-    """Ours, and the prefix cache's."""
-    found: dict[str, float] = defaultdict(float)
-    for name, value in re.findall(r"^(trimtab:\w+_total|vllm:prefix_cache_hits_total)\S* (\S+)$", text, re.MULTILINE):
-        found[name] += float(value)
-    return dict(found)
-
-
-def call_engine(args: argparse.Namespace, path: str, asked: list[tuple[list[int], Any]]) -> list[dict[str, Any]]:
-    """Our engine's answers, from a process of its own, which may be another installation's."""
-    told = {"model": path, "correction": str(args.correction), "tokens": args.tokens, "asked": asked}
-    command = [args.engine, __file__, "--as-engine"]
-    ran = subprocess.run(command, input=json.dumps(told), capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found: list[dict[str, Any]] = json.loads(ran.stdout)
-    return found
-
-
-def run_engine(told: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steered requests through our engine, together: tokens and receipts."""
-    from trimtab.server.engine.config import EngineConfig
-    from trimtab.server.engine.core import Core
-    from trimtab.server.engine.request import Request, SamplingParams, Steering
-    from trimtab.server.model.base import load_base
-    from trimtab.steering.bank import Bank
-    from trimtab.steering.correction import check as check_base
-
-    base, correction = load_base(told["model"], "float32", "cpu"), load(told["correction"])
-    check_base(correction, base.identity)
-    bank = Bank(base.hidden, "cpu")
-    bank.add(correction)
-    sampling = SamplingParams(temperature=0, max_tokens=told["tokens"], ignore_eos=True)
-    requests = [
-        Request(str(i), tuple(prompt), sampling, Steering(correction.name, **rule))
-        for i, (prompt, rule) in enumerate(told["asked"])
-    ]
-    answers: list[dict[str, Any]] = [{"tokens": [], "steps": []} for _ in requests]
-    for event in Core(base, bank, EngineConfig(slots=16, max_model_len=1024)).run(requests):
-        assert event.error is None, event.error
-        assert event.receipt is not None
-        answers[int(event.request_id)]["tokens"].append(event.token)
-        answers[int(event.request_id)]["steps"].append(event.receipt._asdict())
-    return answers
-
-
-def vllm_version() -> str:
-    from importlib.metadata import version
-
-    return version("vllm")
 
 
 def card(result: dict[str, Any]) -> str:
