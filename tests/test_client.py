@@ -63,14 +63,17 @@ def test_all_that_steering_can_say_is_sent_as_it_is(both: Both) -> None:
     server = Server(httpx.Response(200, json=COMPLETION))
     steering = Steering(
         corrections={"brief": 1.0, "kind": 0.5}, gate="margin", ceiling=-0.1, rate=0.2, negative_prompt="",
-        budget=Budget(max_steps=3, max_share=0.5, cooldown=0, kl=0.25, until="####", spans=[("<a>", "</a>")]),
+        budget=Budget(
+            max_steps=3, max_share=0.5, cooldown=0, kl=0.25, until="####", structured=True, spans=[("<a>", "</a>")],
+        ),
     )  # fmt: skip
     both.call(server, "complete", "a", steering=steering)
     assert server.body["steering"] == {
         "corrections": {"brief": 1.0, "kind": 0.5}, "gate": "margin", "ceiling": -0.1, "rate": 0.2,
         "negative_prompt": "",
         "budget": {
-            "max_steps": 3, "max_share": 0.5, "cooldown": 0, "kl": 0.25, "until": "####", "spans": [["<a>", "</a>"]],
+            "max_steps": 3, "max_share": 0.5, "cooldown": 0, "kl": 0.25, "until": "####", "structured": True,
+            "spans": [["<a>", "</a>"]],
         },
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering, Structure
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
@@ -91,6 +91,21 @@ STEERINGS = {
     "always": Steering("always"),
     "contrast": Steering("contrast", 1.5, TAU, companion_prompt=NEGATIVE),
 }
+
+
+# inside a structure
+
+
+def test_a_lora_that_is_always_on_says_that_it_acts_inside_a_structure_too(base: Base, bank: Bank) -> None:
+    """It is the model that the grammar holds; a gated one rests there."""
+    structure = Structure("regex", "[ab]{6}")
+    acted = {}
+    for name in ("always", "gated"):
+        sampling = SamplingParams(temperature=0, max_tokens=6)
+        events = run(base, bank, [Request(name, prompt_of(9), sampling, STEERINGS[name], structure=structure)])
+        acted[name] = [receipt.fired for receipt in receipts(events[name, 0])]
+    assert all(acted["always"])
+    assert not any(acted["gated"])
 
 
 # side by side

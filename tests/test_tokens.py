@@ -81,3 +81,10 @@ def test_the_tokenizer_and_the_version_are_told() -> None:
         assert ask("GET", "/version").json() == {"version": __version__}
     assert info["tokenizer_class"] == type(TOKENIZER).__name__
     assert info["chat_template"] == TOKENIZER.chat_template
+
+
+def test_a_tokenizer_with_several_templates_tells_them_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    templates = {"default": TOKENIZER.chat_template, "tool_use": "{{ messages }}"}
+    monkeypatch.setattr(TOKENIZER, "chat_template", templates)
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        assert ask("GET", "/tokenizer_info").json()["chat_template"] == templates
