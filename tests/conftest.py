@@ -17,6 +17,13 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
 
+LONGEST = ("test_readme", "test_fleet", "test_compile", "test_soak", "test_killed")  # files of minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: beside them another process goes through all others, and neither waits at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
 def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Both:
