@@ -22,8 +22,9 @@ from trimtab.kernels import philox
 from trimtab.server.engine.request import Request, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorrection
-from trimtab.steering.evaluate import claim, compare, describe_run, kept, summarise
+from trimtab.steering.evaluate import compare, kept, summarise
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
 from trimtab.steering.lockstep import Choose, Turn, Written, rollout_of, watched, write
@@ -160,6 +161,7 @@ class _Pair:
     def run(self, rule: str, choose: Choose) -> list[Rollout]:
         exam, folder = self._exam, self._folder / rule
         claim(folder, self._facts() | {"rule": rule})
+        score_again(exam.task, exam.problems, folder)
         by_id = {problem.id: problem for problem in exam.problems}
 
         def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:

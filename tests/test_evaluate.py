@@ -2,13 +2,12 @@
 
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 
 from trimtab.errors import InvalidRequest
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
-from trimtab.steering.evaluate import claim, compare, kept, pass_at, summarise, vote
+from trimtab.steering.evaluate import compare, kept, pass_at, summarise, vote
 from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
 from trimtab.steering.problem import Problem, Split
@@ -137,13 +136,6 @@ def test_the_share_of_a_gain_needs_a_gain() -> None:
     assert same is not None
     assert same[2:] == (1.0, 1.0, 1.0)
     assert kept(found, "half", "none", "base") is None
-
-
-def test_a_folder_holds_completions_of_one_policy_only(tmp_path: Path) -> None:
-    claim(tmp_path, {"strength": 1.0, "samples": 2})
-    claim(tmp_path, {"samples": 2, "strength": 1.0})
-    with pytest.raises(InvalidRequest, match=r"strength = 1\.0, and this run has 1\.5: .* another --out"):
-        claim(tmp_path, {"strength": 1.5, "samples": 2})
 
 
 class Demo:
