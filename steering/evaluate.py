@@ -21,6 +21,7 @@ from trimtab.server.engine.request import GateKind, Mode, Steering
 from trimtab.server.engine.rule import rule_for
 from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.folder import digest
+from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
 from trimtab.steering.rollouts import Rollout, Sampling, collect
@@ -51,6 +52,13 @@ class Policy(NamedTuple):
     def steering(self) -> Steering:
         """What the engine is asked."""
         return Steering(self.correction, self.strength, self.tau, self.mode, ceiling=self.ceiling, gate=self.gate)
+
+    def under(self, gate: Gate) -> "Policy":
+        """The same, served by this gate and not by the correction's own."""
+        kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
+        if kind == "always":
+            return self._replace(gate=kind, tau=None, ceiling=None)
+        return self._replace(gate=kind, tau=gate.tau, ceiling=gate.ceiling)
 
 
 class Difference(NamedTuple):

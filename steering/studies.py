@@ -34,7 +34,7 @@ def add_calibrate(subparsers: Subparsers) -> None:
     parser.add_argument("--problems", type=positive, help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all)")
     parser.add_argument("--samples", type=positive, default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
-    parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's")
+    parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
     parser.add_argument("--gate", metavar="KIND", help="change the gate's kind first; needs --rate")
     parser.set_defaults(func=run_calibrate)
 
@@ -67,7 +67,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     facts = {"problems_sha256": fingerprint(problems), "prompts": len(problems), "sampling": sampling._asdict()}
     made = calibrate(correction, gate, seen, args.rates or RATES, args.rate, setting.base.identity, facts)
     save(made, args.correction)
-    print(to_text(made, seen))
+    print(to_text(made, seen, correction))
 
 
 def add_analyze(subparsers: Subparsers) -> None:
