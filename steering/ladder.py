@@ -179,8 +179,9 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
             own = Policy(other.name, other.name)
             rows.append(Row(own, "tier", f"{other.name}, gate {other.gate}"))
     for gated, always, name in loras:
-        rows.append(Row(Policy(gated, name).under(gate), "tier", f"a LoRA, gate {gate}"))
-        on = Policy(always, name, gate="always")
+        strength = entrants.strength if name == entrants.correction.name else None  # the others keep their own
+        rows.append(Row(Policy(gated, name, strength=strength).under(gate), "tier", f"a LoRA, gate {gate}"))
+        on = Policy(always, name, strength=strength, gate="always")
         rows.append(Row(on, "tier", "a LoRA, at every step", measured=False))
         greedy = on._replace(name=f"{always}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", "the same, greedy", measured=False))

@@ -147,10 +147,15 @@ def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
 
 def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -> None:
     exam = EXAM._replace(problems=EXAM.problems[:2])
-    found = climb(base, exam, Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0))), tmp_path)
+    control = tiny_lora(base, "shuffled-rewards", seed=1)
+    entrants = Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0)), [control], strength=0.25)
+    without = frozenset({"base-t0.67", "base-t0.5", "base-open-t0.5"})
+    found = climb(base, exam, entrants._replace(without=without), tmp_path)
     tiers = [row.policy.name for row in found.rows if row.role == "tier"]
     assert tiers == ["contrast", "lora-gated", "lora-always", "lora-always-greedy"]
-    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"]
+    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"] * 2
+    asked = {row.policy.name: row.policy.strength for row in found.rows}
+    assert {asked[name] for name in tiers if name != "contrast"} == {asked["random-gate"]} == {0.25}
 
 
 def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
