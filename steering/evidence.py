@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, settle
+from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, refuse_learned, settle
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -62,6 +62,8 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else _read_file(args.text)
     setting = settle(args, correction)
     problems = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
+    if args.task:
+        refuse_learned(correction, problems)
     exam = setting.exam(problems, args.samples)
     with keep_in(args.out) as folder:
         report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)

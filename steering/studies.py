@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import add_what, keep_in, positive, settle
+from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -99,8 +99,11 @@ def run_analyze(args: argparse.Namespace) -> None:
 
     setting = settle(args, None)
     exam = setting.exam(setting.task.problems("held-out", args.problems), args.samples)
+    tuned = _tuned(args, setting.base)
+    if tuned.correction is not None:
+        refuse_learned(tuned.correction, exam.problems)
     with keep_in(args.out) as folder:
-        study = analyze(exam, setting.base, _tuned(args, setting.base), Gate(args.gate), args.taus, folder)
+        study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus, folder)
         study |= {"benchmark": "analyze", "machine": describe_run("trimtab")}
         if args.out is not None:
             write_json(args.out / "report.json", study)

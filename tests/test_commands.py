@@ -17,11 +17,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
 
-GRADING = """
-def odd(completion, answer): return sum(map(ord, completion)) % 2
-def never(completion, answer): return 0
-def always(completion, answer): return 1
-"""
+GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 SMALL = (
     "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 2 "
     "--learning-rate 0.01 --validation-problems 2 --validation-samples 1 --test-problems 8"
@@ -78,8 +74,9 @@ def test_eval_repeats_the_fits_report_and_takes_other_problems(capsys: pytest.Ca
 
 @pytest.mark.usefixtures("_inside")
 def test_kept_completions_are_judged_by_the_verifier_of_now(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("moody.py").write_text("def never(completion, answer): return 0\ndef always(completion, answer): return 1\n")
     for kind, rate in (("never", 0.0), ("always", 1.0)):
-        options = f"{TASK.partition(':')[0]}:{kind} --problems 2 --samples 1 --out kept --json"
+        options = f"--verifier moody:{kind} --problems 2 --samples 1 --out kept --json"
         assert run(f"eval --correction odd {options}") == 0
         report = json.loads(capsys.readouterr().out)
         assert {policy["pass_at_1"] for policy in report["policies"]} == {rate}

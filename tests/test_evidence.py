@@ -84,6 +84,22 @@ def test_an_eval_with_out_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("folder")
+def test_problems_that_were_learned_from_are_not_judged_on(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"id": f"h{i}", "prompt": f"Another {i}:", "answer": None}) for i in range(8)]
+    Path("test.jsonl").write_text("\n".join(lines))
+    config = FITTED | {"held_out": "test.jsonl", "problems": 50, "validation_problems": 10}
+    save(dataclasses.replace(load("mine"), provenance={"config": config}), "mine")
+    assert run("eval --correction mine --task ./task.jsonl --problems 4 --samples 1 --json") == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "task.jsonl + test.jsonl", "as fitted"
+    Path("copy.jsonl").write_bytes(Path("task.jsonl").read_bytes())
+    given = "--task copy.jsonl --verifier odd_grading:odd --problems 4 --samples 1"
+    for command in (f"eval --correction mine {given}", f"analyze tiny mine {given}"):
+        assert run(command) == 1
+        assert "4 of the 4 problems are no held-out ones: mine was fitted" in capsys.readouterr().err
+    assert run("eval --correction mine --task test.jsonl --verifier odd_grading:odd --problems 2 --samples 1") == 0
+
+
+@pytest.mark.usefixtures("folder")
 def test_two_processes_do_not_write_to_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with keep_in(Path("kept")):
         assert run("eval --correction mine --problems 2 --out kept") == 1
