@@ -216,9 +216,11 @@ def _differences(found: Mapping[str, Sequence[Rollout]], policy: str, against: s
     return np.array([_rate(one[problem]) - _rate(other[problem]) for problem in one])
 
 
-def bootstrap(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % interval of their mean."""
-    low, high = np.quantile(values[_picks(len(values))].mean(1), _TAILS)
+def bootstrap(values: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64] | None = None) -> tuple[float, float]:
+    """The 95 % interval of their mean; with sizes, of the sum of values over the sum of sizes."""
+    picks = _picks(len(values))
+    means = values[picks].mean(1) if sizes is None else values[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(means, _TAILS)
     return float(low), float(high)
 
 
