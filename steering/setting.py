@@ -152,3 +152,10 @@ def positive(text: str) -> int:
     if (value := count(text)) == 0:
         raise argparse.ArgumentTypeError("must be at least 1, not 0")
     return value
+
+
+def several(text: str) -> int:
+    """So many problems as an interval takes: over one alone it has no width."""
+    if (value := count(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {value}")
+    return value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle
+from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle, several
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -80,7 +80,7 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
     parser.add_argument("tuned", metavar="TUNED", help="a tuned model, a PEFT folder or a correction's folder")
     add_what(parser, model=False)
-    parser.add_argument("--problems", type=positive, default=100, help="held-out problems (default: 100)")
+    parser.add_argument("--problems", type=several, default=100, help="held-out problems (default: 100)")
     parser.add_argument("--samples", type=positive, default=2, help="completions a problem and rule (default: 2)")
     parser.add_argument("--gate", default="entropy", metavar="KIND", help="of the gated interventions")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 1.0], help="their thresholds (default: 0.5 1.0)")

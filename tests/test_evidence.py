@@ -163,6 +163,8 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "calibrate always": "mine's gate is always",
         "calibrate mine --prompts gone.txt": "gone.txt: cannot be read",
         "eval --correction mine --ladder --lora mine --problems 2": "is of the tier head: give it with --also",
+        "eval --correction mine --lora peft --problems 2": "--lora is of the ladder: add --ladder",
+        "eval --correction mine --few-shot 2 --problems 2": "--few-shot is of the ladder: add --ladder",
         "eval --correction mine --problems 2 --text gone.txt": "--text gone.txt: cannot be read",
         "analyze tiny mine --gate sometimes --problems 2": "gate.kind must be one of",
     }.items():
@@ -170,3 +172,7 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         error = capsys.readouterr().err
         assert error.startswith("trimtab: ") or "\ntrimtab: " in error
         assert words in error.splitlines()[-1]
+    for command in ("eval --correction mine", "analyze tiny mine"):
+        with pytest.raises(SystemExit):
+            run(f"{command} --problems 1")
+        assert "--problems: must be at least 2, not 1" in capsys.readouterr().err
