@@ -100,9 +100,8 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
         matched = match_kl(core, exam, first, control, folder / "matching")
         climbed.matched.append(matched)
         policy = first._replace(name=control.name, correction=control.name, strength=matched.strength)
-        add(
-            [Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, as far from the base", first.name)]
-        )
+        far = "as far from the base" if matched.measured else "not matched"
+        add([Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, {far}", first.name)])
     rate = _share_fired(climbed.found[first.name])
     if 0 < rate < 1:
         policy = first._replace(name=RANDOM_GATE, gate="random", tau=1 - rate, ceiling=None)

@@ -11,13 +11,15 @@ from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.model.base import Base
+from trimtab.steering.bank import Bank
 from trimtab.steering.evaluate import Difference, Policy
 from trimtab.steering.gate import Gate
 from trimtab.steering.ladder import Climbed, Entrants, Row, climb
 from trimtab.steering.ladder_report import build, judge, to_markdown, to_svg
+from trimtab.steering.match import match_kl
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling
+from trimtab.steering.rollouts import Sampling, open_core
 from trimtab.steering.verifiers import Extract
 
 
@@ -177,6 +179,21 @@ def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
     assert "- shuffled-rewards was matched at strength" in shown
     (line,) = (line for line in shown.splitlines() if line.startswith("| lora-always |"))
     assert line.endswith(" |  |  |  |"), "without a base row nothing tells how far it is from the base"
+
+
+def test_a_push_too_weak_to_be_measured_is_not_called_matched(
+    base: Base, entrants: Entrants, climbed: Climbed, tmp_path: Path
+) -> None:
+    exam = EXAM._replace(problems=EXAM.problems[:2])
+    bank = Bank(base.hidden, base.device)
+    for one in (entrants.correction, *entrants.controls):
+        bank.add(one)
+    core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+    weak = Policy("head", "mine", strength=1e-4)
+    matched = match_kl(core, exam, weak, entrants.controls[0], tmp_path)
+    assert (matched.wanted, matched.measured) == (0.0, False)
+    shown = to_markdown(build(base, EXAM, entrants, climbed._replace(matched=[matched])))
+    assert "- shuffled-rewards could not be matched, and is at strength 0.0001: 0.000 nats" in shown
 
 
 def test_the_picture_is_an_svg_with_a_bar_a_row(base: Base, entrants: Entrants, climbed: Climbed) -> None:
