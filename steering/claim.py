@@ -42,6 +42,12 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
     differ = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     if differ:
         name = differ[0]
+        if name == "problems":  # digests tell a reader nothing
+            raise InvalidRequest(
+                f"{folder} holds completions of other problems: give the task and the number of problems that it was "
+                "made with, another --out, or delete the folder",
+                name,
+            )
         raise InvalidRequest(
             f"{folder} holds completions made with {name} = {before.get(name)!r}, and this run has {now.get(name)!r}: "
             "use that value, another --out, or delete the folder",

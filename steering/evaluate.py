@@ -123,6 +123,10 @@ def answer(
 def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: Policy) -> dict[str, Any]:
     """The same of a policy's completions."""
     facts = describe_run(core, asked, sampling)
+    if policy.preface.system:  # the options' names: told apart from other problems, where a folder refuses
+        facts["control_prompt"] = policy.preface.system
+    if policy.preface.examples:
+        facts["few_shot"] = len(policy.preface.examples)
     if policy.correction is None:
         return facts
     chosen = core.bank.get(policy.correction)

@@ -38,6 +38,9 @@ def test_a_folder_holds_completions_of_one_policy_only(tmp_path: Path) -> None:
     claim(tmp_path, {"samples": 2, "strength": 1.0})
     with pytest.raises(InvalidRequest, match=r"strength = 1\.0, and this run has 1\.5: .* another --out"):
         claim(tmp_path, {"strength": 1.5, "samples": 2})
+    claim(tmp_path / "other", {"problems": "a3c5"})
+    with pytest.raises(InvalidRequest, match="holds completions of other problems: give the task and the number"):
+        claim(tmp_path / "other", {"problems": "b4d6"})
 
 
 def test_what_is_kept_is_scored_again_whether_its_file_is_whole_or_growing(tmp_path: Path) -> None:

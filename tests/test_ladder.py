@@ -126,6 +126,10 @@ def test_a_ladder_that_was_killed_goes_on_and_one_that_is_finished_samples_nothi
     assert climb(base, EXAM, entrants, folder).found == climbed.found
     with pytest.raises(InvalidRequest, match=r"strength = 0\.5, and this run has 0\.6"):
         climb(base, EXAM, entrants._replace(strength=0.6), folder)
+    with pytest.raises(InvalidRequest, match=r"control_prompt = 'Be odd\.', and this run has 'Be even\.'"):
+        climb(base, EXAM, entrants._replace(system="Be even."), folder)
+    with pytest.raises(InvalidRequest, match="few_shot = 1, and this run has 2"):
+        climb(base, EXAM, entrants._replace(few_shot=2), folder)
 
 
 def test_rows_of_one_name_are_refused(base: Base, entrants: Entrants, tmp_path: Path) -> None:
