@@ -23,6 +23,7 @@ from trimtab.server.model.base import load_base
 from trimtab.steering import lora
 from trimtab.steering.config import ROUTES
 from trimtab.steering.distil import distil
+from trimtab.steering.features import Features
 from trimtab.steering.fit import fit
 from trimtab.steering.rollouts import Journal
 from trimtab.steering.selection import select
@@ -49,10 +50,9 @@ def main() -> None:
         work()
         results.append({"what": what, "positions": positions, "seconds": round(time.perf_counter() - began, 2)})
 
-    fitted = int((features.gated & ~features.held_out).sum())
-    budgets = direct.kl_budgets
+    fitted, budgets = learned(features), direct.kl_budgets
     measure("head, fitted directly", fitted, lambda: fit(features, base.head_weight, budgets, direct))
-    measure("head, distilled", len(watched.targets), lambda: distil(watched, base.head_weight, config))
+    measure("head, distilled", learned(watched.features), lambda: distil(watched, base.head_weight, config))
     if args.lora:
         task = load_task(config.task, config.verifier, config.held_out, config.seed)
         problems = {problem.id: problem for problem in task.problems("train", config.problems)}
@@ -77,6 +77,11 @@ def main() -> None:
     for stage, seconds in told["stages"]:
         print(f"{stage:>32}  {'':>9}  {seconds:>8.1f}")
     print(json.dumps({"benchmark": "fit_time", **facts, "machine": here, "results": results, "fit": told}))
+
+
+def learned(features: Features) -> int:
+    """Positions that are fitted. The others are held out, or were drawn at random for a control."""
+    return int((features.gated & ~features.held_out).sum())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 from finished import read_config
 
 from trimtab.steering import report as reports
-from trimtab.steering.folder import load
+from trimtab.steering.correction import Correction
+from trimtab.steering.folder import digest, load
 from trimtab.steering.report import Exam, Judged
 from trimtab.steering.rollouts import Journal, Rollout, Sampling
 from trimtab.steering.tasks import load_task
@@ -35,9 +36,8 @@ def main() -> None:
     task = load_task(args.task or config.task, config.verifier, args.held_out or config.held_out, config.seed)
     sampling = Sampling(config.test_samples, config.seed, config.temperature, config.top_p, config.max_tokens)
     exam = Exam(task, task.problems("held-out", config.test_problems), sampling, config.slots, config.threads)
-    (name,) = json.loads((run / "candidates.json").read_text())[-1:]
     controls = [load(folder) for folder in sorted((run / "controls").iterdir())]
-    judged = Judged(dataclasses.replace(load(run / "candidates" / name), name=config.name), controls)
+    judged = Judged(dataclasses.replace(chosen(run), name=config.name), controls)
     told = json.loads((run / "timings.json").read_text())
     found = {policy.name: rows for policy in reports.policies(judged) if (rows := answered(run, policy.name, exam))}
     missing = [policy.name for policy in reports.policies(judged) if policy.name not in found]
@@ -50,6 +50,13 @@ def main() -> None:
         "machine": json.loads(args.machine.read_text())["machine"] | {"command": shlex.join(["python", *sys.argv])},
     }
     print(json.dumps(reports.build(exam, judged, found, told["hardware"]) | facts, indent=1))
+
+
+def chosen(run: Path) -> Correction:
+    """The candidate that validation chose: of its tensors and strength are the completions of the correction's row."""
+    facts = json.loads((run / "report" / reports.CORRECTION / "policy.json").read_text())
+    candidates = [load(run / "candidates" / name) for name in json.loads((run / "candidates.json").read_text())]
+    return next(c for c in candidates if (digest(c), c.strength) == (facts["correction"], facts["strength"]))
 
 
 def answered(run: Path, policy: str, exam: Exam) -> list[Rollout]:

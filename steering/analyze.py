@@ -5,14 +5,16 @@ At a position, the token that the tuned model holds most likely is, by the base'
     unshifted   the base's best         reranked   among its five best, not the best         shifted   none of the five
 
 Interventions write a completion with the tuned model's token put in at the positions that a rule names, and the base's
-elsewhere: at the reranked ones (oracle), at as many drawn at random, or where a gate opens. Under every rule both
-models see each position (lockstep.py), so the shares come on the way, over the completions of either.
+elsewhere: at the reranked ones (oracle), at as many drawn at random of those where it acts at all, or where a gate
+opens. Under every rule both models see each position (lockstep.py), so the shares come on the way, over the
+completions of either.
 
 Invariant: every rule answers the same problems with the same random numbers.
 
     study = analyze(exam, base, tuned, Gate(), [0.5, 1.0], folder);  print(analyze_report.to_markdown(study))
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +24,9 @@ from trimtab.kernels import philox
 from trimtab.server.engine.request import Request, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorrection
-from trimtab.steering.evaluate import claim, compare, describe_run, kept, summarise
+from trimtab.steering.evaluate import compare, kept, summarise
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
 from trimtab.steering.lockstep import Choose, Turn, Written, rollout_of, watched, write
@@ -54,14 +57,20 @@ class Tuned(NamedTuple):
 
 
 def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[float], folder: Path) -> dict[str, Any]:
-    """gate: its kind is what `taus` are thresholds of. The study as JSON values. Finished files are kept."""
+    """gate: its kind is what `taus` are thresholds of. The study as JSON values. Finished files are kept.
+    Raises InvalidRequest for a gate or thresholds that make no rule."""
     own = tuned.gate
+    if gate.kind in ("random", "always"):
+        raise InvalidRequest(f"gate must be entropy, varentropy or margin: {gate.kind} has no threshold", "gate")
+    if not all(math.isfinite(tau) for tau in taus):
+        raise InvalidRequest(f"taus must be finite numbers, not {', '.join(map(str, taus))}", "taus")
     if own is not None and own.kind != gate.kind:
         raise InvalidRequest(f"{tuned.name} has a gate of the kind {own.kind}: the study's must be the same", "gate")
     pair = _Pair(exam, base, tuned, gate, folder)
     found = {BASE: pair.run(BASE, lambda turn: False), TUNED: pair.run(TUNED, pair.acts)}
     found[ORACLE] = pair.run(ORACLE, lambda turn: pair.acts(turn) and place(turn) == "reranked")
-    rate = sum(r.fired for r in found[ORACLE]) / max(1, sum(len(r.tokens) for r in found[ORACLE]))
+    acted = sum((r.marks or {})["heeded"] for r in found[ORACLE])
+    rate = sum(r.fired for r in found[ORACLE]) / max(1.0, acted)
     found[RANDOM] = pair.run(f"{RANDOM}-{rate:.6f}", lambda turn: pair.acts(turn) and _draw(turn) < rate)
     for tau in taus:
         found[f"{gate.kind} > {tau:g}"] = pair.run(f"{gate.kind}-{tau:g}", pair.above(tau))
@@ -101,6 +110,7 @@ def mark(turns: Sequence[tuple[Turn, bool]], acts: Choose) -> dict[str, float]:
         marks["entropy"] += turn.own.entropy
         if not acts(turn):
             continue
+        marks["heeded"] += 1
         marks["drawn_differently"] += turn.token != turn.other
         where = place(turn)
         if where == "unshifted":
@@ -114,7 +124,7 @@ def mark(turns: Sequence[tuple[Turn, bool]], acts: Choose) -> dict[str, float]:
 
 
 _MARKS = (
-    *("steps", "entropy", "drawn_differently", "reranked", "shifted"),
+    *("steps", "heeded", "entropy", "drawn_differently", "reranked", "shifted"),
     *("entropy_reranked", "entropy_shifted", "ranked", "rank"),
 )
 
@@ -160,6 +170,7 @@ class _Pair:
     def run(self, rule: str, choose: Choose) -> list[Rollout]:
         exam, folder = self._exam, self._folder / rule
         claim(folder, self._facts() | {"rule": rule})
+        score_again(exam.task, exam.problems, folder)
         by_id = {problem.id: problem for problem in exam.problems}
 
         def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
@@ -181,7 +192,7 @@ class _Pair:
 
     def _facts(self) -> dict[str, Any]:
         correction = self._tuned.correction
-        facts = describe_run(self._first, self._exam.problems, self._exam.sampling)
+        facts = describe_run(self._first, self._exam.problems, self._exam.sampling) | {"marks": _MARKS}
         learned = None if correction is None else digest(correction)
         acts = None if self._tuned.gate is None else str(self._tuned.gate)
         return facts | {"tuned": self._tuned.model.identity.fingerprint, "correction": learned, "acts": acts}

@@ -80,7 +80,8 @@ def calibrate(
 ) -> Correction:
     """The correction under `gate` with the measured table; rate: also set tau to that rate's. facts: for provenance.
 
-    A PEFT folder does not say which base it belongs to: from now on it does. Raises TaskError for too few steps."""
+    A report of another gate is none of what is served from now on: it is left out. A PEFT folder does not say which
+    base it belongs to: from now on it does. Raises TaskError for too few steps."""
     table = tabulate(seen, rates, gate.ceiling)
     if not table:
         raise TaskError(f"{len(seen)} steps are too few to measure a firing rate: give more prompts")
@@ -94,17 +95,23 @@ def calibrate(
     return dataclasses.replace(
         correction,
         gate=dataclasses.replace(gate, calibration=table),
+        report=correction.report if gate == dataclasses.replace(correction.gate, calibration=()) else None,
         base=correction.base if correction.base.fingerprint else identity,
         provenance=known,
     )
 
 
-def to_text(correction: Correction, seen: Values) -> str:
-    """The table for people."""
+def to_text(correction: Correction, seen: Values, before: Correction) -> str:
+    """The table for people, and what became of the report."""
     gate = correction.gate
     own = measure(seen, gate.tau, gate.ceiling)
     lines = [f"{correction.name}: {gate}, which is open at {own:.1%} of {len(seen)} steps", "", "  rate     tau"]
     lines += [f"{rate:6.3f}  {tau:10.5g}" for rate, tau in gate.calibration]
+    if before.report is not None and correction.report is None:
+        lines += [
+            "",
+            f"Its report was of another gate ({before.gate}) and is dropped: judge it again with trimtab eval.",
+        ]
     return "\n".join(lines)
 
 

@@ -1,14 +1,12 @@
 """Evaluation: policies answer the same held-out problems with the same random numbers, and are compared in pairs.
 
 Invariant: sample i of a problem draws with the same seed under every policy, so what differs between two policies is
-the policy. Intervals are over problems (the samples of one problem are no independent evidence). A policy's folder
-holds what decides its completions (`policy.json`) beside them, so completions of another run are refused, never mixed.
+the policy. Intervals are over problems (the samples of one problem are no independent evidence).
 
     found = answer(core, task, problems, sampling, policies, folder)
     figures = summarise("base", problems, found["base"], task.extract);  compare(found, "head", "base")
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import GateKind, Mode, Steering
 from trimtab.server.engine.rule import rule_for
-from trimtab.steering.atomic import write_json
+from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.folder import digest
+from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
 from trimtab.steering.rollouts import Rollout, Sampling, collect
-from trimtab.steering.tasks import Task, fingerprint
+from trimtab.steering.tasks import Task
 from trimtab.steering.verifiers import SOLVED, Extract
 
 RESAMPLES = 10_000
@@ -54,6 +52,13 @@ class Policy(NamedTuple):
     def steering(self) -> Steering:
         """What the engine is asked."""
         return Steering(self.correction, self.strength, self.tau, self.mode, ceiling=self.ceiling, gate=self.gate)
+
+    def under(self, gate: Gate) -> "Policy":
+        """The same, served by this gate and not by the correction's own."""
+        kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
+        if kind == "always":
+            return self._replace(gate=kind, tau=None, ceiling=None)
+        return self._replace(gate=kind, tau=gate.tau, ceiling=gate.ceiling)
 
 
 class Difference(NamedTuple):
@@ -102,7 +107,7 @@ class Figures(NamedTuple):
 def answer(
     core: Core, task: Task, problems: Sequence[Problem], sampling: Sampling, policies: Sequence[Policy], folder: Path
 ) -> dict[str, list[Rollout]]:
-    """Each policy's completions, by its name. Finished files in the folder are kept."""
+    """Each policy's completions, by its name. Finished files in the folder are kept, and scored again."""
     found = {}
     for policy in policies:
         drawn = sampling if policy.temperature is None else sampling._replace(temperature=policy.temperature)
@@ -110,25 +115,18 @@ def answer(
         asked = [preface(problem, policy.preface) for problem in problems]
         stage = f"{folder.name} {policy.name}"
         claim(folder / policy.name, describe(core, asked, drawn, policy))
+        score_again(task, asked, folder / policy.name)
         found[policy.name] = collect(core, task, asked, drawn, folder / policy.name, stage, policy.steering)
     return found
-
-
-def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> dict[str, Any]:
-    """What decides the base's completions, as JSON values. asked: the problems as they are put to it."""
-    return {
-        "problems": fingerprint(asked),
-        "sampling": sampling._asdict(),
-        "slots": core.config.slots,
-        "base": core.base.identity.fingerprint,
-        "dtype": str(core.base.dtype),
-        "device": core.base.device.type,
-    }
 
 
 def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: Policy) -> dict[str, Any]:
     """The same of a policy's completions."""
     facts = describe_run(core, asked, sampling)
+    if policy.preface.system:  # the options' names: told apart from other problems, where a folder refuses
+        facts["control_prompt"] = policy.preface.system
+    if policy.preface.examples:
+        facts["few_shot"] = len(policy.preface.examples)
     if policy.correction is None:
         return facts
     chosen = core.bank.get(policy.correction)
@@ -136,24 +134,6 @@ def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: P
     gate = {"gate": rule.gate, "tau": str(rule.tau), "ceiling": str(rule.ceiling)}
     learned = {"correction": digest(chosen), "prompt": chosen.facts.get("prompt")}
     return facts | learned | gate | {"strength": rule.strength, "mode": policy.mode}
-
-
-def claim(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Say that the folder's rollouts come of these facts (JSON values). Raises InvalidRequest if it holds others."""
-    path = folder / "policy.json"
-    now: dict[str, Any] = json.loads(json.dumps(facts))
-    if not path.exists():
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differ = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-    if differ:
-        name = differ[0]
-        raise InvalidRequest(
-            f"{folder} holds completions made with {name} = {before.get(name)!r}, and this run has {now.get(name)!r}: "
-            "use that value, another --out, or delete the folder",
-            name,
-        )
 
 
 def summarise(
@@ -240,9 +220,11 @@ def _differences(found: Mapping[str, Sequence[Rollout]], policy: str, against: s
     return np.array([_rate(one[problem]) - _rate(other[problem]) for problem in one])
 
 
-def bootstrap(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % interval of their mean."""
-    low, high = np.quantile(values[_picks(len(values))].mean(1), _TAILS)
+def bootstrap(values: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64] | None = None) -> tuple[float, float]:
+    """The 95 % interval of their mean; with sizes, of the sum of values over the sum of sizes."""
+    picks = _picks(len(values))
+    means = values[picks].mean(1) if sizes is None else values[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(means, _TAILS)
     return float(low), float(high)
 
 

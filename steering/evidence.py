@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, settle
+from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, refuse_learned, settle, several
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -32,7 +32,7 @@ def add_eval(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
     add_what(parser)
-    parser.add_argument("--problems", type=positive, default=200, help="held-out problems (default: 200)")
+    parser.add_argument("--problems", type=several, default=200, help="held-out problems (default: 200)")
     parser.add_argument(
         "--skip", type=count, default=0, help="leave out the first so many: others than the fit's report"
     )
@@ -58,10 +58,13 @@ def run_eval(args: argparse.Namespace) -> None:
     from trimtab.steering.folder import load
     from trimtab.steering.machine import describe_run
 
+    _check_ladder(args)
     correction = load(args.correction)
     text = None if args.text is None else _read_file(args.text)
     setting = settle(args, correction)
     problems = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
+    if args.task:
+        refuse_learned(correction, problems)
     exam = setting.exam(problems, args.samples)
     with keep_in(args.out) as folder:
         report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)
@@ -73,6 +76,14 @@ def run_eval(args: argparse.Namespace) -> None:
             write_json(args.out / "report.json", report)
             write_text(args.out / "report.md", shown)
     print(json.dumps(report) if args.json else shown)
+
+
+def _check_ladder(args: argparse.Namespace) -> None:
+    """Raises InvalidRequest for an option of the ladder without it."""
+    given = [name for name in ("lora", "also", "control_prompt", "few_shot", "without") if getattr(args, name)]
+    if given and not args.ladder:
+        option = given[0].replace("_", "-")
+        raise InvalidRequest(f"--{option} is of the ladder: add --ladder, or leave it out", given[0])
 
 
 Told = tuple[dict[str, Any], str]  # JSON values, Markdown

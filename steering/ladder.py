@@ -13,14 +13,12 @@ so a killed ladder goes on, and one that is asked for more rows makes only those
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import CONTRAST, Core
-from trimtab.server.engine.request import GateKind
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, LoraCorrection
@@ -102,9 +100,8 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
         matched = match_kl(core, exam, first, control, folder / "matching")
         climbed.matched.append(matched)
         policy = first._replace(name=control.name, correction=control.name, strength=matched.strength)
-        add(
-            [Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, as far from the base", first.name)]
-        )
+        far = "as far from the base" if matched.measured else "not matched"
+        add([Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, {far}", first.name)])
     rate = _share_fired(climbed.found[first.name])
     if 0 < rate < 1:
         policy = first._replace(name=RANDOM_GATE, gate="random", tau=1 - rate, ceiling=None)
@@ -165,7 +162,7 @@ def _of_the_base(exam: Exam, entrants: Entrants, shots: Sequence[Example]) -> li
 
 def _of_tiers(entrants: Entrants) -> list[Row]:
     gate = _gate(entrants)
-    contrast = _gated(Policy("contrast", CONTRAST), gate)
+    contrast = Policy("contrast", CONTRAST).under(gate)
     rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
     if not isinstance(entrants.correction, LoraCorrection):
@@ -181,8 +178,9 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
             own = Policy(other.name, other.name)
             rows.append(Row(own, "tier", f"{other.name}, gate {other.gate}"))
     for gated, always, name in loras:
-        rows.append(Row(_gated(Policy(gated, name), gate), "tier", f"a LoRA, gate {gate}"))
-        on = Policy(always, name, gate="always")
+        strength = entrants.strength if name == entrants.correction.name else None  # the others keep their own
+        rows.append(Row(Policy(gated, name, strength=strength).under(gate), "tier", f"a LoRA, gate {gate}"))
+        on = Policy(always, name, strength=strength, gate="always")
         rows.append(Row(on, "tier", "a LoRA, at every step", measured=False))
         greedy = on._replace(name=f"{always}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", "the same, greedy", measured=False))
@@ -193,7 +191,7 @@ def _first_tier(entrants: Entrants) -> Policy:
     """The row of the correction itself."""
     correction = entrants.correction
     name = LORA_GATED if isinstance(correction, LoraCorrection) else correction.tier
-    return _gated(Policy(name, correction.name, strength=entrants.strength), _gate(entrants))
+    return Policy(name, correction.name, strength=entrants.strength).under(_gate(entrants))
 
 
 def _gate(entrants: Entrants) -> Gate:
@@ -201,13 +199,6 @@ def _gate(entrants: Entrants) -> Gate:
     own = entrants.correction.gate
     silent = own.kind == "always" and isinstance(entrants.correction, LoraCorrection)
     return entrants.gate or (Gate() if silent else own)
-
-
-def _gated(policy: Policy, gate: Gate) -> Policy:
-    kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
-    if kind == "always":
-        return policy._replace(gate=kind)
-    return policy._replace(gate=kind, tau=gate.tau, ceiling=gate.ceiling if math.isfinite(gate.ceiling) else None)
 
 
 def _share_fired(rollouts: Sequence[Rollout]) -> float:

@@ -15,6 +15,7 @@ from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, compare, kept, summarise
 from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row
 from trimtab.steering.machine import describe, hardware
+from trimtab.steering.match import Matched
 from trimtab.steering.plot import Bar, gains_svg
 from trimtab.steering.report import Exam
 from trimtab.steering.tasks import fingerprint
@@ -123,11 +124,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         NOTE,
         "",
         *[f"- {row['policy']}: {row['what']}" for row in report["rows"]],
-        *[
-            f"- {m['control']} was matched at strength {m['strength']:g}: {m['kl']:.3f} nats a fired step where the "
-            f"correction has {m['wanted']:.3f}, on the base's own completions"
-            for m in report["matched"]
-        ],
+        *[_say_matched(Matched(**m)) for m in report["matched"]],
         "",
         "Verdict:",
         "",
@@ -167,6 +164,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         pushes = [f"{row['kl_fired']:.3f}", f"{row['kl_token']:.4f}", f"{1000 * row['flips']:.0f}"]
         lines.append(cells + (pushes if row["measured"] else [""] * 3))
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _say_matched(m: Matched) -> str:
+    pushes = f"{m.kl:.3f} nats a fired step where the correction has {m.wanted:.3f}, on the base's own completions"
+    if not m.measured:
+        return f"- {m.control} could not be matched, and is at strength {m.strength:g}: {pushes}"
+    return f"- {m.control} was matched at strength {m.strength:g}: {pushes}"
 
 
 def _describe(correction: Correction) -> dict[str, str]:

@@ -20,7 +20,7 @@ from trimtab.server.engine.request import Event, FinishReason, Receipt, Request,
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.calibrate import idle
-from trimtab.steering.evaluate import claim, describe_run
+from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.report import Exam
@@ -144,6 +144,7 @@ def answer_sharpened(exam: Exam, base: Base, gate: Gate, temperature: float, fol
     cooler = exam.sampling._replace(temperature=temperature)
     facts = describe_run(cores[0], exam.problems, exam.sampling)
     claim(folder, facts | {"open_temperature": temperature, "gate": str(gate)})
+    score_again(exam.task, exam.problems, folder)
     by_id = {problem.id: problem for problem in exam.problems}
 
     def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:

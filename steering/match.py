@@ -29,6 +29,11 @@ class Matched(NamedTuple):
     kl: float  # of the control, nats a fired step
     wanted: float  # of the correction
 
+    @property
+    def measured(self) -> bool:
+        """Both are far enough from the base to be told from it: rollouts keep a completion's KL to 0.01 nats."""
+        return self.kl > 0 and self.wanted > 0
+
 
 def match_kl(core: Core, exam: Exam, policy: Policy, control: Correction, folder: Path) -> Matched:
     """policy: the correction's. The control is served by the same gate; it starts at its own strength, scaled as the
@@ -45,8 +50,10 @@ def match_kl(core: Core, exam: Exam, policy: Policy, control: Correction, folder
         if kl == 0 or wanted == 0 or abs(kl / wanted - 1) < NEAR or turn == ROUNDS - 1:
             break
         strength = max(-LIMIT, min(LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
-    say("matching", f"{control.name}: {kl:.3f} nats a fired step at strength {strength:g}; wanted {wanted:.3f}")
-    return Matched(control.name, strength, kl, wanted)
+    matched = Matched(control.name, strength, kl, wanted)
+    found = "" if matched.measured else ": too little to match by, so its strength stays"
+    say("matching", f"{control.name}: {kl:.3f} nats a fired step at strength {strength:g}; wanted {wanted:.3f}{found}")
+    return matched
 
 
 def _divergence(core: Core, exam: Exam, policy: Policy, folder: Path) -> float:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
+from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Sampling, collect
 from trimtab.steering.tasks import Task
@@ -52,10 +53,13 @@ def preface(problem: Problem, by: Preface) -> Problem:
 
 
 def examples(core: Core, task: Task, sampling: Sampling, count: int, folder: Path) -> tuple[Example, ...]:
-    """The first training problems that the base solves, with its first solution. Raises TaskError for too few."""
+    """The first training problems that the base solves, with its first solution. Raises TaskError for too few,
+    InvalidRequest where the folder holds those of another count or run."""
     if not count:
         return ()
     problems = task.problems("train", count * TRIES)
+    claim(folder, describe_run(core, problems, sampling) | {"few_shot": count})
+    score_again(task, problems, folder)
     solutions: dict[str, str] = {}
     for rollout in collect(core, task, problems, sampling, folder, "examples"):
         if rollout.reward >= SOLVED and rollout.finish == "stop":

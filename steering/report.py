@@ -69,7 +69,19 @@ class Judged(NamedTuple):
     controls: Sequence[Correction] = ()  # their names are of controls.py
     teacher: Base | None = None  # what the correction was distilled from; it answers the base's prompts
     strength: float | None = None  # of the correction; None: its own
-    tau: float | None = None  # of every gate; None: their own
+    tau: float | None = None  # of the gate; None: its own
+
+    @property
+    def gate(self) -> Gate:
+        """The correction's, which serves its controls too, whatever theirs was when they were learned.
+
+        Raises InvalidRequest for a threshold of a gate that has none."""
+        own = self.correction.gate
+        if self.tau is None:
+            return own
+        if own.kind == "always":
+            raise InvalidRequest(f"tau cannot be set: {self.correction.name}'s gate is always open", "tau")
+        return dataclasses.replace(own, tau=self.tau)
 
 
 def strengths(judged: Judged) -> dict[str, float]:
@@ -88,15 +100,15 @@ def strengths(judged: Judged) -> dict[str, float]:
 
 def policies(judged: Judged) -> list[Policy]:
     """What is compared."""
-    name, tau, at = judged.correction.name, judged.tau, strengths(judged)
+    name, gate, at = judged.correction.name, judged.gate, strengths(judged)
     gated = isinstance(judged.correction, LoraCorrection) and judged.correction.gate.kind != "always"
     return [
         Policy(BASE),
         Policy(BASE_GREEDY, greedy=True),
-        Policy(CORRECTION, name, strength=at[CORRECTION], tau=tau),
-        Policy(CORRECTION_GREEDY, name, greedy=True, strength=at[CORRECTION], tau=tau),
+        Policy(CORRECTION, name, strength=at[CORRECTION]).under(gate),
+        Policy(CORRECTION_GREEDY, name, greedy=True, strength=at[CORRECTION]).under(gate),
         *([Policy(ALWAYS, name, strength=at[CORRECTION], gate="always")] if gated else []),
-        *(Policy(control.name, control.name, strength=at[control.name], tau=tau) for control in judged.controls),
+        *(Policy(control.name, control.name, strength=at[control.name]).under(gate) for control in judged.controls),
     ]
 
 
@@ -117,8 +129,6 @@ def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]
 
 def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ran_on: str) -> dict[str, Any]:
     """The report as JSON values."""
-    own = judged.correction.gate
-    gate = own if judged.tau is None else dataclasses.replace(own, tau=judged.tau)
     differences = [compare(found, one, other) for one, other in _PAIRS if one in found and other in found]
     return {
         "task": exam.task.name,
@@ -129,8 +139,8 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ra
         "hardware": ran_on,
         "correction": judged.correction.name,
         "strengths": strengths(judged),
-        "tau": gate.tau,
-        "gate": str(gate),
+        "tau": judged.gate.tau,
+        "gate": str(judged.gate),
         "policies": [
             summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
         ],

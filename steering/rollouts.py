@@ -137,6 +137,10 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    def replace(self, rollouts: Sequence[Rollout]) -> None:
+        """What is there, by these."""
+        write_bytes(self.path if self.path.exists() else self._growing, _lines(rollouts))
+
     def finish(self, problems: Sequence[Problem]) -> None:
         """All rollouts of these problems are there: write the file, in their order."""
         order = {problem.id: i for i, problem in enumerate(problems)}

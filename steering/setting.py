@@ -5,6 +5,7 @@ with, or else `trimtab fit`'s own.
 """
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, TaskError
 from trimtab.steering.config import FitConfig
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
     from trimtab.steering.tasks import load_task
 
     fitted: dict[str, Any] = dict(correction.provenance.get("config", {})) if correction else {}
-    if args.task:  # another task brings its own verifier and held-out file
-        fitted |= {"verifier": None, "held_out": None}
+    if args.task and Path(args.task).resolve() != Path(fitted.get("task", "")).resolve():
+        fitted |= {"verifier": None, "held_out": None}  # another task brings its own
     asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
     if correction is not None and not fitted and args.model is None:
         raise InvalidRequest(f"{correction.name} does not say which model it was made for: give --model", "model")
@@ -79,6 +80,32 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
         check(correction, base.identity)
     sampling = Sampling(1, asked["seed"], asked["temperature"], asked["top_p"], asked["max_tokens"])
     return Setting(base, task, sampling, args.slots, args.threads)
+
+
+def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> None:
+    """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
+    file it is in. Says nothing where the fit's own file is gone."""
+    from trimtab.steering.tasks import load_task
+
+    fitted = correction.provenance.get("config", {})
+    try:
+        task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
+        learned = task.problems("train", fitted["problems"])
+        learned += task.problems("validation", fitted["validation_problems"])
+    except (KeyError, TaskError):
+        return
+    known = {_text(problem) for problem in learned}
+    shared = [problem.id for problem in problems if _text(problem) in known]
+    if shared:
+        raise InvalidRequest(
+            f"{len(shared)} of the {len(problems)} problems are no held-out ones: {correction.name} was fitted or "
+            f"chosen on them ({shared[0]!r} is one): name another --task, or a --held-out file",
+            "task",
+        )
+
+
+def _text(problem: "Problem") -> str:
+    return json.dumps([problem.prompt, problem.messages], sort_keys=True)
 
 
 def _task_of(asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
@@ -124,4 +151,11 @@ def count(text: str) -> int:
 def positive(text: str) -> int:
     if (value := count(text)) == 0:
         raise argparse.ArgumentTypeError("must be at least 1, not 0")
+    return value
+
+
+def several(text: str) -> int:
+    """So many problems as an interval takes: over one alone it has no width."""
+    if (value := count(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {value}")
     return value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import add_what, keep_in, positive, settle
+from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle, several
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -34,7 +34,7 @@ def add_calibrate(subparsers: Subparsers) -> None:
     parser.add_argument("--problems", type=positive, help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all)")
     parser.add_argument("--samples", type=positive, default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
-    parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's")
+    parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
     parser.add_argument("--gate", metavar="KIND", help="change the gate's kind first; needs --rate")
     parser.set_defaults(func=run_calibrate)
 
@@ -67,7 +67,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     facts = {"problems_sha256": fingerprint(problems), "prompts": len(problems), "sampling": sampling._asdict()}
     made = calibrate(correction, gate, seen, args.rates or RATES, args.rate, setting.base.identity, facts)
     save(made, args.correction)
-    print(to_text(made, seen))
+    print(to_text(made, seen, correction))
 
 
 def add_analyze(subparsers: Subparsers) -> None:
@@ -80,7 +80,7 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
     parser.add_argument("tuned", metavar="TUNED", help="a tuned model, a PEFT folder or a correction's folder")
     add_what(parser, model=False)
-    parser.add_argument("--problems", type=positive, default=100, help="held-out problems (default: 100)")
+    parser.add_argument("--problems", type=several, default=100, help="held-out problems (default: 100)")
     parser.add_argument("--samples", type=positive, default=2, help="completions a problem and rule (default: 2)")
     parser.add_argument("--gate", default="entropy", metavar="KIND", help="of the gated interventions")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 1.0], help="their thresholds (default: 0.5 1.0)")
@@ -99,8 +99,11 @@ def run_analyze(args: argparse.Namespace) -> None:
 
     setting = settle(args, None)
     exam = setting.exam(setting.task.problems("held-out", args.problems), args.samples)
+    tuned = _tuned(args, setting.base)
+    if tuned.correction is not None:
+        refuse_learned(tuned.correction, exam.problems)
     with keep_in(args.out) as folder:
-        study = analyze(exam, setting.base, _tuned(args, setting.base), Gate(args.gate), args.taus, folder)
+        study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus, folder)
         study |= {"benchmark": "analyze", "machine": describe_run("trimtab")}
         if args.out is not None:
             write_json(args.out / "report.json", study)

@@ -141,8 +141,8 @@ def _params(following: Tensor, at: Tensor, number: int, head: bool, strength: fl
 def _sum_up(found: Sequence[_Read], name: str) -> dict[str, Any]:
     tokens = sum(len(r.base) for r in found)
     fired = sum(int(r.fired.sum()) for r in found)
-    change = np.array([float((r.corrected - r.base).mean()) for r in found])
-    low, high = bootstrap(change)
+    change = np.array([float((r.corrected - r.base).sum(dtype=torch.float64)) for r in found])
+    low, high = bootstrap(change, np.array([float(len(r.base)) for r in found]))  # the last window may be short
     both = {"base": [r.base for r in found], "corrected": [r.corrected for r in found]}
     masks = torch.cat([r.fired for r in found])
     means = {which: torch.cat(parts) for which, parts in both.items()}
@@ -153,7 +153,7 @@ def _sum_up(found: Sequence[_Read], name: str) -> dict[str, Any]:
         "fired": fired / tokens,
         **{which: float(nats.mean()) for which, nats in means.items()},
         **{f"{which}_at_fired": float(nats[masks].mean()) if fired else None for which, nats in means.items()},
-        "change": {"mean": float(change.mean()), "low": low, "high": high},
+        "change": {"mean": float(change.sum()) / tokens, "low": low, "high": high},
     }
 
 

@@ -20,7 +20,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.lockstep import Turn
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
+from trimtab.steering.rollouts import Journal, Rollout, Sampling, collect, open_core
 
 
 class Odd:
@@ -98,6 +98,16 @@ def test_rules_take_what_they_say(base: Base, tmp_path: Path, kind: str) -> None
         assert words in shown
 
 
+def test_as_many_are_drawn_at_random_of_the_steps_at_which_it_acts(base: Base, tmp_path: Path) -> None:
+    gate = Gate(tau=3.0)
+    tuned = Tuned("lora", base, tiny_lora(base, gate=gate, size=0.1))
+    analyze(EXAM._replace(problems=PROBLEMS[:3]), base, tuned, gate, [], tmp_path)
+    oracle = Journal(tmp_path / "oracle" / "00000.jsonl").read()
+    opened = sum(r.open for r in oracle)
+    assert 0 < opened < sum(len(r.tokens) for r in oracle)
+    assert (tmp_path / f"random-{sum(r.fired for r in oracle) / opened:.6f}").is_dir()
+
+
 def test_the_tuned_rule_writes_what_is_served(base: Base, tmp_path: Path) -> None:
     """A gated LoRA is served with a companion row; here its gate is heeded by the rule."""
     lora = tiny_lora(base, gate=Gate(tau=3.0), size=0.1)
@@ -125,6 +135,12 @@ def test_a_finished_study_samples_nothing_and_another_is_refused(
 def test_what_has_no_tuned_model_is_refused(base: Base, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="away is a contrast"):
         analyze(EXAM, base, Tuned("away", base, ContrastCorrection(name="away")), Gate(), [], tmp_path)
+    tuned = Tuned("mine", base, tiny_correction(base, "mine"))
+    for kind in ("random", "always"):
+        with pytest.raises(InvalidRequest, match=f"gate must be entropy, varentropy or margin: {kind} has no"):
+            analyze(EXAM, base, tuned, Gate(kind), [0.5], tmp_path)
+    with pytest.raises(InvalidRequest, match=r"taus must be finite numbers, not 0\.5, nan"):
+        analyze(EXAM, base, tuned, Gate(), [0.5, float("nan")], tmp_path)
     lora = tiny_lora(base, gate=Gate("margin", tau=-0.5))
     with pytest.raises(InvalidRequest, match="has a gate of the kind margin"):
         analyze(EXAM, base, Tuned("lora", base, lora), Gate(), [], tmp_path)

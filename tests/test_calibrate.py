@@ -82,9 +82,21 @@ def test_a_correction_keeps_its_table_and_may_take_a_rate_as_its_own(base: Base,
     assert measure(seen, again.gate.tau, math.inf) == pytest.approx(0.25)
     assert again.base == base.identity, "a folder that named no base belongs to this one now"
     assert again.provenance["calibration"] == {"prompts": 3, "steps": 2000}
-    assert "which is open at 25.0% of 2000 steps" in to_text(again, seen)
+    assert "which is open at 25.0% of 2000 steps" in to_text(again, seen, correction)
     kept = calibrate(tiny_correction(base), Gate(tau=0.5), seen, RATES, None, base.identity, {})
     assert (kept.gate.tau, kept.gate.calibration) == (0.5, made.gate.calibration)
+
+
+def test_a_report_goes_with_the_gate_that_it_judged(base: Base) -> None:
+    seen = np.random.default_rng(0).random(2000)
+    judged = dataclasses.replace(tiny_correction(base, tau=0.5), report={"verdict": {"ship": True}})
+    table = calibrate(judged, judged.gate, seen, RATES, None, base.identity, {})
+    assert table.report == judged.report
+    assert "dropped" not in to_text(table, seen, judged)
+    assert calibrate(table, table.gate, seen, RATES, None, base.identity, {}).report == judged.report
+    moved = calibrate(table, table.gate, seen, RATES, 0.25, base.identity, {})
+    assert moved.report is None
+    assert "report was of another gate (entropy > 0.5 nats) and is dropped" in to_text(moved, seen, table)
 
 
 def test_too_few_steps_and_rates_beyond_the_ceiling_are_refused(base: Base) -> None:

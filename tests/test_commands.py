@@ -73,6 +73,16 @@ def test_eval_repeats_the_fits_report_and_takes_other_problems(capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("_inside")
+def test_kept_completions_are_judged_by_the_verifier_of_now(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("moody.py").write_text("def never(completion, answer): return 0\ndef always(completion, answer): return 1\n")
+    for kind, rate in (("never", 0.0), ("always", 1.0)):
+        options = f"--verifier moody:{kind} --problems 2 --samples 1 --out kept --json"
+        assert run(f"eval --correction odd {options}") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert {policy["pass_at_1"] for policy in report["policies"]} == {rate}
+
+
+@pytest.mark.usefixtures("_inside")
 def test_eval_in_json_says_what_ran_where(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = "eval --correction odd --problems 4 --skip 6 --samples 1 --strength 0.5 --tau 1.25 --json"
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/trimtab", *arguments.split()])

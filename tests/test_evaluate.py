@@ -1,14 +1,18 @@
 """Evaluation: intervals over problems, figures from counts, a verdict that follows from the intervals."""
 
+import dataclasses
 import itertools
+import math
 import random
-from pathlib import Path
 
 import pytest
+import torch
 
 from trimtab.errors import InvalidRequest
+from trimtab.server.engine.rule import rule_for
+from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
-from trimtab.steering.evaluate import claim, compare, kept, pass_at, summarise, vote
+from trimtab.steering.evaluate import compare, kept, pass_at, summarise, vote
 from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
 from trimtab.steering.problem import Problem, Split
@@ -139,13 +143,6 @@ def test_the_share_of_a_gain_needs_a_gain() -> None:
     assert kept(found, "half", "none", "base") is None
 
 
-def test_a_folder_holds_completions_of_one_policy_only(tmp_path: Path) -> None:
-    claim(tmp_path, {"strength": 1.0, "samples": 2})
-    claim(tmp_path, {"samples": 2, "strength": 1.0})
-    with pytest.raises(InvalidRequest, match=r"strength = 1\.0, and this run has 1\.5: .* another --out"):
-        claim(tmp_path, {"strength": 1.5, "samples": 2})
-
-
 class Demo:
     """A task by name only."""
 
@@ -214,6 +211,23 @@ def test_another_strength_scales_the_controls_with_the_correction() -> None:
     assert strengths(idle)["shuffled-rewards"] == 0.5
     with pytest.raises(InvalidRequest, match="strength cannot be set"):
         strengths(idle._replace(strength=1.0))
+
+
+def test_controls_are_served_by_the_gate_of_the_correction_whatever_their_own() -> None:
+    control = tiny("shuffled-rewards", 0.5)
+    for gate in (Gate("margin", tau=-0.2), Gate("entropy", 0.5, 2.0), Gate("entropy", 1.5), Gate("always")):
+        judged = Judged(
+            dataclasses.replace(tiny("mine", 2.0), gate=gate),
+            [dataclasses.replace(control, gate=Gate("entropy", 0.5, 9.0))],
+        )
+        bank = Bank(4, torch.device("cpu"))
+        for one in (judged.correction, *judged.controls):
+            bank.add(one)
+        rules = [rule_for(policy.steering, bank) for policy in policies(judged) if policy.correction]
+        wanted = (gate.kind, *((math.inf, math.inf) if gate.kind == "always" else (gate.tau, gate.ceiling)))
+        assert {(rule.gate, rule.tau, rule.ceiling) for rule in rules} == {wanted}
+    with pytest.raises(InvalidRequest, match="tau cannot be set: mine's gate is always open"):
+        policies(judged._replace(tau=0.5))
 
 
 def test_without_a_shuffled_control_nothing_ships() -> None:

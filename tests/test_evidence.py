@@ -84,6 +84,22 @@ def test_an_eval_with_out_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("folder")
+def test_problems_that_were_learned_from_are_not_judged_on(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"id": f"h{i}", "prompt": f"Another {i}:", "answer": None}) for i in range(8)]
+    Path("test.jsonl").write_text("\n".join(lines))
+    config = FITTED | {"held_out": "test.jsonl", "problems": 50, "validation_problems": 10}
+    save(dataclasses.replace(load("mine"), provenance={"config": config}), "mine")
+    assert run("eval --correction mine --task ./task.jsonl --problems 4 --samples 1 --json") == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "task.jsonl + test.jsonl", "as fitted"
+    Path("copy.jsonl").write_bytes(Path("task.jsonl").read_bytes())
+    given = "--task copy.jsonl --verifier odd_grading:odd --problems 4 --samples 1"
+    for command in (f"eval --correction mine {given}", f"analyze tiny mine {given}"):
+        assert run(command) == 1
+        assert "4 of the 4 problems are no held-out ones: mine was fitted" in capsys.readouterr().err
+    assert run("eval --correction mine --task test.jsonl --verifier odd_grading:odd --problems 2 --samples 1") == 0
+
+
+@pytest.mark.usefixtures("folder")
 def test_two_processes_do_not_write_to_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with keep_in(Path("kept")):
         assert run("eval --correction mine --problems 2 --out kept") == 1
@@ -147,6 +163,8 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "calibrate always": "mine's gate is always",
         "calibrate mine --prompts gone.txt": "gone.txt: cannot be read",
         "eval --correction mine --ladder --lora mine --problems 2": "is of the tier head: give it with --also",
+        "eval --correction mine --lora peft --problems 2": "--lora is of the ladder: add --ladder",
+        "eval --correction mine --few-shot 2 --problems 2": "--few-shot is of the ladder: add --ladder",
         "eval --correction mine --problems 2 --text gone.txt": "--text gone.txt: cannot be read",
         "analyze tiny mine --gate sometimes --problems 2": "gate.kind must be one of",
     }.items():
@@ -154,3 +172,7 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         error = capsys.readouterr().err
         assert error.startswith("trimtab: ") or "\ntrimtab: " in error
         assert words in error.splitlines()[-1]
+    for command in ("eval --correction mine", "analyze tiny mine"):
+        with pytest.raises(SystemExit):
+            run(f"{command} --problems 1")
+        assert "--problems: must be at least 2, not 1" in capsys.readouterr().err

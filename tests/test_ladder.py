@@ -11,13 +11,15 @@ from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.model.base import Base
+from trimtab.steering.bank import Bank
 from trimtab.steering.evaluate import Difference, Policy
 from trimtab.steering.gate import Gate
 from trimtab.steering.ladder import Climbed, Entrants, Row, climb
 from trimtab.steering.ladder_report import build, judge, to_markdown, to_svg
+from trimtab.steering.match import match_kl
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling
+from trimtab.steering.rollouts import Sampling, open_core
 from trimtab.steering.verifiers import Extract
 
 
@@ -124,6 +126,10 @@ def test_a_ladder_that_was_killed_goes_on_and_one_that_is_finished_samples_nothi
     assert climb(base, EXAM, entrants, folder).found == climbed.found
     with pytest.raises(InvalidRequest, match=r"strength = 0\.5, and this run has 0\.6"):
         climb(base, EXAM, entrants._replace(strength=0.6), folder)
+    with pytest.raises(InvalidRequest, match=r"control_prompt = 'Be odd\.', and this run has 'Be even\.'"):
+        climb(base, EXAM, entrants._replace(system="Be even."), folder)
+    with pytest.raises(InvalidRequest, match="few_shot = 1, and this run has 2"):
+        climb(base, EXAM, entrants._replace(few_shot=2), folder)
 
 
 def test_rows_of_one_name_are_refused(base: Base, entrants: Entrants, tmp_path: Path) -> None:
@@ -147,10 +153,15 @@ def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
 
 def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -> None:
     exam = EXAM._replace(problems=EXAM.problems[:2])
-    found = climb(base, exam, Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0))), tmp_path)
+    control = tiny_lora(base, "shuffled-rewards", seed=1)
+    entrants = Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0)), [control], strength=0.25)
+    without = frozenset({"base-t0.67", "base-t0.5", "base-open-t0.5"})
+    found = climb(base, exam, entrants._replace(without=without), tmp_path)
     tiers = [row.policy.name for row in found.rows if row.role == "tier"]
     assert tiers == ["contrast", "lora-gated", "lora-always", "lora-always-greedy"]
-    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"]
+    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"] * 2
+    asked = {row.policy.name: row.policy.strength for row in found.rows}
+    assert {asked[name] for name in tiers if name != "contrast"} == {asked["random-gate"]} == {0.25}
 
 
 def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
@@ -172,6 +183,21 @@ def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
     assert "- shuffled-rewards was matched at strength" in shown
     (line,) = (line for line in shown.splitlines() if line.startswith("| lora-always |"))
     assert line.endswith(" |  |  |  |"), "without a base row nothing tells how far it is from the base"
+
+
+def test_a_push_too_weak_to_be_measured_is_not_called_matched(
+    base: Base, entrants: Entrants, climbed: Climbed, tmp_path: Path
+) -> None:
+    exam = EXAM._replace(problems=EXAM.problems[:2])
+    bank = Bank(base.hidden, base.device)
+    for one in (entrants.correction, *entrants.controls):
+        bank.add(one)
+    core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+    weak = Policy("head", "mine", strength=1e-4)
+    matched = match_kl(core, exam, weak, entrants.controls[0], tmp_path)
+    assert (matched.wanted, matched.measured) == (0.0, False)
+    shown = to_markdown(build(base, EXAM, entrants, climbed._replace(matched=[matched])))
+    assert "- shuffled-rewards could not be matched, and is at strength 0.0001: 0.000 nats" in shown
 
 
 def test_the_picture_is_an_svg_with_a_bar_a_row(base: Base, entrants: Entrants, climbed: Climbed) -> None:

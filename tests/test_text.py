@@ -16,7 +16,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.teacher import adapt
 from trimtab.steering.text import read_text, to_markdown
 
-TEXT = "A trim tab is the small rudder on a ship's rudder: a little force there turns the whole ship. " * 3
+TEXT = ("A trim tab is the small rudder on a ship's rudder: a little force there turns the whole ship. " * 3)[:250]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,9 @@ def test_a_heads_likelihood_is_that_of_the_corrected_distribution(base: Base) ->
     for name, values in (("base", own), ("corrected", corrected)):
         assert measured[name] == pytest.approx(float(torch.cat(values).mean()), abs=1e-4)
         assert measured[f"{name}_at_fired"] == pytest.approx(float(torch.cat(values)[fired].mean()), abs=1e-4)
-    change = [float((c - o).mean()) for o, c in zip(own, corrected, strict=True)]
-    assert measured["change"]["mean"] == pytest.approx(sum(change) / len(change), abs=1e-4)
+    assert len(own[-1]) < 10, "the last window is short, and weighs as its tokens do"
+    difference = measured["corrected"] - measured["base"]
+    assert measured["change"]["mean"] == pytest.approx(difference, abs=1e-5)
     assert measured["change"]["low"] < measured["change"]["mean"] < measured["change"]["high"]
     assert f"fired at {measured['fired']:.1%}" in to_markdown(measured)
 
