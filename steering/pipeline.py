@@ -32,7 +32,7 @@ from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
-from trimtab.steering.folder import load, save
+from trimtab.steering.folder import is_saved, load, save
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
@@ -186,7 +186,7 @@ def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correcti
     found = []
     for kind in route.controls:
         folder = work / "controls" / kind
-        if not (folder / "correction.json").exists():
+        if not is_saved(folder):
             save(route.control(kind, chosen.provenance["kl"]), folder)
         found.append(load(folder))
     return found
