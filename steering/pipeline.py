@@ -33,6 +33,7 @@ from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.folder import is_saved, load, save
+from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
@@ -54,7 +55,12 @@ class Problems(NamedTuple):
 def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None = None) -> Correction:
     """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config.
 
-    teacher: the config's, loaded, where it names one."""
+    teacher: the config's, loaded, where it names one. Raises InvalidRequest while another process writes to `out`."""
+    with hold(out):
+        return _run(config, out, base, task, teacher)
+
+
+def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None) -> Correction:
     config = dataclasses.replace(config, name=config.name or out.resolve().name)
     torch.set_num_threads(config.threads)
     work = out / "run"

@@ -5,7 +5,6 @@ with, or else `trimtab fit`'s own.
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab.errors import InvalidRequest
 from trimtab.steering.config import FitConfig
+from trimtab.steering.lock import hold
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -91,19 +91,8 @@ def keep_in(out: Path | None) -> Iterator[Path]:
 
     Raises InvalidRequest while another process writes there."""
     if out is not None:
-        import fcntl  # where there is none, the parsers can still be built
-
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError as error:
-            message = f"another process writes to {out}: wait for it, or choose another --out"
-            raise InvalidRequest(message, "out") from error
-        else:
+        with hold(out):
             yield out / "completions"
-        finally:
-            os.close(handle)
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch) / "eval"

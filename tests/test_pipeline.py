@@ -15,6 +15,7 @@ from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import check
 from trimtab.steering.folder import load
+from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem, Split
 
@@ -161,6 +162,12 @@ def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finis
         assert caught.value.field == field
     with pytest.raises(InvalidRequest, match="fingerprint"):
         pipeline.run(CONFIG, finished, tiny_base(seed=1), Vowels())
+
+
+def test_two_fits_do_not_write_to_one_folder(base: Base, tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(InvalidRequest, match="another process writes to"):
+        pipeline.run(CONFIG, tmp_path, base, Vowels())
+    assert not list(tmp_path.iterdir())
 
 
 def test_validation_problems_that_are_trained_on_are_refused(base: Base, tmp_path: Path) -> None:
