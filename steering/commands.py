@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.arguments import HelpFormatter
+from trimtab.errors import CorrectionError
 from trimtab.steering.config import FitConfig
 
 Subparsers = Any  # argparse's own type is private
@@ -121,7 +122,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     for name, value in {**lines, **facts}.items():
         print(f"{name:<{width}}  {value}")
     print()
-    print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
+    try:
+        print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
+    except (LookupError, TypeError, ValueError) as error:  # a report that another program wrote
+        words = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be shown ({error})"
+        raise CorrectionError(
+            f"{args.folder}: the report in its correction.json {words}: see the file itself"
+        ) from error
 
 
 _OF_REWARDS = ("keep_problems", "drop_longest", "advantage_clip", "ratio_clip", "kl_weight", "kl_budgets")

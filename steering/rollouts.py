@@ -25,7 +25,7 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
-from trimtab.steering.atomic import write_bytes
+from trimtab.steering.atomic import naming, write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
 from trimtab.steering.correction import ContrastCorrection
@@ -132,7 +132,7 @@ class Journal:
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when they are on the disk."""
         self._growing.parent.mkdir(parents=True, exist_ok=True)
-        with self._growing.open("ab") as file:
+        with naming(self._growing), self._growing.open("ab") as file:
             file.write(_lines(rollouts))
             file.flush()
             os.fsync(file.fileno())

@@ -62,6 +62,7 @@ _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "t
 
 def settle(args: argparse.Namespace, correction: "Correction | None", needs_task: bool = True) -> Setting:
     """Load the base and the task that the arguments name, or the correction was fitted with; check that they fit."""
+    from trimtab.server.engine.request import SamplingParams
     from trimtab.server.model.base import load_base
     from trimtab.steering.correction import check
     from trimtab.steering.rollouts import Sampling
@@ -73,6 +74,7 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
     asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
     if correction is not None and not fitted and args.model is None:
         raise InvalidRequest(f"{correction.name} does not say which model it was made for: give --model", "model")
+    SamplingParams(temperature=asked["temperature"], top_p=asked["top_p"])  # which refuses what nobody can draw with
     task = load_task(*_task_of(asked if needs_task else {"task": "instructions"}), int(fitted.get("seed", 0)))
     base = load_base(asked["model"], args.dtype, args.device, args.threads)
     if correction is not None:

@@ -117,6 +117,15 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+def is_unicode(value: Any) -> bool:
+    """Whether the texts in a JSON value are text: JSON can escape half a character, which no file takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_line(line: str, where: str, verifier: str) -> Problem:
     try:
         fields = json.loads(line)
@@ -126,6 +135,8 @@ def _read_line(line: str, where: str, verifier: str) -> Problem:
         raise TaskError(f"{where}: must be a JSON object with id, answer and messages or prompt")
     unknown = sorted(set(fields) - {"id", "answer", "messages", "prompt", "kind"})
     _require(not unknown, where, ", ".join(unknown), "is not a known field: use id, answer, messages or prompt, kind")
+    for name, value in fields.items():
+        _require(is_unicode(value), where, name, "holds half a surrogate pair, such as \\ud83d alone: remove it")
     identity = fields.get("id")
     _require(isinstance(identity, str | int) and str(identity) != "", where, "id", "must be a string or an integer")
     _require("answer" in fields, where, "answer", "is missing")
