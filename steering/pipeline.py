@@ -32,7 +32,7 @@ from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
-from trimtab.steering.folder import is_saved, load, save
+from trimtab.steering.folder import JSON_FILE, is_saved, load, save
 from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
@@ -58,6 +58,9 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     work = out / "run"
     problems = split(task, config)
     begin(work, config, base, task, problems, teacher)
+    if is_saved(out):  # written last; since then it may have been calibrated
+        say("fit", f"{out} holds the finished correction; delete its {JSON_FILE} to have it judged and written again")
+        return load(out)
     clock = Clock(work / "timings.json", where(base, config.threads))
     with clock.time("rollouts"):
         rollouts = _roll_out(work, config, base, task, problems.training)
