@@ -20,7 +20,7 @@ from trimtab.steering.controls import CONTROLS
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import encode
-from trimtab.steering.tasks import Task, fingerprint
+from trimtab.steering.tasks import Task, fingerprint, text_of
 
 
 class Problems(NamedTuple):
@@ -88,6 +88,7 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
     """Raise InvalidRequest or TaskError for what would otherwise end the run after hours."""
     if config.name in CONTROLS:
         raise InvalidRequest(f"name {config.name} is a control's: give another --name, or another --out", "name")
+    _refuse_repeats(task, problems)
     if config.via == "lora" or config.tier == "lora":
         _check_layers(config, base)
     for model in (base, teacher):
@@ -101,6 +102,18 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
                         f"{task.name}: the problem {problem.id!r}, to {purpose}, has {length} tokens; {model.name} "
                         f"takes {model.max_len}: shorten it"
                     )
+
+
+def _refuse_repeats(task: Task, problems: Problems) -> None:
+    """What is chosen on a problem that was learned from is chosen for having learned it by heart."""
+    learned = {text_of(problem): problem.id for problem in problems.training}
+    pairs = [(problem.id, learned[text_of(problem)]) for problem in problems.validation if text_of(problem) in learned]
+    if pairs:
+        (one, other), count = pairs[0], len(problems.validation)
+        raise TaskError(
+            f"{task.name}: {len(pairs)} of {count} problems to choose on have the prompt of one to learn from, as "
+            f"{one!r} that of {other!r}: remove the lines that repeat a prompt"
+        )
 
 
 def _check_layers(config: FitConfig, base: Base) -> None:

@@ -115,6 +115,7 @@ def test_a_loss_that_is_no_number_ends_the_fit(
 
 
 LONG = [*GOOD[:30], *({**line, "prompt": line["prompt"] * 80} for line in GOOD[30:])]
+TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,11 @@ LONG = [*GOOD[:30], *({**line, "prompt": line["prompt"] * 80} for line in GOOD[3
         (GOOD, f"--tier lora {LORA} --lora-targets mlp", "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"),
         (GOOD, "--name shuffled-rewards", "name shuffled-rewards is a control's: give another --name"),
         (GOOD, "--keep-problems 3", "keep_problems must be 0, which is all, or at least 4, not 3"),
+        (
+            TWICE,
+            "",
+            "task.jsonl: 1 of 2 problems to choose on have the prompt of one to learn from, as '39' that",
+        ),
         (LONG, "--problems 7", "to choose on, has 640 tokens; tiny-llama takes 512"),
     ],
 )
