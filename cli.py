@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `trimtab inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written to
+        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print("trimtab:", " ".join(words.split()), file=sys.stderr)
+        return 1
     return 0
 
 

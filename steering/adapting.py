@@ -1,7 +1,7 @@
 """The lora tier's routes: an adapter learned from rewards by the paper's method, or from a tuned model.
 
-Invariant: an adapter's KL is measured where a head's is: on held-out problems, at positions where the gate opens, at
-the sampling temperature. Served always, it acts elsewhere too; its anchor bounds that.
+Invariant: an adapter's KL is measured where a head's is: on held-out problems, at positions where its own gate lets it
+act, at the sampling temperature. Served always, one with another gate acts elsewhere too; its anchor bounds that.
 """
 
 import math
@@ -140,8 +140,8 @@ def _divergence(study: Study, folder: Path) -> Callable[[float], float]:
         tuned = adapt(study.base, folder)
         temperature = study.config.temperature
         targets = cache_targets(tuned, study.by_id, items, features, temperature, folder / "held-out", stage)
-    opened = features.gated
-    return lambda strength: mixed_kl(features.at(opened), targets.at(opened), temperature, strength)
+    acts = features.acts
+    return lambda strength: mixed_kl(features.at(acts), targets.at(acts), temperature, strength)
 
 
 def mixed_kl(features: Features, targets: Targets, temperature: float, strength: float) -> float:

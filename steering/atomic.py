@@ -1,11 +1,13 @@
 """Files that are there whole or not at all: written beside their place, flushed to the disk, then renamed over it.
 
 Invariant: a reader never sees half a file; a killed writer leaves the old one (or none) and at worst a `.tmp` beside
-it. Every file the trainer and the corrections write goes through here.
+it; one that the disk had no room for leaves nothing. Every file of the trainer and the corrections goes through here.
 """
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Make `path` hold `content`, durably; parents are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with naming(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     _flush_folder(path.parent)
 
 
@@ -38,6 +45,15 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """As write_bytes, in the safetensors format."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.rollouts import Sampling, open_core, request_for
+from trimtab.steering.tasks import is_unicode
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -135,6 +136,8 @@ def _read_prompt(line: str, where: str, identity: str) -> Problem:
         fields: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise TaskError(f"{where}: is not JSON ({error})") from error
+    if not is_unicode(fields):
+        raise TaskError(f"{where}: holds half a surrogate pair, such as \\ud83d alone: remove it")
     messages, prompt = fields.get("messages"), fields.get("prompt")
     if isinstance(prompt, str) and prompt and messages is None:
         return Problem(identity, None, prompt=prompt)

@@ -10,10 +10,14 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.arguments import HelpFormatter
+from trimtab.errors import CorrectionError
 from trimtab.steering.config import FitConfig
+
+if TYPE_CHECKING:
+    from trimtab.steering.correction import Correction
 
 Subparsers = Any  # argparse's own type is private
 
@@ -71,7 +75,6 @@ def run_fit(args: argparse.Namespace) -> None:
     config = _config_of(args)
     from trimtab.server.model.base import load_base
     from trimtab.steering import pipeline
-    from trimtab.steering.report import to_markdown
     from trimtab.steering.tasks import load_task
     from trimtab.steering.teacher import load_teacher
 
@@ -80,8 +83,7 @@ def run_fit(args: argparse.Namespace) -> None:
     base = load_base(config.model, *machine)
     teacher = load_teacher(config.teacher, base, *machine) if config.teacher else None
     correction = pipeline.run(config, args.out, base, task, teacher)
-    assert correction.report is not None
-    print(to_markdown(correction.report))
+    print(_report_of(correction, args.out))
 
 
 def _config_of(args: argparse.Namespace) -> FitConfig:
@@ -100,7 +102,6 @@ def add_inspect(subparsers: Subparsers) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """Prints a card on stdout."""
     from trimtab.steering.folder import load
-    from trimtab.steering.report import to_markdown
 
     c = load(args.folder)
     size = sum(path.stat().st_size for path in args.folder.iterdir() if path.suffix in (".json", ".safetensors"))
@@ -121,7 +122,20 @@ def run_inspect(args: argparse.Namespace) -> None:
     for name, value in {**lines, **facts}.items():
         print(f"{name:<{width}}  {value}")
     print()
-    print(to_markdown(c.report) if c.report else "No report: nobody has judged this correction. Try trimtab eval.")
+    print(_report_of(c, args.folder))
+
+
+def _report_of(correction: "Correction", folder: Path) -> str:
+    """For people. Raises CorrectionError for a report that another program wrote."""
+    from trimtab.steering.report import to_markdown
+
+    if not correction.report:
+        return "No report: nobody has judged this correction. Try trimtab eval."
+    try:
+        return to_markdown(correction.report)
+    except (LookupError, TypeError, ValueError) as error:
+        words = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be shown ({error})"
+        raise CorrectionError(f"{folder}: the report in its correction.json {words}: see the file itself") from error
 
 
 _OF_REWARDS = ("keep_problems", "drop_longest", "advantage_clip", "ratio_clip", "kl_weight", "kl_budgets")

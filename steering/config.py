@@ -57,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of the LoRA's training
 ACTIVATIONS = ("none", "silu")  # correction.py's, which this file cannot import: it must not need torch
 GATES = {"entropy": 0.5, "varentropy": 0.5, "margin": -0.8, "always": 0.5}  # kind -> tau where none is given
 
+FEWEST = 4  # problems of mixed success that can be learned from
 MAX_SAMPLES = 128  # that one request to the engine may ask for
 
 
@@ -171,7 +172,8 @@ class FitConfig:
         for name in ("samples", "teacher_samples", "validation_samples", "test_samples"):
             self._require(name, getattr(self, name) <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
         self._require("test_problems", self.test_problems >= 2, "must be at least 2")
-        self._require("keep_problems", self.keep_problems >= 0, "must be at least 0")
+        kept = self.keep_problems == 0 or self.keep_problems >= FEWEST
+        self._require("keep_problems", kept, f"must be 0, which is all, or at least {FEWEST}")
         self._require("top_k", self.top_k is None or 1 <= self.top_k <= CANDIDATES, f"must be 1 to {CANDIDATES}")
         self._require("drop_longest", 0 <= self.drop_longest < 1, "must be at least 0 and below 1")
         self._require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")

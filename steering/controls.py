@@ -5,7 +5,8 @@
     shuffled-teacher   where a tuned model was given: what it changes at a position is learned at another one
 
 Any push at the head shortens and sharpens what a model writes, which alone may gain some points. So a control pushes
-exactly as hard as the correction: its strength is set to the same held-out KL. Both are served by the same gate.
+exactly as hard as the correction: its strength is set to the same held-out KL, over the positions where both act: those
+that their common gate opens, which may be all.
 Invariant: controls differ from the correction in what they learn from and in nothing else.
 """
 
@@ -42,7 +43,7 @@ def match(
 ) -> Correction:
     """The control that this head makes at the strength which brings it to `kl`, or as near as the limit lets it."""
     strength = match_strength(head, features, rows, kl, config)
-    measured = features.at(features.gated & features.held_out)
+    measured = features.at(features.acts & features.held_out)
     plain, reached = (measure(head, measured, rows, config, s) for s in (1.0, strength))
     words = f"held-out KL {plain:.3f}, brought to {reached:.3f} (the correction's: {kl:.3f}) by strength {strength:.2f}"
     say(kind, words + (", the limit: it pushes less than the correction" if strength >= STRENGTH_LIMIT else ""))

@@ -1,4 +1,4 @@
-"""A correction: the learned artefact, one dataclass a tier. files.py reads and writes its folder.
+"""A correction: the learned artefact, one dataclass a tier. folder.py reads and writes its folder.
 
     head      delta_c = cap * tanh( w_c . (B act(A h / s_h) + b) / s_w / cap )    c in the base's top_k tokens
               z' = z + s * delta, where the gate opens

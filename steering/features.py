@@ -29,7 +29,8 @@ LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at
 
 
 class Features(NamedTuple):
-    """A row a position. Kept: positions that the gate opens, and as many others drawn at random for a control."""
+    """A row a position. Kept: positions that the gate opens, as many others drawn at random for a control, and of what
+    is held out all those where a correction acts."""
 
     h: Tensor  # [n, hidden] in the base's dtype
     ids: Tensor  # int32 [n, CANDIDATES]
@@ -43,6 +44,7 @@ class Features(NamedTuple):
     held_out: Tensor  # bool [n]: not fitted
     gated: Tensor  # bool [n]: the gate opens (always open: base entropy above tau)
     random: Tensor  # bool [n]: in the random draw, of the same size as the gated ones of its completion
+    acts: Tensor  # bool [n]: served, the correction acts here: KL is measured at those that are held out
 
     def at(self, rows: Tensor) -> "Features":
         """The rows of a mask or of indices."""
@@ -67,7 +69,12 @@ def cache_features(
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
         return _read(base, problems, group, first, numbers, config)._asdict()
 
-    return Features(**read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
+    return from_columns(read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
+
+
+def from_columns(columns: Mapping[str, Tensor]) -> Features:
+    """Of shards. A run begun before there was `acts` kept gated and random positions only: it measures at the gated."""
+    return Features(**{"acts": columns["gated"], **columns})
 
 
 def read_in_shards(
@@ -127,6 +134,7 @@ def _read(
         return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(lengths))
 
     gated = found > config.tau
+    acts = torch.ones_like(gated) if config.gate == "always" else gated
     opened = torch.split(gated, lengths)
     rows = Features(
         h=h,
@@ -141,8 +149,9 @@ def _read(
         held_out=spread([item.held_out for item in group], torch.bool),
         gated=gated,
         random=torch.cat([_draw(one, _generator(config.seed, item)) for one, item in zip(opened, group, strict=True)]),
+        acts=acts,
     )
-    return rows.at(rows.gated | rows.random)
+    return rows.at(rows.gated | rows.random | (rows.acts & rows.held_out))
 
 
 def _draw(opened: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """The fit: AdamW on cached features under a trust region, one pass with a snapshot at each KL budget.
 
-Invariant: each snapshot's KL(base || corrected), measured on held-out problems at positions where the gate opens, is
+Invariant: each snapshot's KL(base || corrected), measured on held-out problems at the positions where it would act, is
 below its budget (but see `overshoot`). Equal features, config and seed give equal tensors.
 """
 
@@ -49,7 +49,7 @@ def fit(
     overshoot: where the first step already leaves every budget, keep it, for one who will set its strength.
     Raises TaskError when there is nothing to learn from, no snapshot within the budgets, or no number for a loss."""
     training = features.at((features.gated if learned is None else learned) & ~features.held_out)
-    measured = features.at(features.gated & features.held_out)
+    measured = features.at(features.acts & features.held_out)
     if not len(training.h) or not len(measured.h):
         raise TaskError(
             f"no position to learn from ({len(training.h)} fitted, {len(measured.h)} held out): the model is seldom "
@@ -107,7 +107,7 @@ def match_strength(head: Head, features: Features, rows: Tensor, kl: float, conf
     """The strength at which the head's held-out KL is `kl`: controls must push as hard as what they control.
 
     STRENGTH_LIMIT where even that is less."""
-    measured = features.at(features.gated & features.held_out)
+    measured = features.at(features.acts & features.held_out)
     return bisect(lambda strength: measure(head, measured, rows, config, strength), kl)
 
 

@@ -4,8 +4,9 @@
     lora      correction.json + adapter_config.json + adapter_model.safetensors (PEFT's, so that PEFT loads it too)
     contrast  correction.json
 
-Invariant: the JSON is written last and holds a digest of the other files, so a folder that a crash left half written,
-or whose files stem from different writes, is refused, never mixed.
+Invariant: the JSON holds a digest of the other files, and what would make a folder readable is written last: the JSON,
+or for a LoRA the adapter_config.json, without which PEFT reads nothing either. So a folder, or a copy of one, that a
+crash left half written, or whose files stem from different writes, is refused, never mixed.
 
     save(correction, folder);  correction = load(folder)
 """
@@ -50,11 +51,23 @@ _HEAD_TENSORS = ("A", "B", "b")
 
 def save(correction: Correction, folder: str | Path) -> None:
     """Write the correction's files, each atomically. A crash between them leaves a folder that `load` refuses."""
+    folder = Path(folder)
     files = _files_of(correction)
     described = _describe(correction, files)
+    config = files.pop(CONFIG_FILE, None)
     for name, content in files.items():
-        write_bytes(Path(folder) / name, content)
-    write_json(Path(folder) / JSON_FILE, described)
+        write_bytes(folder / name, content)
+    write_json(folder / JSON_FILE, described)
+    if config is not None:  # after the JSON: without that one, it would say that the LoRA is always on
+        write_bytes(folder / CONFIG_FILE, config)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a first `save` into the folder came to its end."""
+    if not (folder / JSON_FILE).is_file():
+        return False
+    tier = _read_json(folder / JSON_FILE).get("tier")
+    return all((folder / name).is_file() for name in _FILES.get(str(tier), ()))
 
 
 def load(folder: str | Path) -> Correction:

@@ -17,22 +17,23 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering import report as reports
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
+from trimtab.steering.begin import begin, place, split
 from trimtab.steering.clock import Clock
 from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
-from trimtab.steering.folder import load, save
+from trimtab.steering.folder import JSON_FILE, is_saved, load, save
+from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
@@ -40,27 +41,26 @@ from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
 from trimtab.steering.routes import SELECT, Route, choose_route
 from trimtab.steering.selection import Item
 from trimtab.steering.study import Study
-from trimtab.steering.tasks import Task, fingerprint
-
-
-class Problems(NamedTuple):
-    """Disjoint sets: to learn from, to choose on, to judge on."""
-
-    training: list[Problem]
-    validation: list[Problem]
-    test: list[Problem]
+from trimtab.steering.tasks import Task
 
 
 def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None = None) -> Correction:
     """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config.
 
-    teacher: the config's, loaded, where it names one."""
+    teacher: the config's, loaded, where it names one. Raises InvalidRequest while another process writes to `out`."""
+    with hold(out):
+        return _run(config, out, base, task, teacher)
+
+
+def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None) -> Correction:
     config = dataclasses.replace(config, name=config.name or out.resolve().name)
     torch.set_num_threads(config.threads)
     work = out / "run"
-    problems = _split(task, config)
-    digest = fingerprint([problem for some in problems for problem in some])
-    _begin(work, config, base, digest, teacher)
+    problems = split(task, config)
+    begin(work, config, base, task, problems, teacher)
+    if is_saved(out):  # written last; since then it may have been calibrated
+        say("fit", f"{out} holds the finished correction; delete its {JSON_FILE} to have it judged and written again")
+        return load(out)
     clock = Clock(work / "timings.json", where(base, config.threads))
     with clock.time("rollouts"):
         rollouts = _roll_out(work, config, base, task, problems.training)
@@ -78,9 +78,8 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
     with clock.time("report"):
         report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
-    shipped = dataclasses.replace(
-        correction, report=report, provenance=_provenance(route, config, base, task, digest, rollouts, features, chosen)
-    )
+    provenance = _provenance(route, config, base, task, problems.digest, rollouts, features, chosen)
+    shipped = dataclasses.replace(correction, report=report, provenance=provenance)
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
         save(control, out / "controls" / control.name)
@@ -91,48 +90,6 @@ def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | No
     say("timings", f"{clock}; on {where(base, config.threads)}")
     say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
     return shipped
-
-
-def _split(task: Task, config: FitConfig) -> Problems:
-    problems = Problems(
-        task.problems("train", config.problems),
-        task.problems("validation", config.validation_problems),
-        task.problems("held-out", config.test_problems),
-    )
-    shared = {p.id for p in problems.training} & {p.id for p in problems.validation}
-    if shared:
-        needed = config.problems + config.validation_problems
-        raise TaskError(
-            f"{task.name} has {needed - len(shared)} train problems; {needed} are needed ({config.problems} to learn "
-            f"from, {config.validation_problems} to choose on): ask for fewer or add lines"
-        )
-    return problems
-
-
-def _begin(work: Path, config: FitConfig, base: Base, problems: str, teacher: Base | None) -> None:
-    """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
-    path = work / "run.json"
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    identity = dataclasses.asdict(base.identity) | {**_place(base), "problems": problems}
-    if teacher is not None:
-        identity["teacher"] = teacher.identity.fingerprint
-    now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
-    if not path.exists():
-        if (work.parent / "correction.json").exists():
-            raise InvalidRequest(f"{work.parent} holds a finished correction: choose another --out", "out")
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    say("fit", f"{work} holds a run: it goes on where it was")
-    for part, words in now.items():
-        for name in sorted(words.keys() | before[part].keys()):
-            old, new = before[part].get(name), words.get(name)
-            if old != new:
-                raise InvalidRequest(
-                    f"{work} was begun with {name} = {old!r}, and this run has {new!r}: use that value, another --out, "
-                    f"or delete {work}",
-                    name,
-                )
 
 
 def _roll_out(work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem]) -> list[Rollout]:
@@ -186,7 +143,7 @@ def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correcti
     found = []
     for kind in route.controls:
         folder = work / "controls" / kind
-        if not (folder / "correction.json").exists():
+        if not is_saved(folder):
             save(route.control(kind, chosen.provenance["kl"]), folder)
         found.append(load(folder))
     return found
@@ -199,11 +156,6 @@ def _sampling(config: FitConfig, samples: int) -> Sampling:
 def where(base: Base, threads: int) -> str:
     """What a run's seconds were spent on."""
     return f"{hardware(describe())} ({base.device.type}, {base.dtype}, {threads} threads)".replace("torch.", "")
-
-
-def _place(base: Base) -> dict[str, Any]:
-    """What "auto" came to."""
-    return {"dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
 
 
 def _provenance(
@@ -228,7 +180,7 @@ def _provenance(
         "mixed_problems": len(set(features.problem.tolist())),
         "positions": len(training.h),
         "fit": dict(chosen.provenance),
-        **_place(base),
+        **place(base),
         "threads": config.threads,
         "machine": describe(),
     }

@@ -25,7 +25,7 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
-from trimtab.steering.atomic import write_bytes
+from trimtab.steering.atomic import naming, write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
 from trimtab.steering.correction import ContrastCorrection
@@ -106,7 +106,7 @@ def gather(
                 passed += sum(rollout.reward for rollout in some)
                 progress.add(len(some), f"pass@1 {passed / done:.3f}")
             journal.finish(group)
-    return [rollout for journal in journals for rollout in journal.read()]
+    return [r for group, journal in zip(groups, journals, strict=True) for r in _whole(journal, group, samples)]
 
 
 class Journal:
@@ -132,7 +132,7 @@ class Journal:
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when they are on the disk."""
         self._growing.parent.mkdir(parents=True, exist_ok=True)
-        with self._growing.open("ab") as file:
+        with naming(self._growing), self._growing.open("ab") as file:
             file.write(_lines(rollouts))
             file.flush()
             os.fsync(file.fileno())
@@ -146,6 +146,17 @@ class Journal:
         order = {problem.id: i for i, problem in enumerate(problems)}
         write_bytes(self.path, _lines(sorted(self.read(), key=lambda r: (order[r.problem], r.sample))))
         self._growing.unlink()
+
+
+def _whole(journal: Journal, problems: Sequence[Problem], samples: int) -> list[Rollout]:
+    """A finished file's. Raises TaskError unless it holds each completion once."""
+    found = journal.read()
+    if [(r.problem, r.sample) for r in found] != [(p.id, sample) for p in problems for sample in range(samples)]:
+        raise TaskError(
+            f"{journal.path} does not hold each completion of its problems once: two runs wrote to it, or it was "
+            "edited. Delete it, and what was made of it"
+        )
+    return found
 
 
 def encode(base: Base, problem: Problem) -> tuple[int, ...]:

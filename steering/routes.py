@@ -121,7 +121,7 @@ class ViaTeacher:
                 f"no epoch brought the head nearer to the teacher: held-out KL {found.kl:.4f}, the base's own is "
                 f"{found.base_kl:.4f}; lower --learning-rate, or give a teacher that differs more from the base"
             )
-        measured = features.at(features.gated & features.held_out)
+        measured = features.at(features.acts & features.held_out)
         kls = {strength: measure(found.head, measured, rows, config, strength) for strength in config.strengths}
         within = {s: kl for s, kl in kls.items() if not config.kl_limit or kl <= config.kl_limit}
         if not within:

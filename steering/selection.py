@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from trimtab.errors import TaskError
-from trimtab.steering.config import FitConfig
+from trimtab.steering.config import FEWEST, FitConfig
 from trimtab.steering.rollouts import Rollout
 
 HELD_OUT_EVERY = 6  # one in so many of the kept problems measures the fit's KL instead of being fitted
-FEWEST = 4  # problems of mixed success
 
 
 class Item(NamedTuple):

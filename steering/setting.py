@@ -5,8 +5,6 @@ with, or else `trimtab fit`'s own.
 """
 
 import argparse
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.steering.config import FitConfig
+from trimtab.steering.lock import hold
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -63,6 +62,7 @@ _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "t
 
 def settle(args: argparse.Namespace, correction: "Correction | None", needs_task: bool = True) -> Setting:
     """Load the base and the task that the arguments name, or the correction was fitted with; check that they fit."""
+    from trimtab.server.engine.request import SamplingParams
     from trimtab.server.model.base import load_base
     from trimtab.steering.correction import check
     from trimtab.steering.rollouts import Sampling
@@ -74,6 +74,7 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
     asked = {name: _first(getattr(args, name), fitted.get(name), getattr(FitConfig(), name)) for name in _AS_FITTED}
     if correction is not None and not fitted and args.model is None:
         raise InvalidRequest(f"{correction.name} does not say which model it was made for: give --model", "model")
+    SamplingParams(temperature=asked["temperature"], top_p=asked["top_p"])  # which refuses what nobody can draw with
     task = load_task(*_task_of(asked if needs_task else {"task": "instructions"}), int(fitted.get("seed", 0)))
     base = load_base(asked["model"], args.dtype, args.device, args.threads)
     if correction is not None:
@@ -85,7 +86,7 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
 def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> None:
     """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
     file it is in. Says nothing where the fit's own file is gone."""
-    from trimtab.steering.tasks import load_task
+    from trimtab.steering.tasks import load_task, text_of
 
     fitted = correction.provenance.get("config", {})
     try:
@@ -94,18 +95,14 @@ def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> N
         learned += task.problems("validation", fitted["validation_problems"])
     except (KeyError, TaskError):
         return
-    known = {_text(problem) for problem in learned}
-    shared = [problem.id for problem in problems if _text(problem) in known]
+    known = {text_of(problem) for problem in learned}
+    shared = [problem.id for problem in problems if text_of(problem) in known]
     if shared:
         raise InvalidRequest(
             f"{len(shared)} of the {len(problems)} problems are no held-out ones: {correction.name} was fitted or "
             f"chosen on them ({shared[0]!r} is one): name another --task, or a --held-out file",
             "task",
         )
-
-
-def _text(problem: "Problem") -> str:
-    return json.dumps([problem.prompt, problem.messages], sort_keys=True)
 
 
 def _task_of(asked: Mapping[str, Any]) -> tuple[str, Any, Any]:
@@ -118,19 +115,8 @@ def keep_in(out: Path | None) -> Iterator[Path]:
 
     Raises InvalidRequest while another process writes there."""
     if out is not None:
-        import fcntl  # where there is none, the parsers can still be built
-
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError as error:
-            message = f"another process writes to {out}: wait for it, or choose another --out"
-            raise InvalidRequest(message, "out") from error
-        else:
+        with hold(out):
             yield out / "completions"
-        finally:
-            os.close(handle)
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch) / "eval"

@@ -5,7 +5,7 @@ and either `messages` (chat messages) or `prompt` (text that goes to the model a
 
 Invariant: what is held out shares no id and no prompt with the rest. Without a held-out file, a line is held out by a
 hash of its prompt, so that adding lines moves none across. Of a file, `validation` is `train` from its other end: who
-takes some of both sees that they do not meet (pipeline.py).
+takes some of both sees that they do not meet (begin.py).
 
     task = load_task("problems.jsonl", verifier="math");  task.problems("train", 128);  task.score(problem, text)
 """
@@ -113,8 +113,17 @@ def read_problems(path: Path, verifier: str) -> list[Problem]:
 
 def fingerprint(problems: Sequence[Problem]) -> str:
     """A digest of the problems a run uses, so that a resumed run notices an edited file."""
-    content = json.dumps([[p.id, p.answer, _text(p)] for p in problems], sort_keys=True)
+    content = json.dumps([[p.id, p.answer, text_of(p)] for p in problems], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether the texts in a JSON value are text: JSON can escape half a character, which no file takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_line(line: str, where: str, verifier: str) -> Problem:
@@ -126,6 +135,8 @@ def _read_line(line: str, where: str, verifier: str) -> Problem:
         raise TaskError(f"{where}: must be a JSON object with id, answer and messages or prompt")
     unknown = sorted(set(fields) - {"id", "answer", "messages", "prompt", "kind"})
     _require(not unknown, where, ", ".join(unknown), "is not a known field: use id, answer, messages or prompt, kind")
+    for name, value in fields.items():
+        _require(is_unicode(value), where, name, "holds half a surrogate pair, such as \\ud83d alone: remove it")
     identity = fields.get("id")
     _require(isinstance(identity, str | int) and str(identity) != "", where, "id", "must be a string or an integer")
     _require("answer" in fields, where, "answer", "is missing")
@@ -149,21 +160,22 @@ def _require(holds: bool, where: str, field: str, words: str) -> None:
         raise TaskError(f"{where}: {field} {words}")
 
 
-def _text(problem: Problem) -> str:
+def text_of(problem: Problem) -> str:
+    """What it asks: equal for problems that are the same to a model."""
     return problem.prompt if problem.prompt is not None else json.dumps(problem.messages, sort_keys=True)
 
 
 def _split_by_hash(problems: list[Problem]) -> dict[str, list[Problem]]:
     splits: dict[str, list[Problem]] = {"train": [], "held-out": []}
     for problem in problems:
-        share = int(hashlib.sha256(_text(problem).encode()).hexdigest()[:8], 16) / 2**32
+        share = int(hashlib.sha256(text_of(problem).encode()).hexdigest()[:8], 16) / 2**32
         splits["held-out" if share < HELD_OUT_SHARE else "train"].append(problem)
     return splits
 
 
 def _refuse_overlap(train: list[Problem], held_out: list[Problem], path: Path) -> None:
     """A held-out problem seen in training would make the report a lie."""
-    for what, key in (("id", lambda p: p.id), ("prompt", _text)):
+    for what, key in (("id", lambda p: p.id), ("prompt", text_of)):
         described: Callable[[Problem], Any] = key
         known = {described(p) for p in train}
         shared = [p.id for p in held_out if described(p) in known]

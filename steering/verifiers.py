@@ -73,8 +73,8 @@ def _import(name: str) -> ModuleType:
     sys.path.insert(0, folder)
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise TaskError(f"verifier {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module does at its top
+        raise TaskError(f"verifier {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
 

@@ -114,6 +114,7 @@ def test_the_kl_of_a_mixture_is_that_of_the_whole_vocabulary(strength: float) ->
         held_out=n,
         gated=n,
         random=n,
+        acts=n,
     )
     log_q = companion.log_softmax(1)
     targets = Targets(log_q.gather(1, ids), (log_q / T).logsumexp(1))

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,4 +35,15 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path: Path, m
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         atomic.write_json(tmp_path / "x", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        atomic.write_text(tmp_path / "x", "new")
+    assert caught.value.filename == str(tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -112,3 +112,44 @@ def test_a_loss_that_is_no_number_ends_the_fit(
 ) -> None:
     monkeypatch.setattr(module, function, nan(getattr(module, function)))
     assert words in fit(GOOD, f"--verifier bad_input_grading:odd {options}")
+
+
+LONG = [*GOOD[:30], *({**line, "prompt": line["prompt"] * 80} for line in GOOD[30:])]
+TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (
+            GOOD,
+            f"--via lora {LORA} --lora-targets o_proj nothere",
+            "lora_targets nothere is no linear layer of tiny-ll",
+        ),
+        (GOOD, f"--tier lora {LORA} --lora-targets mlp", "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"),
+        (GOOD, "--name shuffled-rewards", "name shuffled-rewards is a control's: give another --name"),
+        (GOOD, "--keep-problems 3", "keep_problems must be 0, which is all, or at least 4, not 3"),
+        (
+            TWICE,
+            "",
+            "task.jsonl: 1 of 2 problems to choose on have the prompt of one to learn from, as '39' that",
+        ),
+        (LONG, "--problems 7", "to choose on, has 640 tokens; tiny-llama takes 512"),
+    ],
+)
+def test_what_would_end_the_fit_late_is_found_before_anything_is_sampled(
+    fit: Callable[..., str], lines: list[Any], options: str, words: str
+) -> None:
+    assert words in fit(lines, f"--verifier bad_input_grading:odd {options}")
+    assert not Path("bad/run").exists()
+
+
+def test_a_held_out_problem_that_is_too_long_is_found_first(fit: Callable[..., str]) -> None:
+    Path("long.jsonl").write_text(
+        json.dumps({"id": "a", "prompt": "b", "answer": 1})
+        + "\n"
+        + json.dumps({"id": "x", "prompt": "c" * 600, "answer": 1})
+    )
+    words = "task.jsonl + long.jsonl: the problem 'x', to judge on, has 600 tokens; tiny-llama takes 512: shorten it"
+    assert words in fit(GOOD, "--verifier bad_input_grading:odd --held-out long.jsonl")
+    assert not Path("bad/run").exists()

@@ -119,6 +119,7 @@ def test_prompts_are_texts_or_json(tmp_path: Path) -> None:
         "Why?\n{": "line 2: is not JSON",
         '{"text": "Why?"}': "line 1: give either prompt, a text, or messages",
         '{"prompt": "a", "messages": []}': "line 1: give either",
+        '{"prompt": "a \\ud800 b"}': "line 1: holds half a surrogate pair",
         "\n": "holds no prompts",
     }.items():
         path.write_text(content)

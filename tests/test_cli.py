@@ -1,5 +1,7 @@
 """The command line: light to start, and a mistake is one line and exit code 1."""
 
+import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 
 from tiny import tiny_base, tiny_correction
 from trimtab.cli import build_parser, main
+from trimtab.steering import folder
 from trimtab.steering.folder import save
 
 
@@ -31,6 +34,22 @@ def test_a_mistake_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[st
     assert error.startswith("trimtab: ")
     assert error.count("\n") == 1
     assert "/no/such/model" in error
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/run/features/00000.safetensors")
+
+    monkeypatch.setattr(folder, "load", full)
+    assert main(["inspect", "x"]) == 1
+    shown = capsys.readouterr().err
+    assert shown == "trimtab: runs/x/run/features/00000.safetensors: No space left on device\n"
+
+
+def test_a_report_of_another_shape_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.save(dataclasses.replace(tiny_correction(tiny_base()), report={"verdict": {}}), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "the report in its correction.json lacks 'sampling'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["sing"], ["serve", "--port", "many"]])

@@ -164,6 +164,9 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "fit --out x --via magic": "via must be one of direct, lora, teacher",
         "fit --out x --via teacher": "teacher must be given with --via teacher",
         "eval --correction odd --problems 900": "held-out problems",
+        "eval --correction odd --problems 2 --top-p nan": "top_p must be greater than 0",
+        "eval --correction odd --problems 2 --out task.jsonl": "out must be a folder",
+        f"fit --out task.jsonl {TASK}": "out must be a folder",
     }.items():
         assert run(arguments) == 1
         error = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from trimtab.errors import CorrectionError
 from trimtab.steering.adapter import Adapter, LoraLayer, adapter_files
 from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection, check
-from trimtab.steering.folder import load, save
+from trimtab.steering.folder import is_saved, load, save
 from trimtab.steering.gate import Gate
 
 BASE = BaseIdentity("tiny/llama", "f" * 64, "t" * 64, "c" * 64)
@@ -138,6 +139,32 @@ def test_a_lora_comes_back_equal_and_peft_can_read_it(tmp_path: Path) -> None:
         "adapter_model.safetensors",
         "correction.json",
     ]
+
+
+def test_a_lora_cut_off_while_it_was_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its PEFT files alone would be a LoRA that is always on, made for any base."""
+    replace, left = os.replace, 0
+
+    def replace_until_killed(source: str, target: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+    for survived in range(3):
+        folder, left = tmp_path / str(survived), survived
+        with pytest.raises(KeyboardInterrupt):
+            save(LoraCorrection(name="l", base=BASE, adapter=make_adapter()), folder)
+        assert len(list(folder.glob("*[!p]"))) == survived
+        assert not is_saved(folder)
+        with pytest.raises(CorrectionError, match="cannot be read"):
+            load(folder)
+    left = 3
+    save(LoraCorrection(name="l", base=BASE, adapter=make_adapter()), folder)
+    assert is_saved(folder)
+    assert load(folder).gate.kind == "entropy"
 
 
 def test_a_peft_folder_is_a_lora_that_is_always_on(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def watched(rows: Tensor) -> Watched:
     z, moved = h @ rows.T / 2, (h + 0.3 * h[:, :1] * torch.ones(HIDDEN)) @ rows.T / 2
     ids, logits = rank(z, CANDIDATES)
     problem = torch.arange(POSITIONS) // 60
+    gated = torch.rand(POSITIONS, generator=generator) < 0.8
     features = Features(
         h=h,
         ids=ids.int(),
@@ -40,8 +41,9 @@ def watched(rows: Tensor) -> Watched:
         item=problem.int(),
         problem=problem.int(),
         held_out=problem % 6 == 0,
-        gated=torch.rand(POSITIONS, generator=generator) < 0.8,
+        gated=gated,
         random=torch.rand(POSITIONS, generator=generator) < 0.8,
+        acts=gated,
     )
     return Watched(features, moved.gather(1, ids))
 

@@ -13,7 +13,7 @@ from trimtab.server.engine.request import Receipt, Request, SamplingParams
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FitConfig
-from trimtab.steering.features import Features, cache_features
+from trimtab.steering.features import Features, cache_features, from_columns
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import encode, open_core
 from trimtab.steering.selection import Item
@@ -73,6 +73,27 @@ def test_rows_are_what_the_engine_saw(base: Base, tmp_path: Path) -> None:
                 assert logprob == pytest.approx(receipt.base_logprob, abs=1e-4)
         here = features.item == index
         assert int(features.random[here].sum()) == sum(gate), "as many random positions as open ones"
+
+
+def test_a_gate_that_is_always_open_is_measured_at_every_held_out_position(base: Base, tmp_path: Path) -> None:
+    items, _ = sample(base)
+    gated, always = (
+        cache_features(base, PROMPTS, items, FitConfig(gate=gate, tau=TAU), tmp_path / gate)
+        for gate in ("entropy", "always")
+    )
+    assert torch.equal(gated.acts, gated.gated)
+    assert always.acts.all()
+    held_out = always.at(always.held_out)
+    assert held_out.position.tolist() == [t for item in items if item.held_out for t in range(len(item.tokens))]
+    for mask in ("gated", "random"):
+        assert torch.equal(always.at(getattr(always, mask)).chosen, gated.at(getattr(gated, mask)).chosen)
+
+
+def test_features_of_a_run_begun_before_act_where_the_gate_opens(base: Base, tmp_path: Path) -> None:
+    columns = cache_features(base, PROMPTS, sample(base)[0], FitConfig(tau=TAU), tmp_path)._asdict()
+    del columns["acts"]
+    before = from_columns(columns)
+    assert torch.equal(before.acts, before.gated)
 
 
 def test_a_finished_file_is_read_and_not_computed_again(

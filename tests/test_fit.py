@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trimtab.errors import TaskError
 from trimtab.steering.config import CANDIDATES, FitConfig
-from trimtab.steering.controls import RANDOM, SHUFFLED, fit_control, shuffle
+from trimtab.steering.controls import RANDOM, SHUFFLED, fit_control, match, shuffle
 from trimtab.steering.correction import BaseIdentity
 from trimtab.steering.features import Features, rank
 from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
@@ -41,6 +41,7 @@ def features(rows: Tensor) -> Features:
     merit = (merit - merit.mean()) / merit.std()
     problem = item // 6
     ids, logits = rank(z, CANDIDATES)
+    gated = torch.rand(POSITIONS, generator=generator) < 0.8
     return Features(
         h=h,
         ids=ids.int(),
@@ -52,8 +53,9 @@ def features(rows: Tensor) -> Features:
         item=item.int(),
         problem=problem.int(),
         held_out=problem % 6 == 0,
-        gated=torch.rand(POSITIONS, generator=generator) < 0.8,
+        gated=gated,
         random=torch.rand(POSITIONS, generator=generator) < 0.8,
+        acts=gated,
     )
 
 
@@ -170,6 +172,16 @@ def test_matching_strength_reaches_the_kl(features: Features, rows: Tensor) -> N
     assert strength > 1
     kl = measure(head, features.at(features.gated & features.held_out), rows, CONFIG, strength)
     assert kl == pytest.approx(0.1, rel=0.02)
+
+
+def test_kl_is_measured_and_matched_where_the_correction_acts(features: Features, rows: Tensor) -> None:
+    some = features._replace(acts=features.h[:, 0] > 0)  # as where the gate is `always`, other positions than the gated
+    snapshot = fit(some, rows, [0.02], CONFIG)[0]
+    acting, gated = (features.at(mask & features.held_out) for mask in (some.acts, some.gated))
+    assert snapshot.kl == measure(snapshot.head, acting, rows, CONFIG) != measure(snapshot.head, gated, rows, CONFIG)
+    control = match(RANDOM, snapshot.head, some, rows, 0.1, CONFIG, BaseIdentity("tiny", "", "", ""))
+    assert measure(snapshot.head, acting, rows, CONFIG, control.strength) == pytest.approx(0.1, rel=1e-3)
+    assert control.provenance["kl"] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_an_unfitted_head_is_the_base(features: Features, rows: Tensor) -> None:

@@ -44,6 +44,7 @@ def make_features(z: Tensor, h: Tensor, chosen: Tensor, temperature: float) -> F
         held_out=torch.zeros(n, dtype=torch.bool),
         gated=torch.ones(n, dtype=torch.bool),
         random=torch.ones(n, dtype=torch.bool),
+        acts=torch.ones(n, dtype=torch.bool),
     )
 
 

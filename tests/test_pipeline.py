@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from trimtab.server.model.base import Base
 from trimtab.steering import atomic, pipeline
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import check
-from trimtab.steering.folder import load
+from trimtab.steering.folder import load, save
+from trimtab.steering.gate import Gate
+from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem, Split
 
@@ -161,6 +164,22 @@ def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finis
         assert caught.value.field == field
     with pytest.raises(InvalidRequest, match="fingerprint"):
         pipeline.run(CONFIG, finished, tiny_base(seed=1), Vowels())
+
+
+def test_a_finished_fit_run_again_keeps_what_calibrate_set(base: Base, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    calibrated = dataclasses.replace(load(tmp_path), gate=Gate(tau=0.25, calibration=((0.5, 0.25),)), report=None)
+    save(calibrated, tmp_path)
+    before = contents(tmp_path)
+    again = pipeline.run(CONFIG, tmp_path, base, Vowels())
+    assert again.gate == calibrated.gate
+    assert contents(tmp_path) == before
+
+
+def test_two_fits_do_not_write_to_one_folder(base: Base, tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(InvalidRequest, match="another process writes to"):
+        pipeline.run(CONFIG, tmp_path, base, Vowels())
+    assert not list(tmp_path.iterdir())
 
 
 def test_validation_problems_that_are_trained_on_are_refused(base: Base, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tiny import tiny_base, tiny_correction
+from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
@@ -125,3 +126,10 @@ def test_a_line_that_the_kill_cut_is_dropped_and_a_journal_left_over_goes(undist
     journal.path.write_bytes(b"".join(lines))
     assert len(journal.read()) == 24
     assert not growing.exists()
+
+
+def test_a_file_that_two_runs_wrote_to_is_refused(base: Base, undisturbed: Path, tmp_path: Path) -> None:
+    content = (undisturbed / "00000.jsonl").read_bytes()
+    (tmp_path / "00000.journal").write_bytes(content + content)
+    with pytest.raises(TaskError, match=r"00000\.jsonl does not hold each completion of its problems once"):
+        sample(base, tmp_path, Counting())

@@ -77,6 +77,8 @@ GOOD = {"id": "x", "messages": [{"role": "user", "content": "Hi"}], "answer": "3
         ({**GOOD, "messages": []}, "exact", "messages must be"),
         ({**GOOD, "messages": [{"role": "user"}]}, "exact", r"messages\[0\] must be"),
         ({**GOOD, "kind": 3}, "exact", "kind must be"),
+        ({"id": "x", "prompt": "a \ud800 b", "answer": "3"}, "exact", "prompt holds half a surrogate pair"),
+        ({**GOOD, "answer": ["\udc00"]}, "exact", "answer holds half a surrogate pair"),
         ({**GOOD, "answer": "("}, "regex", "answer is not a regular expression"),
         ({**GOOD, "answer": 3}, "regex", "answer must be a string"),
         ({**GOOD, "answer": None}, "math", "answer must be a string or a number"),

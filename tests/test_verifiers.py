@@ -58,6 +58,16 @@ def test_a_verifier_that_is_not_there_is_refused(name: str) -> None:
         load_verifier(name)
 
 
+@pytest.mark.parametrize(("source", "words"), [("def f(:", "SyntaxError"), ("open('gone')", "FileNotFoundError")])
+def test_a_verifiers_module_that_cannot_be_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
+) -> None:
+    (tmp_path / f"grading_{words.lower()}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match=f"cannot be imported: {words}: "):
+        load_verifier(f"grading_{words.lower()}:f")
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "right"),
     [
