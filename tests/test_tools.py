@@ -439,6 +439,27 @@ def test_what_is_refused_names_its_field(body: dict[str, Any], param: str) -> No
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+def test_a_strict_schema_that_would_be_refused_alone_is_refused_of_a_tool() -> None:
+    """Free names may come twice, so that they cannot be counted; a tool that is not strict is held to the rest."""
+    counted = {"patternProperties": {"^a$": {"enum": [1]}}, "additionalProperties": False, "minProperties": 2}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"b": counted}}}
+
+    def asked(strict: bool | None, **body: Any) -> httpx.Response:
+        tool = {"type": "function", "function": {**function, "strict": strict}}
+        return ask("x", tools=[CLOCK, tool], **body)[0]
+
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ("auto", "required", named):
+        error = asked(True, tool_choice=choice).json()["error"]
+        assert error["param"] == "tools[1].function.parameters"
+        assert "minProperties cannot be kept" in error["message"]
+        assert asked(False, tool_choice=choice).status_code == 200
+    assert asked(True, tool_choice="none").status_code == 200
+    grammar, _ = grammar_of(tools=[{"type": "function", "function": function}])
+    assert "^a$" in grammar
+    assert "minProperties" not in grammar
+
+
 # With a real engine and a random model: only the grammar makes it write what it writes
 
 BOOK: Any = {

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.json_schema import read_schema
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import TOOL_CALLS, Structure
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.engine.structure import WHITESPACE
 from trimtab.server.schema import ChatBody
 from trimtab.server.stream import TextRules
-from trimtab.server.tools.body import NamedTool
+from trimtab.server.tools.body import NamedTool, Tool
 from trimtab.server.tools.formats import Callee, ToolFormat
 from trimtab.server.tools.reader import CallReader
 
@@ -40,9 +41,8 @@ class ToolUse:
         tools, must = body.callable_tools()
         if not tools:
             return None
-        callees = tuple(
-            Callee(tool.function.name, tool.schema_of_arguments, bool(tool.function.strict)) for tool in tools
-        )
+        places = {tool.function.name: i for i, tool in enumerate(body.tools or [])}  # no two have one name
+        callees = tuple(_callee(tool, f"tools[{places[tool.function.name]}].function") for tool in tools)
         named = isinstance(body.tool_choice, NamedTool)  # whoever names one means one call of it
         several = not named if body.parallel_tool_calls is None else body.parallel_tool_calls
         return cls(form, callees, must, several, form.tokens(pieces), None if must else _answer(body))
@@ -86,6 +86,17 @@ class ToolUse:
         if budget.spans != TOOL_CALLS or self.form.spans == TOOL_CALLS or chosen.rule.adapter != NO_ADAPTER:
             return chosen
         return chosen._replace(steering=replace(chosen.steering, budget=replace(budget, spans=self.form.spans)))
+
+
+def _callee(tool: Tool, field: str) -> Callee:
+    """A tool for the grammar. Raises InvalidRequest where it is strict and its schema cannot be kept."""
+    strict = bool(tool.function.strict)
+    try:
+        schema = read_schema(json.dumps(tool.schema_of_arguments), lenient=not strict)
+    except ValueError as error:
+        message = f"{field}.parameters, of a strict tool: {error}"
+        raise InvalidRequest(message, f"{field}.parameters") from error
+    return Callee(tool.function.name, schema, strict)
 
 
 def _answer(body: ChatBody) -> str | None:
