@@ -356,6 +356,39 @@ def test_a_grammar_allows_what_a_reader_reads(
         assert not words[ord("x") // 32] >> ord("x") % 32 & 1, "after a call there is no text"
 
 
+def test_without_a_marker_too_one_call_is_one_and_a_strict_tool_is_called_as_its_schema_has_it() -> None:
+    text = "; ".join(objects("parameters"))
+    engine = Engine(script_of(text, ()))
+    with served("{{ tools }}" + LLAMA.signs[0], engine) as client:
+        asked: Any = {"model": "tiny", "messages": MESSAGES, "parallel_tool_calls": False}
+        whole = client.chat.completions.create(**asked, tools=TOOLS).choices[0]
+        assert whole.finish_reason == "tool_calls"
+        assert [c.function.name for c in whole.message.tool_calls or []] == ["get_weather"]  # type: ignore[union-attr]
+        strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+        client.chat.completions.create(**asked, tools=[strict, CLOCK])
+    free, held = (request.structure for request in engine.requests)
+    assert free is None
+    assert held is not None
+    tokenizer = tiny_tokenizer()
+    words = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
+
+    def taken(text: str) -> str:
+        """As much of it as the structure lets through."""
+        matcher = Grammars(tokenizer, len(tokenizer), [EOS]).compile(held).start()
+        for n, token in enumerate(ids(text)):
+            matcher.fill(words)
+            if not words[token // 32] >> token % 32 & 1:
+                return text[:n]
+            matcher.take(token)
+        return text
+
+    assert taken('{"name": "get_weather", "parameters": {"city": 5}}').endswith('"city": ')
+    assert taken('\n{"name": "nobody"') == '\n{"name": "no'  # as `now` begins
+    assert taken("<|python_tag|>print(1)") == "<|python_tag|>"
+    for text in ('A {"city": 5}, {"name": 1}', '{"name": "now", "parameters": {}}'):
+        assert taken(text) == text
+
+
 def test_a_tool_or_an_answer_in_json() -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"], "additionalProperties": False}
     formatted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}

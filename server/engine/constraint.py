@@ -11,7 +11,8 @@ are as legal as without a constraint.
 import numpy as np
 
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.engine.structure import Matcher, Words, bitmask
+from trimtab.server.engine.structure import Matcher
+from trimtab.server.engine.vocabulary import Words, bitmask
 
 
 class Constraint:

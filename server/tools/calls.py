@@ -1,8 +1,9 @@
 """The tools of one chat: which may be called, what that makes of its generation, and how its calls are read.
 
 Invariant: where a call must come, or the format has a marker that opens one, the model can write nothing but a call
-that fits a tool's schema, and its arguments are told as they come. Elsewhere (an object without a marker) the model is
-free, and a call is told once it is complete.
+that fits a tool's schema, and its arguments are told as they come. Where a call is an object without a marker, an
+answer may be such an object too: the model is free, and a call is told once it is complete. But a tool that is strict
+is worth more than that answer: a text that begins as an object is a call then.
 
     use = ToolUse.of(body, form, pieces);  await generation.constrain(use.structure);  reader = use.reader()
 """
@@ -53,10 +54,16 @@ class ToolUse:
         if self.must or self.answer is not None:
             calls = self.form.grammar(self.callees, self.several, False, self.tokens, self.answer)
             return Structure("grammar", calls)
-        if self.form.bare:
+        if not self._held:
             return None
         calls = self.form.grammar(self.callees, self.several, True, self.tokens)
-        return Structure("grammar", calls, lazy=self.form.markers)
+        return Structure("grammar", calls, lazy=self.form.markers, braced=self.form.bare)
+
+    @property
+    def _held(self) -> bool:
+        """Whether what begins as a call can only be one that fits."""
+        free = self.form.bare and not any(callee.strict for callee in self.callees)
+        return self.must or self.answer is not None or not free
 
     def relaxed(self) -> "ToolUse | None":
         """With any object for arguments, save where a schema is strict; None where a call must come, and fit.
@@ -71,7 +78,7 @@ class ToolUse:
     def reader(self) -> CallReader:
         """A new one, for one choice."""
         names = {callee.name for callee in self.callees}
-        return CallReader(self.form, names, eager=self.must or self.answer is not None or not self.form.bare)
+        return CallReader(self.form, names, eager=self._held, several=self.several)
 
     def show(self, rules: TextRules) -> TextRules:
         """Let the special tokens in a call be text, as the reader must see them."""
