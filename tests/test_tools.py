@@ -581,3 +581,21 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(parameters, **body)
         assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"$ref": "#/nowhere"}, "response_format cannot be followed: Pointer '/nowhere' does not exist"),
+        ({"type": "object", "minProperties": 2}, "response_format: minProperties cannot be kept"),
+        (False, "response_format cannot be followed: Unsatisfiable"),
+    ],
+)
+def test_a_format_that_is_refused_alone_is_refused_alike_beside_tools(real: OpenAI, schema: Any, reason: str) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: Any = {"model": "tiny-llama", "messages": MESSAGES, "response_format": form, "max_tokens": 5}
+    with pytest.raises(openai.BadRequestError) as caught:
+        real.chat.completions.create(**asked, tools=TOOLS)
+    assert caught.value.param == "response_format"
+    assert reason in str(caught.value)
+    real.chat.completions.create(**asked, tools=TOOLS, tool_choice="required")  # which leaves no room for an answer

@@ -107,7 +107,7 @@ def _callee(tool: Tool, field: str) -> Callee:
 
 
 def _answer(body: ChatBody) -> str | None:
-    """The JSON schema that the body has for its answer, if it has one."""
+    """The JSON schema that the body has for its answer, if it has one; what is none is refused as it is alone."""
     asked = body.structure()
     if asked is None:
         return None
@@ -116,6 +116,5 @@ def _answer(body: ChatBody) -> str | None:
         message = f"{field} and tools that may be called do not go together: send tool_choice none, or leave one out"
         raise InvalidRequest(message, field)
     schema = json.loads(structure.text or '{"type": "object"}')
-    if not isinstance(schema, dict):
-        return json.dumps({} if schema else {"enum": []})
-    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema})
+    own = schema if isinstance(schema, dict) else {}
+    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **own})
