@@ -240,6 +240,7 @@ class Event:
     cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
     queued: float = 0.0  # seconds that it waited for its slots, on the same
     scored: bool = False  # the token stands in the prompt
+    refused: bool = False  # the error is the request's own: what it asks for leaves no token
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
