@@ -32,6 +32,12 @@ class InvalidRequest(TrimtabError):
         super().__init__(message)
         self.field = field
 
+    def rename(self, field: str) -> None:
+        """Tell it of the same field by the name that the caller wrote."""
+        if self.field and str(self).startswith(self.field):
+            self.args = (field + str(self).removeprefix(self.field),)
+        self.field = field
+
 
 class ContextOverflow(InvalidRequest):
     """The prompt alone fills the context. Agents match on this message: keep OpenAI's wording.

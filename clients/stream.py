@@ -158,10 +158,11 @@ def _raise_failure(body: object) -> None:
     """Raise StreamFailed for an event that says the answer failed: {"error": ...}, or a response's own two ways."""
     if not isinstance(body, dict):
         return
+    failure = body.get("error")
     if body.get("type") == "response.failed" and isinstance(body.get("response"), dict):
-        body = {"error": body["response"].get("error")}
-    elif body.get("type") == "error" and "error" not in body:
-        body = {"error": body}
-    if "error" in body:
-        fields = read_envelope(body)
+        failure = body["response"].get("error") or {}
+    elif body.get("type") == "error":
+        failure = failure or body
+    if failure is not None or body.keys() == {"error"}:  # some servers send `"error": null` in good chunks
+        fields = read_envelope({"error": failure})
         raise StreamFailed(fields["message"] or "the server reported a failure without a message")

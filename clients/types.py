@@ -175,7 +175,7 @@ class CompletionChoice(_Choice):
 
 class _Reply(Answer):
     id: str = ""
-    created: int = 0
+    created: float | None = None  # seconds since 1970
     model: str = ""
     system_fingerprint: str | None = None
     usage: Usage | None = None

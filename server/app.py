@@ -141,6 +141,7 @@ def create_app(
         """Answer a conversation, in OpenAI's newer words. Nothing is stored."""
         return await answer(request, body, await responses.prepare(service, body))
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", responses=openapi.plain(facts.ModelList))
     async def list_models() -> dict[str, Any]:
         """List what may stand as `model`."""

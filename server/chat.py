@@ -33,7 +33,10 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
     prompt = body.cut(await render(messages), service.max_len)
     negatives = [] if chosen.negative is None else [await render(replace_words(messages, chosen.negative))]
     shape = ChatShape(service.pieces, bool(body.logprobs), tools is not None, bool(body.return_tokens_as_token_ids))
-    generation = make(service, body, chosen, shape, [prompt], negatives, tools)
+    try:
+        generation = make(service, body, chosen, shape, [prompt], negatives, tools)
+    except InvalidRequest as error:
+        raise body.as_written(error) from None
     if tools is not None and tools.answer is not None and (asked := body.structure()) is not None:
         await service.tickets.compile(*asked)  # beside tools it is refused as it is alone, and by its own name
     await _constrain(generation, tools)

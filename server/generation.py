@@ -53,6 +53,7 @@ class Generation:
         self._telling = Telling(body, shape, service.pieces)
         self._id = shape.prefix + secrets.token_hex(12)
         self._created = int(time.time())
+        self._heard = time.monotonic()  # when the caller last was sent something, or came
         self._prompt_tokens = sum(map(len, prompts))
         sampling, rules = body.sampling(service.defaults), body.rules()
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
@@ -158,18 +159,25 @@ class Generation:
                 if once and chunks:
                     events[0] = f'data: {head},"choices":[{_dumps(chunks[0])}]{once}{tail}'
                     once = ""
-                if not news:
-                    yield KEEP_ALIVE
-                elif events:
-                    yield "".join(events).encode()
+                if sent := self._or_keep_alive("".join(events).encode()):
+                    yield sent
             if self._body.include_usage:
                 yield f'data: {head},"choices":[],"usage":{_dumps(self._usage())}}}\n\n'.encode()
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield error_event(error)
         yield DONE
 
+    def _or_keep_alive(self, sent: bytes) -> bytes:
+        """What goes out after a step; where that is nothing, a comment, once `keep_alive` seconds were silent."""
+        now = time.monotonic()
+        if not sent and now - self._heard >= self._service.keep_alive:
+            sent = KEEP_ALIVE
+        if sent:
+            self._heard = now
+        return sent
+
     async def _updates(self, ticket: Ticket) -> AsyncIterator[list[tuple[Choice, Update]]]:
-        """What each step brought, until every choice has ended; nothing, when `keep_alive` seconds were silent."""
+        """What each step brought, until every choice has ended; nothing, if none came for `keep_alive` seconds."""
         going = len(self._choices)
         while going:
             news: list[tuple[Choice, Update]] = []

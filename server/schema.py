@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
+from trimtab.server.many import Many, Table
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
@@ -51,11 +52,11 @@ class Body(StructuredBody):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Table[int, float] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -164,7 +165,7 @@ class CompletionBody(Body):
 
     DEFAULT_MAX_TOKENS: ClassVar[int] = 16  # OpenAI's
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Many[int] | Many[str] | Many[Many[int]]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -193,11 +194,22 @@ class CompletionBody(Body):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-class MessagePart(BaseModel):
+class TextPart(BaseModel):
     """A part of a message's content. Only text is understood."""
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    """What an assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class Message(BaseModel):
@@ -206,8 +218,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[MessagePart] | None = None
-    tool_calls: list[CalledTool] | None = None  # the assistant's
+    content: str | Many[TextPart | RefusalPart] | None = None
+    tool_calls: Many[CalledTool] | None = None  # the assistant's
     function_call: None = None  # older than tool_calls, and not known here
 
     def for_template(self) -> dict[str, Any]:
@@ -223,7 +235,7 @@ class Message(BaseModel):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -231,9 +243,9 @@ class ChatBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -253,6 +265,12 @@ class ChatBody(Body):
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def as_written(self, error: InvalidRequest) -> InvalidRequest:
+        """The error, of max_tokens by the name that the body has for it."""
+        if error.field == "max_tokens" and self.max_completion_tokens is not None:
+            error.rename("max_completion_tokens")
+        return error
 
     def alternatives(self) -> int:
         return self.top_logprobs or 0

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, InvalidRequest
 from trimtab.server.catalogue import Chosen
 from trimtab.server.engine.request import Request, SamplingParams
+from trimtab.server.many import Many
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
 from trimtab.server.schema import Message
@@ -35,9 +36,9 @@ class ScoreBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    prompt: str | list[int] | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
-    completion: str | list[int]
+    prompt: str | Many[int] | None = None
+    messages: Many[Message] | None = Field(default=None, min_length=1)
+    completion: str | Many[int]
     steering: SteeringBody | None = None
     seed: int | None = None  # of a random gate
     add_special_tokens: bool | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Budget, GateKind, Mode, Steering
+from trimtab.server.many import Many, Table
 
 Report = Literal["none", "summary", "tokens"]
 
@@ -25,7 +26,7 @@ class BudgetBody(BaseModel):
     cooldown: int | None = None
     kl: float | None = None
     until: str | None = None
-    spans: list[tuple[str, str]] | None = None
+    spans: Many[tuple[str, str]] | None = None
     structured: bool | None = None
 
     def budget(self) -> Budget:
@@ -42,7 +43,7 @@ class SteeringBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     correction: str | None = None
-    corrections: dict[str, float] | None = None
+    corrections: Table[str, float] | None = None
     strength: float | None = None
     gate: GateKind | None = None
     tau: float | None = None

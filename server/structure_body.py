@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Structure
+from trimtab.server.many import Many
 
 JsonSchema = dict[str, Any] | bool
 
@@ -38,7 +39,7 @@ class StructuredOutputs(BaseModel):
 
     json_: JsonSchema | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     whitespace_pattern: str | None = None
@@ -54,11 +55,11 @@ class StructuredBody(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = Field(default=None, max_length=512)  # each is looked for at each step
+    allowed_token_ids: Many[int] | None = None
+    bad_words: Many[str] | None = Field(default=None, max_length=512)  # each is looked for at each step
 
     def structure(self) -> tuple[Structure, str] | None:
         """What the text must be, and the field that says so. Raises InvalidRequest."""
@@ -110,7 +111,7 @@ def _structures(
     prefix: str,
     schema: JsonSchema | str | None,
     regex: str | None,
-    choice: list[str] | None,
+    choice: Many[str] | None,
     grammar: str | None,
     spaces: dict[str, Any],
 ) -> list[tuple[Structure, str]]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trimtab import __version__
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
+from trimtab.server.many import Many
 from trimtab.server.prompt import Ids
 from trimtab.server.schema import ChatBody, Message
 from trimtab.server.service import Service
@@ -27,7 +28,7 @@ class TokenizeBody(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Many[Message] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -54,7 +55,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
 
 
 class Tokenized(BaseModel):

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from browser import PacedEngine
 from scripted import (
     EOS,
     RECEIPT,
@@ -253,6 +254,20 @@ def test_a_silent_stream_is_kept_alive() -> None:
         text = ask("POST", CHAT_PATH, json=CHAT | {"stream": True}).text
     assert text.startswith(": keep-alive\n\n: keep-alive\n\n")
     assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), ("/v1/responses", {"input": "x"})])
+def test_a_stream_that_holds_its_text_back_is_kept_alive(path: str, body: dict[str, Any]) -> None:
+    """The engine goes on, and nothing may be shown: it could be a stop string."""
+    text = "a" * 40
+
+    def ask_with(keep_alive: float) -> str:
+        engine = PacedEngine(say(text), pace=0.01)
+        with loopback(scripted_app(engine, keep_alive=keep_alive), engine) as url:
+            return httpx.post(f"{url}{path}", json=body | {"stream": True, "stop": text + "b"}, trust_env=False).text
+
+    assert ": keep-alive" in ask_with(0.05)
+    assert ": keep-alive" not in ask_with(60.0)
 
 
 # Steering
@@ -629,6 +644,12 @@ def test_unknown_keys_are_accepted_and_logged_once(caplog: pytest.LogCaptureFixt
 
 
 # The other routes
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1//models"])
+def test_a_slash_too_many_finds_the_models(path: str) -> None:
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        assert ask("GET", path).json() == ask("GET", "/v1/models").json()
 
 
 def test_models_are_the_base_and_its_corrections() -> None:

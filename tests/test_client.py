@@ -296,6 +296,12 @@ EVENTS = sse(
 )
 
 
+def test_an_error_that_is_null_is_none(both: Both) -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": "The"}}], "error": None, "created": 1.5}
+    answer = both.stream(Server(httpx.Response(200, content=sse(chunk, b"[DONE]"))), "Why?")
+    assert [chunk.text for chunk in answer[0]] == ["The"]
+
+
 def test_a_stream_adds_up(both: Both) -> None:
     server = Server(httpx.Response(200, content=EVENTS))
     chunks, stream = both.stream(server, "Why?", steering="brief", max_tokens=9)

@@ -178,7 +178,10 @@ def test_a_json_schema_stands_where_a_chat_has_it() -> None:
         ({"background": True}, "background"),
         ({"n": 2}, "n"),
         ({"messages": []}, "messages"),
-        ({"max_output_tokens": 0}, "max_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters.type"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice"),
         ({"temperature": 101}, "temperature"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"text": {"format": {}}}, "text.format.type"),
@@ -194,6 +197,15 @@ def test_a_bad_body_is_a_400_that_names_the_field(body: dict[str, Any], param: s
         response = ask("POST", PATH, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert param is None or response.json()["error"]["param"] == param
+
+
+def test_the_tools_that_are_allowed_are_told_in_openais_words() -> None:
+    tools = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in "fgh"]
+    allowed = [{"type": "function", "name": name} for name in "fh"]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
+    asked = ResponseBody.model_validate({"input": "x", "tools": tools, "tool_choice": choice})
+    chosen, must = asked.chat().callable_tools()
+    assert ([tool.function.name for tool in chosen], must) == (["f", "h"], True)
 
 
 def test_what_needs_a_stored_response_says_why() -> None:

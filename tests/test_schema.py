@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import SamplingParams
+from trimtab.server.responses.body import ResponseBody
 from trimtab.server.schema import ChatBody, CompletionBody
+from trimtab.server.score import ScoreBody
 from trimtab.server.stream import TextRules
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -50,6 +53,49 @@ def test_every_sampling_parameter_arrives() -> None:
 
 def test_the_newer_name_of_max_tokens_wins() -> None:
     assert chat(max_tokens=5, max_completion_tokens=6).sampling().max_tokens == 6
+
+
+def test_what_is_told_of_a_limit_is_told_of_the_name_it_was_sent_by() -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        body = chat(**{name: -1})
+        with pytest.raises(InvalidRequest) as caught:
+            body.sampling()
+        error = body.as_written(caught.value)
+        assert (error.field, str(error).split()[0]) == (name, name)
+
+
+BAD = 3000 * [{}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"prompt": BAD}),
+        (CompletionBody, {"prompt": [BAD]}),
+        (CompletionBody, {"prompt": "a", "stop": BAD}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": BAD}),
+        (CompletionBody, {"prompt": "a", "allowed_token_ids": BAD}),
+        (CompletionBody, {"prompt": "a", "guided_choice": BAD}),
+        (CompletionBody, {"prompt": "a", "structured_outputs": {"choice": BAD}}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {f"x{i}": 1 for i in range(3000)}}),
+        (CompletionBody, {"prompt": "a", "steering": {"corrections": {str(i): "x" for i in range(3000)}}}),
+        (CompletionBody, {"prompt": "a", "steering": {"budget": {"spans": BAD}}}),
+        (ChatBody, {"messages": BAD}),
+        (ChatBody, {"messages": [{"role": "user", "content": BAD}]}),
+        (ChatBody, {"messages": [{"role": "assistant", "tool_calls": BAD}]}),
+        (ChatBody, {"messages": MESSAGES, "tools": BAD}),
+        (ChatBody, {"messages": MESSAGES, "documents": 3000 * [1]}),
+        (ScoreBody, {"prompt": BAD, "completion": BAD}),
+        (ResponseBody, {"input": BAD}),
+        (ResponseBody, {"input": [{"role": "user", "content": BAD}]}),
+        (ResponseBody, {"input": "a", "metadata": {str(i): 1 for i in range(3000)}}),
+    ],
+)
+def test_reading_stops_at_the_first_fault(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """All of them would be found on the event loop, in seconds, for each type that they could have been."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 12
 
 
 def test_rules() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
-from trimtab.server.generation import KEEP_ALIVE, Generation
+from trimtab.server.generation import Generation
 from trimtab.server.http_errors import failure
 from trimtab.server.responses.body import ResponseBody, field_of_response
 from trimtab.server.responses.events import Writer, dumps, encode
@@ -24,7 +24,8 @@ async def prepare(service: Service, body: ResponseBody) -> Generation:
     try:
         return await chat.prepare(service, body.chat(), partial(ResponseGeneration, body))
     except InvalidRequest as error:
-        error.field = field_of_response(error.field)
+        if error.field is not None:
+            error.rename(field_of_response(error.field))
         raise
 
 
@@ -55,10 +56,8 @@ class ResponseGeneration(Generation):
             async for news in self._updates(ticket):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
-                if not news:
-                    yield KEEP_ALIVE
-                elif events:
-                    yield encode(events)
+                if sent := self._or_keep_alive(encode(events)):
+                    yield sent
             yield encode(writer.end(self._usage()))
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield encode(writer.fail(failure(error).message))

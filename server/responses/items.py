@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
+from trimtab.server.many import Many
+
 
 class Extensible(BaseModel):
     """Further keys are kept, and not read."""
@@ -54,7 +56,7 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Parts = Annotated[list[PartOf], BeforeValidator(_as_parts, json_schema_input_type=str | list[PartOf])]
+Parts = Annotated[Many[PartOf], BeforeValidator(_as_parts, json_schema_input_type=str | list[PartOf])]
 
 
 class MessageItem(Extensible):
@@ -103,7 +105,7 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-Items = Annotated[list[OneItem], BeforeValidator(_as_items, json_schema_input_type=str | list[OneItem])]
+Items = Annotated[Many[OneItem], BeforeValidator(_as_items, json_schema_input_type=str | list[OneItem])]
 
 
 def text_of(parts: Sequence[TextPart | RefusalPart]) -> str:
