@@ -90,7 +90,7 @@ class Overloaded(TrimtabError):
 
 
 class EngineFailure(TrimtabError):
-    """One request failed inside the engine (NaN logits, a dead distribution, an internal error)."""
+    """One request failed inside the engine (NaN logits, an internal error)."""
 
 
 class EngineStopped(TrimtabError):

@@ -12,7 +12,7 @@ from typing import Any
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.generation import Generation
-from trimtab.server.prompt import Ids, replace_words
+from trimtab.server.prompt import Ids, Long, replace_words
 from trimtab.server.receipts import finite
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
@@ -25,7 +25,7 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
     """A chat's body -> a generation, not yet submitted. make: what tells it. Raises NotFound, InvalidRequest."""
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
-    render = renderer(service, body)
+    render = renderer(service, body, "refuse" if body.truncate_prompt_tokens is None else "cut")
     messages = [message.for_template() for message in body.messages]
     tools = ToolUse.of(body, service.prompter.tool_format, service.pieces)
     if tools is not None:
@@ -37,11 +37,13 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
         generation = make(service, body, chosen, shape, [prompt], negatives, tools)
     except InvalidRequest as error:
         raise body.as_written(error) from None
+    if tools is not None and tools.answer is not None and (asked := body.structure()) is not None:
+        await service.tickets.compile(*asked)  # beside tools it is refused as it is alone, and by its own name
     await _constrain(generation, tools)
     return generation
 
 
-def renderer(service: Service, body: ChatBody) -> Callable[[Sequence[Mapping[str, Any]]], Awaitable[Ids]]:
+def renderer(service: Service, body: ChatBody, long: Long) -> Callable[[Sequence[Mapping[str, Any]]], Awaitable[Ids]]:
     """What turns messages into ids as this body wants it."""
     proceed = bool(body.continue_final_message)
     if body.chat_template is not None and not service.trust_templates:
@@ -59,6 +61,7 @@ def renderer(service: Service, body: ChatBody) -> Callable[[Sequence[Mapping[str
         template_kwargs=body.chat_template_kwargs,
         beside={name: value for name, value in beside.items() if value is not None},
         tools=body.shown_tools(),
+        long=long,
     )
 
 

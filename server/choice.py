@@ -6,7 +6,7 @@ Invariant: a choice ends once, by its own end or by `end`; its tally has a step 
 from collections.abc import Collection
 from typing import Any
 
-from trimtab.errors import EngineFailure, EngineStopped
+from trimtab.errors import EngineFailure, EngineStopped, InvalidRequest
 from trimtab.server.catalogue import Chosen
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import Event
@@ -44,9 +44,14 @@ class Choice:
         self._updates: list[Update] = []
 
     def take(self, event: Event) -> Update:
-        """Count an event and bring out its text. Raises EngineFailure or EngineStopped where there is no more."""
+        """Count an event and bring out its text.
+
+        Where there is no more, raises EngineFailure, EngineStopped, or InvalidRequest: what was asked left no token.
+        """
         if event.finish == "error":
             self.end("error")
+            if event.refused:
+                raise InvalidRequest(event.error or "what was asked leaves no token")
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.finish == "abort":
             raise EngineStopped("the engine stopped before the answer was complete: send the request again")

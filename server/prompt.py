@@ -2,7 +2,8 @@
 
 Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
 does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
-caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised at all.
+caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised: it is
+refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone gets them all.
 
     prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
 """
@@ -12,13 +13,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.tools.template import ToolTemplate
 
 Ids = tuple[int, ...]
+Long = Literal["refuse", "cut", "whole"]  # what is done with a text that cannot fit; cut: its end fills the context
 T = TypeVar("T")
 
 
@@ -46,9 +48,9 @@ class Prompter:
         self._tools = ToolTemplate(tokenizer)
         self.tool_format = self._tools.format  # in which the model is told to write the calls of tools
 
-    async def text(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[Ids]:
+    async def text(self, prompts: Sequence[str], add_special_tokens: bool = True, long: Long = "refuse") -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
-        return [await self._run(partial(self._encode, text, add_special_tokens, "prompt")) for text in prompts]
+        return [await self._run(partial(self._encode, text, add_special_tokens, "prompt", long)) for text in prompts]
 
     async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
         """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
@@ -88,6 +90,7 @@ class Prompter:
         template_kwargs: Mapping[str, Any] | None = None,
         beside: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        long: Long = "refuse",
     ) -> Ids:
         """A chat, with tools to offer, through the model's template -> ids. Raises InvalidRequest.
 
@@ -105,7 +108,7 @@ class Prompter:
             text = self._render(
                 told, add_generation_prompt, continue_final_message, {**(beside or {}), **extra, **offer}
             )
-            return self._encode(text, False, "messages")
+            return self._encode(text, False, "messages", long)
 
         return await self._run(work)
 
@@ -145,13 +148,16 @@ class Prompter:
                 raise
             raise _stopped() from None  # not the caller was cancelled, but the work
 
-    def _encode(self, text: str, special: bool, field: str) -> Ids:
+    def _encode(self, text: str, special: bool, field: str, long: Long = "refuse") -> Ids:
         try:
-            size = len(text.encode())
+            content = text.encode()
         except UnicodeEncodeError as error:  # JSON can say half a surrogate pair; no tokenizer can read it
             raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
-        if size > self._max_len * self._longest:
-            raise ContextOverflow(self._max_len, -(-size // self._longest), 1, field, at_least=True)
+        most = self._max_len * self._longest
+        if len(content) > most and long == "refuse":
+            raise ContextOverflow(self._max_len, -(-len(content) // self._longest), 1, field, at_least=True)
+        if len(content) > most and long == "cut":
+            text = content[-most:].decode(errors="ignore")  # less a character that was cut
         return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _render(

@@ -1,6 +1,7 @@
 """Text to tokens and back, in vLLM's shape: /tokenize, /detokenize, /tokenizer_info; and /version.
 
-Invariant: a chat is tokenised by the code that a generation uses, so that `count` is what its usage would say.
+Invariant: a chat is tokenised by the code that a generation uses, so that `count` is what its usage would say;
+also where it does not fit the context.
 
     add_routes(app, service)
 """
@@ -95,10 +96,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         body.check()
         service.catalogue.choose(body.model, None)
         if body.prompt is not None:
-            (ids,) = await prompter.text([body.prompt], body.add_special_tokens is not False)
+            (ids,) = await prompter.text([body.prompt], body.add_special_tokens is not False, "whole")
             return ids
         asked = body.chat()
-        return await chat.renderer(service, asked)([message.for_template() for message in asked.messages])
+        return await chat.renderer(service, asked, "whole")([message.for_template() for message in asked.messages])
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Tokenized:

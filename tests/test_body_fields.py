@@ -81,6 +81,22 @@ def test_a_prompt_may_be_cut_to_its_end(keep: int, max_tokens: int | None, left:
     assert told["choices"][0]["text"] == TOKENIZER.decode(read) + "z"
 
 
+@pytest.mark.parametrize("letter", ["x", "é"])  # of two bytes: it may be cut in half
+def test_of_a_text_far_too_long_the_end_is_read(letter: str) -> None:
+    engine = ScriptedEngine(say("z"))
+    text = letter * 5000 + "end"
+    answered(TEXT_PATH, engine, prompt=text, truncate_prompt_tokens=11)
+    answered(CHAT_PATH, engine, messages=[{"role": "user", "content": text}], truncate_prompt_tokens=60)
+    plain, chat = (request.prompt for request in engine.requests)
+    assert list(plain) == ids(text)[-11:]
+    assert len(chat) == 60
+    assert "end<|im_end|>" in TOKENIZER.decode(chat)
+    with in_memory(engine) as ask:
+        for body in ({"prompt": text, "truncate_prompt_tokens": 5000}, {"prompt": text}):
+            error = ask("POST", TEXT_PATH, json=body).json()["error"]
+            assert error["code"] == "context_length_exceeded"
+
+
 def test_a_chat_may_be_cut_too() -> None:
     engine = ScriptedEngine(say("z"))
     told = answered(CHAT_PATH, engine, truncate_prompt_tokens=5)

@@ -138,6 +138,7 @@ def test_a_choice_with_nothing_legal_fails_alone_and_is_told_why(core: Core) -> 
     assert (error.token, error.finish) == (None, "error")
     assert error.error is not None
     assert "no token is legal here" in error.error
+    assert error.refused
     assert told["a", 0][-1].finish == "stop"
     assert len(told["b", 0]) > 1
 

@@ -249,6 +249,8 @@ def test_a_dead_row_fails_its_own_request_only(base: Base) -> None:
     finally:
         del base.logits
     assert [(e.request_id, e.finish) for e in first] == [("bad", "error"), ("good", None)]
+    assert "NaN" in str(first[0].error)
+    assert not first[0].refused
     rest = [event for event in core.run([]) if event.request_id == "good"]
     assert tokens([e for e in first if e.request_id == "good"] + rest) == expected
     assert core.free_slots == 2

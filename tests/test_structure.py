@@ -16,7 +16,8 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Structure
-from trimtab.server.engine.structure import Grammars, Matcher, bitmask
+from trimtab.server.engine.structure import Grammars, Matcher
+from trimtab.server.engine.vocabulary import bitmask
 from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.steering.bank import Bank
 
@@ -187,6 +188,24 @@ def test_a_token_that_holds_a_whole_trigger_and_more_is_looked_into(base: Base) 
     assert legal(fits, base) == {"z"}
     never = grammars.compile(Structure("regex", "az", lazy=(">>",))).start()
     assert not {"x>>{", ">>{"} & legal(never, base)
+
+
+BRACED = Structure("regex", "[{]z", lazy=("!",), braced=True)
+
+
+def test_a_lazy_structure_may_begin_with_a_texts_first_brace(grammars: Grammars, base: Base) -> None:
+    everything = {base.tokenizer.convert_ids_to_tokens(token) for token in range(base.vocab)}
+    for blank in ("", " ", "  "):
+        assert legal(follow(grammars, base, BRACED, blank), base) == everything - {"{{"}
+        matcher = follow(grammars, base, BRACED, blank + "{")
+        assert not matcher.waits
+        assert legal(matcher, base) == {"z"}
+    hidden = follow(grammars, base, BRACED, "")
+    hidden.take(base.tokenizer.convert_tokens_to_ids("<|im_start|>"))  # a special token, which no text shows
+    assert not hidden.free
+    for text in ("a", "a{", ">{"):
+        assert follow(grammars, base, BRACED, text).free
+    assert legal(follow(grammars, base, BRACED, "a!"), base) == {"{"}
 
 
 # A real tokenizer, of byte-level pairs

@@ -143,6 +143,7 @@ def test_bad_words_are_not_written_anywhere(client: httpx.Client) -> None:
         ("structured_outputs.choice", {"structured_outputs": {"regex": "a", "choice": ["a"]}}),
         ("allowed_token_ids", {"allowed_token_ids": []}),
         ("allowed_token_ids", {"allowed_token_ids": [9999]}),
+        ("allowed_token_ids", {"allowed_token_ids": [70], "stop_token_ids": [70], "min_tokens": 2}),
         ("bad_words", {"bad_words": ["a", " "]}),
     ],
 )  # fmt: skip
@@ -168,10 +169,20 @@ def test_nothing_is_steered_inside_unless_the_budget_says_so(client: httpx.Clien
     assert opened(budget={"structured": True}) > 0
 
 
-def test_a_structure_that_leaves_nothing_is_an_error_of_its_request_alone(client: httpx.Client) -> None:
-    answer = ask(client, guided_regex="[a]{3}", allowed_token_ids=[70])
-    assert answer.status_code == 500
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"guided_regex": "[a]{3}", "allowed_token_ids": [70]},
+        {"structured_outputs": {"choice": ["abc"]}, "bad_words": ["b"]},
+        {"allowed_token_ids": [70], "bad_words": [tiny_tokenizer().decode([70])]},
+    ],
+)
+def test_what_leaves_no_token_is_the_fault_of_its_request_alone(client: httpx.Client, asked: dict[str, Any]) -> None:
+    """Not of the engine: sent again, it would fail again."""
+    answer = ask(client, **asked)
+    assert answer.status_code == 400
     assert "no token is legal here" in answer.json()["error"]["message"]
+    assert '"type": "invalid_request_error"' in ask(client, stream=True, **asked).text
     assert texts(ask(client, guided_regex="[a]{3}")) == ["aaa"]
 
 

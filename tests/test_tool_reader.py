@@ -143,6 +143,19 @@ def test_other_json_does_not_wait_for_its_end() -> None:
     assert reader.push('{"answer": [1, 2', ended=False).content == '{"answer": [1, 2'
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_of_calls_that_may_not_be_several_the_first_is_told(eager: bool) -> None:
+    text = f"{body(key='parameters')}; {body('get_weather', '{}', 'parameters')}; {body()}"
+    for pieces in ([text], [*text]):
+        reader = CallReader(LLAMA, NAMES, eager, several=False)
+        said = [reader.push(piece, ended=False) for piece in pieces] + [reader.push("", ended=True)]
+        assert "".join(one.content for one in said) == ""
+        told = [piece for one in said for piece in one.calls]
+        assert {(piece.number, piece.name) for piece in told} == {(0, "f"), (0, None)}
+        assert "".join(piece.arguments for piece in told) == ARGUMENTS
+        assert reader.complete
+
+
 def test_one_bad_call_spoils_no_other() -> None:
     bad = "<tool_call>{bad}</tool_call>"
     assert both(HERMES, f"{bad}\n<tool_call>{body()}</tool_call>") == (bad, [("f", ARGUMENTS)])

@@ -356,6 +356,39 @@ def test_a_grammar_allows_what_a_reader_reads(
         assert not words[ord("x") // 32] >> ord("x") % 32 & 1, "after a call there is no text"
 
 
+def test_without_a_marker_too_one_call_is_one_and_a_strict_tool_is_called_as_its_schema_has_it() -> None:
+    text = "; ".join(objects("parameters"))
+    engine = Engine(script_of(text, ()))
+    with served("{{ tools }}" + LLAMA.signs[0], engine) as client:
+        asked: Any = {"model": "tiny", "messages": MESSAGES, "parallel_tool_calls": False}
+        whole = client.chat.completions.create(**asked, tools=TOOLS).choices[0]
+        assert whole.finish_reason == "tool_calls"
+        assert [c.function.name for c in whole.message.tool_calls or []] == ["get_weather"]  # type: ignore[union-attr]
+        strict: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+        client.chat.completions.create(**asked, tools=[strict, CLOCK])
+    free, held = (request.structure for request in engine.requests)
+    assert free is None
+    assert held is not None
+    tokenizer = tiny_tokenizer()
+    words = np.zeros(-(-len(tokenizer) // 32), dtype=np.int32)
+
+    def taken(text: str) -> str:
+        """As much of it as the structure lets through."""
+        matcher = Grammars(tokenizer, len(tokenizer), [EOS]).compile(held).start()
+        for n, token in enumerate(ids(text)):
+            matcher.fill(words)
+            if not words[token // 32] >> token % 32 & 1:
+                return text[:n]
+            matcher.take(token)
+        return text
+
+    assert taken('{"name": "get_weather", "parameters": {"city": 5}}').endswith('"city": ')
+    assert taken('\n{"name": "nobody"') == '\n{"name": "no'  # as `now` begins
+    assert taken("<|python_tag|>print(1)") == "<|python_tag|>"
+    for text in ('A {"city": 5}, {"name": 1}', '{"name": "now", "parameters": {}}'):
+        assert taken(text) == text
+
+
 def test_a_tool_or_an_answer_in_json() -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"], "additionalProperties": False}
     formatted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -437,6 +470,27 @@ def test_the_official_helpers_parse_calls() -> None:
 def test_what_is_refused_names_its_field(body: dict[str, Any], param: str) -> None:
     response, _ = ask("x", **body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_a_strict_schema_that_would_be_refused_alone_is_refused_of_a_tool() -> None:
+    """Free names may come twice, so that they cannot be counted; a tool that is not strict is held to the rest."""
+    counted = {"patternProperties": {"^a$": {"enum": [1]}}, "additionalProperties": False, "minProperties": 2}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"b": counted}}}
+
+    def asked(strict: bool | None, **body: Any) -> httpx.Response:
+        tool = {"type": "function", "function": {**function, "strict": strict}}
+        return ask("x", tools=[CLOCK, tool], **body)[0]
+
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ("auto", "required", named):
+        error = asked(True, tool_choice=choice).json()["error"]
+        assert error["param"] == "tools[1].function.parameters"
+        assert "minProperties cannot be kept" in error["message"]
+        assert asked(False, tool_choice=choice).status_code == 200
+    assert asked(True, tool_choice="none").status_code == 200
+    grammar, _ = grammar_of(tools=[{"type": "function", "function": function}])
+    assert "^a$" in grammar
+    assert "minProperties" not in grammar
 
 
 # With a real engine and a random model: only the grammar makes it write what it writes
@@ -527,3 +581,21 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(parameters, **body)
         assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"$ref": "#/nowhere"}, "response_format cannot be followed: Pointer '/nowhere' does not exist"),
+        ({"type": "object", "minProperties": 2}, "response_format: minProperties cannot be kept"),
+        (False, "response_format cannot be followed: Unsatisfiable"),
+    ],
+)
+def test_a_format_that_is_refused_alone_is_refused_alike_beside_tools(real: OpenAI, schema: Any, reason: str) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: Any = {"model": "tiny-llama", "messages": MESSAGES, "response_format": form, "max_tokens": 5}
+    with pytest.raises(openai.BadRequestError) as caught:
+        real.chat.completions.create(**asked, tools=TOOLS)
+    assert caught.value.param == "response_format"
+    assert reason in str(caught.value)
+    real.chat.completions.create(**asked, tools=TOOLS, tool_choice="required")  # which leaves no room for an answer

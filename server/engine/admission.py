@@ -48,6 +48,7 @@ class Admission:
         self._check_tokens("allowed_token_ids", tuple(request.sampling.allowed_tokens or ()))
         for word in request.sampling.bad_words:
             self._check_tokens("bad_words", word)
+        self._check_ends(request)
         if request.structure is not None:
             self._grammars.compile(request.structure)
         rule = request.rule or rule_for(request.steering, self._bank)
@@ -57,6 +58,16 @@ class Admission:
         if rule.beside is not None:
             self._check_companion(request, rule.beside)
         return request if request.rule is not None else replace(request, rule=rule)
+
+    def _check_ends(self, request: Request) -> None:
+        """A text that may not end yet needs another token that is allowed."""
+        sampling = request.sampling
+        if sampling.allowed_tokens is None or not sampling.min_tokens or request.structure is not None:
+            return
+        ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self._base.eos)
+        if sampling.allowed_tokens <= ends:
+            message = "allowed_token_ids has only tokens that end the text, which min_tokens forbids: add others to it"
+            raise InvalidRequest(message, "allowed_token_ids")
 
     def _check_companion(self, request: Request, beside: Beside) -> None:
         if self._config.slots < 2:

@@ -11,7 +11,8 @@ are as legal as without a constraint.
 import numpy as np
 
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.engine.structure import Matcher, Words, bitmask
+from trimtab.server.engine.structure import Matcher
+from trimtab.server.engine.vocabulary import Words, bitmask
 
 
 class Constraint:
@@ -47,12 +48,9 @@ class Constraint:
         return self.legal != 1 and (self._steer or not self.inside)
 
     @property
-    def trouble(self) -> str:
-        """Why no token was left."""
-        error = self._matcher.error if self._matcher is not None else None
-        if error is not None:
-            return f"the structure cannot be followed further: {error}"
-        return "no token is legal here: the structure, allowed_token_ids, bad_words and logit_bias leave none together"
+    def error(self) -> str | None:
+        """Why its structure cannot be followed further."""
+        return self._matcher.error if self._matcher is not None else None
 
     def fill(self, words: Words) -> None:
         """Write which tokens are legal."""

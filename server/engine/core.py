@@ -233,9 +233,9 @@ class Core:
             if not self._runs(sequence):
                 continue  # it failed at an earlier token of its prompt
             if state & DEAD:
-                reason = "the model's logits for this request are NaN or infinite, or every token was forbidden"
-                stuck = sequence.constraint is not None and sequence.constraint.legal == 0
-                events.append(self._fail(sequence, sequence.constraint.trouble if stuck else reason))
+                stuck = None if scored else sequence.stuck(self.base.vocab)
+                reason = stuck or "the model's logits for this request are NaN or infinite"
+                events.append(self._fail(sequence, reason, refused=stuck is not None))
                 continue
             request = sequence.request
             wanted = request.score_alternatives if scored else request.sampling.alternatives
@@ -270,12 +270,15 @@ class Core:
             return [[()] * len(sequences)] * 2
         return [column.tolist() for column in record[-2:]]
 
-    def _fail(self, sequence: Sequence, reason: str) -> Event:
-        """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user."""
+    def _fail(self, sequence: Sequence, reason: str, refused: bool = False) -> Event:
+        """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user.
+
+        refused: see Event.
+        """
         for row in sequence.rows:
             self._runner.cache.clear(row.slot)
         self._scheduler.remove(sequence, reusable=False)
-        return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason)
+        return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason, refused=refused)
 
 
 def _before(first: int, count: int) -> range:

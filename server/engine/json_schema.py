@@ -1,6 +1,7 @@
 """JSON schemas, on their way to llguidance: read, and kept from the one thing that it takes for done and is not.
 
-Invariant: a schema that comes through is an object, and what llguidance lets a model write for it fits it.
+Invariant: a schema that comes through is an object, and what llguidance lets a model write for it fits it. One that is
+read leniently (of a tool that is not strict) may have lost what cannot be kept.
 """
 
 import json
@@ -11,14 +12,18 @@ _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentS
 _DATA = {"enum", "const", "default", "examples"}
 
 
-def read_schema(text: str) -> dict[str, Any]:
-    """Raises ValueError with the reason."""
+def read_schema(text: str, lenient: bool = False) -> dict[str, Any]:
+    """Raises ValueError with the reason. lenient: what cannot be kept is left out, and nothing is refused for it."""
     schema = json.loads(text)
     if isinstance(schema, bool):
         schema = {} if schema else {"allOf": [False]}
     if not isinstance(schema, dict):
         raise ValueError("a schema is an object")
-    if not all(map(_counts_names, _schemas(schema))):
+    uncounted = [found for found in _schemas(schema) if not _counts_names(found)]
+    if lenient:
+        for found in uncounted:
+            del found["minProperties"]
+    elif uncounted:
         message = "minProperties cannot be kept, where names are free: the same name could be written several times"
         raise ValueError(f"{message}. List them in properties, or require them")
     return schema

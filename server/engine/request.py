@@ -161,6 +161,7 @@ class Structure:
     text: str  # a JSON schema; nothing for json_object; a regex; a JSON list of choices; a Lark grammar
     steer: bool = False  # corrections may act inside; a budget may say so too
     lazy: tuple[str, ...] = ()  # it holds only from where one of these was generated, special tokens by their names
+    braced: bool = False  # it is lazy, and holds too where the text begins with a brace, white space aside
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StructureKind):
@@ -239,6 +240,7 @@ class Event:
     cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
     queued: float = 0.0  # seconds that it waited for its slots, on the same
     scored: bool = False  # the token stands in the prompt
+    refused: bool = False  # the error is the request's own: what it asks for leaves no token
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -5,9 +5,11 @@ last of them samples the next. Prefill, chunks, resumed prefixes and decode are 
 every token that was sampled, as its sequence's own row does, and comes to its last token in the very same steps.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from trimtab.server.engine.budget import Allowance
@@ -15,6 +17,7 @@ from trimtab.server.engine.constraint import Constraint
 from trimtab.server.engine.request import FinishReason, Request
 from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.vocabulary import Words, bitmask
 
 
 @dataclass(eq=False)
@@ -106,6 +109,18 @@ class Sequence:
             for token in self.stops:
                 found[token] = (found[token][0] if token in found else -1, float("-inf"))
         return found
+
+    def stuck(self, vocab: int) -> str | None:
+        """Why no token may come next; None where what was asked leaves some."""
+        words: Words = np.full(-(-vocab // 32), -1, dtype=np.int32)
+        if self.constraint is not None:
+            self.constraint.fill(words)
+            if self.constraint.error is not None:
+                return f"the structure cannot be followed further: {self.constraint.error}"
+        words &= ~bitmask([token for token, (_, bias) in self.edits.items() if bias == -math.inf], len(words))
+        if np.unpackbits(words.view(np.uint8), count=vocab, bitorder="little").any():
+            return None
+        return "no token is legal here: the structure, allowed_token_ids, bad_words and min_tokens leave none together"
 
     def append(self, token: int, fired: bool = False) -> FinishReason | None:
         """Take the sampled token. fired: a correction acted. -> why the sequence ends here, or None."""

@@ -9,26 +9,22 @@ never approximated. Compiling may take long and is safe in any thread; a Matcher
 
 import json
 import threading
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
-from llguidance.hf import from_tokenizer
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.json_schema import read_schema
-from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import Structure
+from trimtab.server.engine.triggers import Brace, Trigger
+from trimtab.server.engine.vocabulary import Vocabulary, Words
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-Words = npt.NDArray[np.int32]  # a bitmask over the vocabulary, as kernels.record.Masks has it
 
 KEPT = 64  # compiled structures
 # A model that may write any whitespace may write nothing else: a space, or a line break and an indentation.
@@ -60,7 +56,7 @@ class Grammars:
         if matcher.is_error():
             reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
             raise InvalidRequest(f"{field} cannot be followed: {reason}", field)
-        grammar = Grammar(matcher, vocabulary, structure.lazy)
+        grammar = Grammar(matcher, vocabulary, structure)
         with self._lock:
             self._kept[structure] = grammar
             if len(self._kept) > KEPT:
@@ -79,84 +75,32 @@ class Grammars:
             return self._vocabulary
 
 
-class Vocabulary:
-    """The tokens, as llguidance knows them and as bytes. Takes up to a second to read."""
-
-    def __init__(self, tokenizer: Any, vocab: int, eos: list[int]) -> None:
-        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=eos)
-        self.pieces = Pieces(tokenizer)
-        self.words = -(-vocab // 32)
-        self._contents = sorted((self.pieces.content(token), token) for token in range(vocab))
-
-    def after(self, start: bytes) -> list[tuple[bytes, int]]:
-        """(content, token) of those that begin with `start` and go on."""
-        found = []
-        for at in range(bisect_left(self._contents, (start + b"\0", -1)), len(self._contents)):
-            if not self._contents[at][0].startswith(start):
-                break
-            found.append(self._contents[at])
-        return found
-
-    def around(self, text: bytes) -> list[tuple[bytes, int]]:
-        """(what comes after it, token) of those that hold all of `text` and go on."""
-        held = ((content.partition(text), token) for content, token in self._contents if text in content)
-        return [(rest, token) for (_, _, rest), token in held if rest]
-
-
 class Grammar:
     """A compiled structure."""
 
-    def __init__(self, start: LLMatcher, vocabulary: Vocabulary, lazy: tuple[str, ...]) -> None:
+    def __init__(self, start: LLMatcher, vocabulary: Vocabulary, structure: Structure) -> None:
         self._start, self._vocabulary = start, vocabulary
-        self.triggers = tuple(Trigger(text.encode(), start, vocabulary) for text in lazy)
+        self._triggers = tuple(Trigger(text.encode(), start, vocabulary) for text in structure.lazy)
+        self._brace = Brace(start, vocabulary) if structure.braced else None
         self._lock = threading.Lock()
 
     def start(self) -> "Matcher":
         """For a choice that begins."""
         with self._lock:
-            return Matcher(self._start.deep_copy(), self._vocabulary, self.triggers)
-
-
-class Trigger:
-    """A text that a lazy structure begins after.
-
-    A token may complete it and go on. Those of which the grammar could not take the rest are forbidden where they would
-    complete it, so that it takes all that follows.
-    """
-
-    def __init__(self, text: bytes, start: LLMatcher, vocabulary: Vocabulary) -> None:
-        self.text = text
-        fits: dict[bytes, bool] = {}
-
-        def forbid(rests: list[tuple[bytes, int]]) -> Words | None:
-            bad = []
-            for rest, token in rests:
-                if rest not in fits:
-                    ids = vocabulary.tokenizer.tokenize_bytes(rest)
-                    fits[rest] = start.deep_copy().try_consume_tokens(ids) == len(ids)
-                if not fits[rest]:
-                    bad.append(token)
-            return bitmask(bad, vocabulary.words) if bad else None
-
-        self._forbidden = [forbid(vocabulary.around(text))]  # by how much of the trigger was written
-        for written in range(1, len(text)):
-            left = text[written:]
-            self._forbidden.append(forbid([(content[len(left) :], token) for content, token in vocabulary.after(left)]))
-
-    def forbidden(self, tail: bytes) -> list[Words]:
-        """Tokens that must not come after text that ends so."""
-        ways = (words for n, words in enumerate(self._forbidden) if n == 0 or tail.endswith(self.text[:n]))
-        return [words for words in ways if words is not None]
+            return Matcher(self._start.deep_copy(), self._vocabulary, self._triggers, self._brace)
 
 
 class Matcher:
     """Where one choice stands. `waits`: no trigger has come yet, and any token may."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, triggers: tuple[Trigger, ...]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: Vocabulary, triggers: tuple[Trigger, ...], brace: Brace | None
+    ) -> None:
         self._matcher, self._vocabulary, self._triggers = matcher, vocabulary, triggers
         self._longest = max((len(trigger.text) for trigger in triggers), default=1)
         self._tail = b""
-        self.waits = bool(triggers)
+        self._brace = brace  # until the text has begun
+        self.waits = bool(triggers) or brace is not None
 
     @property
     def may_end(self) -> bool:
@@ -172,9 +116,8 @@ class Matcher:
         """Write which tokens may come next, without those that end the text."""
         if self.waits:
             words[:] = -1
-            for trigger in self._triggers:
-                for forbidden in trigger.forbidden(self._tail):
-                    words &= ~forbidden
+            for forbidden in self._forbidden():
+                words &= ~forbidden
             return
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if self._matcher.is_error():
@@ -183,30 +126,38 @@ class Matcher:
     @property
     def free(self) -> bool:
         """Every token may come next."""
-        return self.waits and not any(trigger.forbidden(self._tail) for trigger in self._triggers)
+        return self.waits and not self._forbidden()
 
     def take(self, token: int) -> None:
         """A token was drawn, which does not end the text."""
         if self.waits:
-            self._wait(self._vocabulary.pieces.content(token))
+            self._wait(token)
         else:
             self._matcher.consume_token(token)
 
-    def _wait(self, content: bytes) -> None:
-        text = self._tail + content
+    def _forbidden(self) -> list[Words]:
+        """What must not come while it waits."""
+        found = [words for trigger in self._triggers for words in trigger.forbidden(self._tail)]
+        beginning = None if self._brace is None else self._brace.forbidden
+        return found if beginning is None else [*found, beginning]
+
+    def _wait(self, token: int) -> None:
+        begun = b"" if self._brace is None else self._brace.after(token)
+        if begun:
+            self._brace = None
+        if begun.startswith(b"{"):
+            self._begin(begun)
+            return
+        text = self._tail + self._vocabulary.pieces.content(token)
         found = ((at + len(t.text)) for t in self._triggers if (at := text.find(t.text)) >= 0)
         end = min(found, default=None)
         self._tail = text[-self._longest :]
         if end is not None:
-            self.waits = False
-            self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(text[end:]))
+            self._begin(text[end:])
 
-
-def bitmask(tokens: Collection[int], words: int) -> Words:
-    """int32 [words] with these tokens' bits."""
-    bits = np.zeros(words * 32, dtype=np.uint8)
-    bits[list(tokens)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
+    def _begin(self, text: bytes) -> None:
+        self.waits = False
+        self._matcher.consume_tokens(self._vocabulary.tokenizer.tokenize_bytes(text))
 
 
 def new_matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:

@@ -1,8 +1,9 @@
 """The tools of one chat: which may be called, what that makes of its generation, and how its calls are read.
 
 Invariant: where a call must come, or the format has a marker that opens one, the model can write nothing but a call
-that fits a tool's schema, and its arguments are told as they come. Elsewhere (an object without a marker) the model is
-free, and a call is told once it is complete.
+that fits a tool's schema, and its arguments are told as they come. Where a call is an object without a marker, an
+answer may be such an object too: the model is free, and a call is told once it is complete. But a tool that is strict
+is worth more than that answer: a text that begins as an object is a call then.
 
     use = ToolUse.of(body, form, pieces);  await generation.constrain(use.structure);  reader = use.reader()
 """
@@ -12,13 +13,14 @@ from dataclasses import dataclass, replace
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.json_schema import read_schema
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import TOOL_CALLS, Structure
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.engine.structure import WHITESPACE
 from trimtab.server.schema import ChatBody
 from trimtab.server.stream import TextRules
-from trimtab.server.tools.body import NamedTool
+from trimtab.server.tools.body import NamedTool, Tool
 from trimtab.server.tools.formats import Callee, ToolFormat
 from trimtab.server.tools.reader import CallReader
 
@@ -40,9 +42,8 @@ class ToolUse:
         tools, must = body.callable_tools()
         if not tools:
             return None
-        callees = tuple(
-            Callee(tool.function.name, tool.schema_of_arguments, bool(tool.function.strict)) for tool in tools
-        )
+        places = {tool.function.name: i for i, tool in enumerate(body.tools or [])}  # no two have one name
+        callees = tuple(_callee(tool, f"tools[{places[tool.function.name]}].function") for tool in tools)
         named = isinstance(body.tool_choice, NamedTool)  # whoever names one means one call of it
         several = not named if body.parallel_tool_calls is None else body.parallel_tool_calls
         return cls(form, callees, must, several, form.tokens(pieces), None if must else _answer(body))
@@ -53,10 +54,16 @@ class ToolUse:
         if self.must or self.answer is not None:
             calls = self.form.grammar(self.callees, self.several, False, self.tokens, self.answer)
             return Structure("grammar", calls)
-        if self.form.bare:
+        if not self._held:
             return None
         calls = self.form.grammar(self.callees, self.several, True, self.tokens)
-        return Structure("grammar", calls, lazy=self.form.markers)
+        return Structure("grammar", calls, lazy=self.form.markers, braced=self.form.bare)
+
+    @property
+    def _held(self) -> bool:
+        """Whether what begins as a call can only be one that fits."""
+        free = self.form.bare and not any(callee.strict for callee in self.callees)
+        return self.must or self.answer is not None or not free
 
     def relaxed(self) -> "ToolUse | None":
         """With any object for arguments, save where a schema is strict; None where a call must come, and fit.
@@ -71,7 +78,7 @@ class ToolUse:
     def reader(self) -> CallReader:
         """A new one, for one choice."""
         names = {callee.name for callee in self.callees}
-        return CallReader(self.form, names, eager=self.must or self.answer is not None or not self.form.bare)
+        return CallReader(self.form, names, eager=self._held, several=self.several)
 
     def show(self, rules: TextRules) -> TextRules:
         """Let the special tokens in a call be text, as the reader must see them."""
@@ -88,8 +95,19 @@ class ToolUse:
         return chosen._replace(steering=replace(chosen.steering, budget=replace(budget, spans=self.form.spans)))
 
 
+def _callee(tool: Tool, field: str) -> Callee:
+    """A tool for the grammar. Raises InvalidRequest where it is strict and its schema cannot be kept."""
+    strict = bool(tool.function.strict)
+    try:
+        schema = read_schema(json.dumps(tool.schema_of_arguments), lenient=not strict)
+    except ValueError as error:
+        message = f"{field}.parameters, of a strict tool: {error}"
+        raise InvalidRequest(message, f"{field}.parameters") from error
+    return Callee(tool.function.name, schema, strict)
+
+
 def _answer(body: ChatBody) -> str | None:
-    """The JSON schema that the body has for its answer, if it has one."""
+    """The JSON schema that the body has for its answer, if it has one; what is none is refused as it is alone."""
     asked = body.structure()
     if asked is None:
         return None
@@ -98,6 +116,5 @@ def _answer(body: ChatBody) -> str | None:
         message = f"{field} and tools that may be called do not go together: send tool_choice none, or leave one out"
         raise InvalidRequest(message, field)
     schema = json.loads(structure.text or '{"type": "object"}')
-    if not isinstance(schema, dict):
-        return json.dumps({} if schema else {"enum": []})
-    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema})
+    own = schema if isinstance(schema, dict) else {}
+    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **own})

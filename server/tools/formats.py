@@ -78,7 +78,7 @@ class Callee:
     """A tool as a grammar knows it."""
 
     name: str
-    parameters: Mapping[str, JsonValue]
+    parameters: Mapping[str, JsonValue]  # as read_schema lets it through
     strict: bool
 
     def constraint(self) -> dict[str, JsonValue]:

@@ -21,7 +21,7 @@ from trimtab.server.tools.json_object import JsonExtent, members
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')
 _KEYS = ("name", "arguments", "parameters", "type", "id")  # with which the object of a call may begin
-_BARE = re.compile(r"\s*(?=\{)")
+_BARE = re.compile(r"\s*(?=\{)", re.ASCII)  # the white space that structure.Brace knows
 
 
 class CallPiece(NamedTuple):
@@ -43,8 +43,9 @@ class Said(NamedTuple):
 class CallReader:
     """Reads the text of one choice, for calls of the tools with these names."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str], eager: bool) -> None:
-        self._format, self._names, self._eager = form, names, eager
+    def __init__(self, form: ToolFormat, names: Collection[str], eager: bool, several: bool = True) -> None:
+        """several: more than the first call is told."""
+        self._format, self._names, self._eager, self._several = form, names, eager, several
         self._marker = re.compile("|".join(map(re.escape, form.markers)))
         self._state: Callable[[], bool] = self._seek
         self._held = ""  # neither out nor dropped
@@ -66,7 +67,8 @@ class CallReader:
         self._ended = ended
         while self._state():
             pass
-        said = Said("".join(self._content), tuple(self._pieces))
+        told = self._pieces if self._several else [piece for piece in self._pieces if piece.number == 0]
+        said = Said("".join(self._content), tuple(told))
         self._content, self._pieces = [], []
         return said
 
