@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding, pad, silu
 
 from trimtab.kernels.draw import GROUP, best_tokens_of_rows, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
@@ -45,21 +45,18 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     delta = _delta(inputs, bank, at, ids)
     z[at[:, None], ids] = -math.inf
     rests = _read_rest(z, [base[row] for row in rows], at, ids, maxima)
-    asked = zip(params.strength[at].tolist(), params.kl_cap[at].tolist(), strict=True)
-    lines = map(_Line, values.tolist(), delta.tolist(), rests, [base[row].normaliser for row in rows])
-    taken = [line.bound(strength, cap) for line, (strength, cap) in zip(lines, asked, strict=True)]
-    strength = torch.tensor([strength for strength, _, _ in taken])
-    steered = values + strength[:, None] * delta
+    normaliser = torch.tensor([base[row].normaliser for row in rows], dtype=torch.float64)
+    lines = _Lines(values, delta, torch.tensor(rests, dtype=torch.float64), normaliser)
+    strength, kl, gain = lines.bound(params.strength[at].double(), params.kl_cap[at].double())
+    steered = values + strength.float()[:, None] * delta
     z[at[:, None], ids] = steered
     maxima.scatter_reduce_(1, ids // GROUP, steered, "amax")
     peak = maxima.argmax(1)
     tokens = peak * GROUP + z.view(len(z), -1, GROUP)[at, peak].argmax(1)
     after = (dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), steered.tolist(), strict=True))
+    taken = zip((normaliser + gain).tolist(), kl.tolist(), strength.tolist(), strict=True)
     found = zip(rows, ids, values, after, maxima, tokens.tolist(), taken, strict=True)
-    return {
-        row: Changed(which, before, after, peaks, token, base[row].normaliser + gain, kl, taken_strength)
-        for row, which, before, after, peaks, token, (taken_strength, kl, gain) in found
-    }
+    return {row: Changed(*seen, *told) for row, *seen, told in found}
 
 
 def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor, maxima: Tensor) -> list[float]:
@@ -114,41 +111,46 @@ def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor
     return torch.where(within & (raw == raw), cap * torch.tanh(raw / cap), 0.0)
 
 
-class _Line:
-    """One row's distributions softmax(z + strength * delta), by strength. float64; the other tokens count as one."""
+class _Lines:
+    """Each row's distributions softmax(z + strength * delta), by strength. float64; the other tokens count as one."""
 
-    def __init__(self, logits: list[float], delta: list[float], rest: float, normaliser: float) -> None:
-        """Of the candidates; rest: log sum exp of the other tokens' z; normaliser: that of all."""
-        self._logs = [z - normaliser for z in (*logits, rest)]
-        self._delta = [*delta, 0.0]
-        shares = [math.exp(p) for p in self._logs]
-        total = sum(shares)
-        self._mean = sum(p * d for p, d in zip(shares, self._delta, strict=True)) / total
+    def __init__(self, logits: Tensor, delta: Tensor, rest: Tensor, normaliser: Tensor) -> None:
+        """Of the candidates [n, k]; rest [n]: log sum exp of the other tokens' z; normaliser [n]: that of all."""
+        self._logs = torch.cat([logits.double(), rest[:, None]], 1) - normaliser[:, None]
+        self._delta = pad(delta.double(), (0, 1))
+        shares = self._logs.exp()
+        self._mean = (shares * self._delta).sum(1) / shares.sum(1)
         self._start = _add_logs(self._logs)  # rounded as in _measure: no move diverges by 0, which a cap of 0 allows
 
-    def bound(self, strength: float, cap: float) -> tuple[float, float, float]:
-        """The strength as far as the cap on the divergence allows (record.py, 3).
+    def bound(self, strength: Tensor, cap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The strengths [n] as far as the caps [n] on the divergence allow (record.py, 3).
 
-        -> it, the divergence KL(softmax z || softmax z') in nats, and what log sum exp gains.
+        -> them, the divergences KL(softmax z || softmax z') in nats, and what log sum exp gains.
         """
         kl, gain = self._measure(strength)
-        if kl <= cap:
+        within = kl <= cap
+        if within.all():
             return strength, kl, gain
-        low, kl, gain = 0.0, 0.0, 0.0
+        low, low_kl, low_gain = torch.zeros(3, len(kl), dtype=torch.float64)
         for halving in range(1, HALVINGS + 1):
             middle = low + 0.5**halving
-            further = self._measure(strength * middle)
-            if further[0] <= cap:
-                low, (kl, gain) = middle, further
-        return strength * low, kl, gain
+            further, gained = self._measure(strength * middle)
+            fits = further <= cap
+            low = torch.where(fits, middle, low)
+            low_kl = torch.where(fits, further, low_kl)
+            low_gain = torch.where(fits, gained, low_gain)
+        return (
+            torch.where(within, strength, strength * low),
+            torch.where(within, kl, low_kl),
+            torch.where(within, gain, low_gain),
+        )
 
-    def _measure(self, strength: float) -> tuple[float, float]:
-        logs = [p + strength * d for p, d in zip(self._logs, self._delta, strict=True)]
-        gain = _add_logs(logs) - self._start
-        return max(gain - strength * self._mean, 0.0), gain
+    def _measure(self, strength: Tensor) -> tuple[Tensor, Tensor]:
+        gain = _add_logs(self._logs + strength[:, None] * self._delta) - self._start
+        return (gain - strength * self._mean).clamp(min=0), gain
 
 
-def _add_logs(terms: list[float]) -> float:
-    """log sum exp of terms, one of which is finite."""
-    peak = max(terms)
-    return peak + math.log(sum(math.exp(term - peak) for term in terms))
+def _add_logs(terms: Tensor) -> Tensor:
+    """log sum exp of each row of terms [n, k], one of which is finite: [n]."""
+    peak = terms.amax(1)
+    return peak + (terms - peak[:, None]).exp().sum(1).log()
