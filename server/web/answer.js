@@ -1,7 +1,8 @@
 // One answer as it grows: its tokens, its totals, its pictures, its table.
-// Invariant: what is shown is only ever added to, once a frame, however fast chunks come; every step of the answer is
+// Invariant: what is shown is only ever added to, a few dozen times a second, however fast chunks come; every step of the answer is
 // behind exactly one piece of text, and one piece is what the arrow keys reach.
 
+const PACE = 30; // ms between two additions to the text: each lays a line out and paints it, and a frame has 16 ms for all
 const REDRAW = 120; // ms between two looks of the figures, which would flicker otherwise
 
 class Answer {
@@ -15,7 +16,7 @@ class Answer {
     this.totals = new Totals();
     this._queue = [];
     this._frame = 0;
-    this._began = this._drawn = 0;
+    this._began = this._shown = this._drawn = 0;
     this._current = 0;
     this._build(title, how);
   }
@@ -41,7 +42,7 @@ class Answer {
   take(part) {
     this._began ||= performance.now();
     this._queue.push(part);
-    this._frame ||= requestAnimationFrame(() => this._flush());
+    this._frame ||= requestAnimationFrame((now) => this._tick(now));
   }
 
   /** No more comes. reason: the server's, or "stopped". */
@@ -60,9 +61,15 @@ class Answer {
     this._trouble.hidden = false;
   }
 
+  _tick(now) {
+    if (now - this._shown < PACE) this._frame = requestAnimationFrame((later) => this._tick(later));
+    else this._flush();
+  }
+
   _flush() {
     cancelAnimationFrame(this._frame);
     this._frame = 0;
+    this._shown = performance.now();
     const fresh = document.createDocumentFragment();
     for (const part of this._queue.splice(0)) this._read(part, fresh);
     this._tokens.append(fresh);
