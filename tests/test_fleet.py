@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -43,8 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(folder: Path) -> Iterator[str]:
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    port = find_port()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -53,6 +53,14 @@ def url(folder: Path) -> Iterator[str]:
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def find_port() -> int:
+    """A free one, of those that the system gives to nobody by itself: Ray opens hundreds before it listens on ours."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def deploy(folder: Path, which: str, version: str | None = None) -> None:
