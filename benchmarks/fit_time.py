@@ -25,7 +25,7 @@ from trimtab.steering.config import ROUTES
 from trimtab.steering.distil import distil
 from trimtab.steering.features import Features
 from trimtab.steering.fit import fit
-from trimtab.steering.rollouts import Journal
+from trimtab.steering.journal import Journal
 from trimtab.steering.selection import select
 from trimtab.steering.tasks import load_task
 

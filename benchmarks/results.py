@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tables import plain_table, serve_table, step_table, table, tiers_table
+
 from trimtab.steering import analyze_report, ladder_report, text
 from trimtab.steering.config import FitConfig
 from trimtab.steering.gate import Gate
@@ -128,7 +130,7 @@ def write_fit_time(run: dict[str, Any], path: Path) -> str:
     """Fits timed one by one, and the stages of the run whose features they read."""
     told = run["fit"]
     rows = [["stage of the fit", "seconds"], *([stage, f"{seconds:.1f}"] for stage, seconds in told["stages"])]
-    body = f"{plain_table(run['results'])}\n\nBy the fit itself, on {told['hardware']}:\n\n{_table(rows)}"
+    body = f"{plain_table(run['results'])}\n\nBy the fit itself, on {told['hardware']}:\n\n{table(rows)}"
     return _section(f"How long fitting takes: {run['model']}", _facts(run), run, body)
 
 
@@ -154,38 +156,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "gsm8k": write_data,
     "math500": write_data,
 }
-
-
-def plain_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as they are: a column for each name."""
-    names = list(dict.fromkeys(name for row in results for name in row))
-    rows = [[_cell(row.get(name)) for name in names] for row in results]
-    return _table([[name.replace("_", " ") for name in names], *rows])
-
-
-def tiers_table(run: Mapping[str, Any]) -> str:
-    rows = [["batch", "tier", "ms a step", "tokens/s", "tokens/s of the base's"]]
-    for r in run["results"]:
-        for tier, found in r["tiers"].items():
-            share = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**found["of_base"])
-            rows.append([str(r["batch"]), tier, f"{found['ms']:.2f}", f"{found['tokens_s']:.1f}", share])
-    return _table(rows) + "\n\nMedians of rounds in which all took turns; 95 % bootstrap intervals of the ratio."
-
-
-def step_table(run: Mapping[str, Any]) -> str:
-    rows = [["batch", "base ms", "off - base, ms", "on - base, ms", "steering's share", "same tokens"]]
-    for r in run["results"]:
-        spans = [f"{r[k]['median']:+.3f} [{r[k]['low']:+.3f}, {r[k]['high']:+.3f}]" for k in ("off_ms", "on_ms")]
-        rows.append([str(r["batch"]), f"{r['base_ms']:.2f}", *spans, f"{r['share']:.1%}", f"{r['same_tokens']:.0%}"])
-    return _table(rows) + "\n\nMedians of rounds in which the three took turns; 95 % bootstrap intervals."
-
-
-def serve_table(run: Mapping[str, Any]) -> str:
-    rows = [["streams", "tokens/s", "first token p50, ms", "p99", "between tokens p50, ms", "p99"]]
-    for r in run["results"]:
-        times = [r["ttft_ms"]["p50"], r["ttft_ms"]["p99"], r["itl_ms"]["p50"], r["itl_ms"]["p99"]]
-        rows.append([str(r["streams"]), f"{r['tokens_per_s']:.1f}", *(f"{t:.1f}" for t in times)])
-    return _table(rows)
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[dict[str, Any]]) -> str:
@@ -221,14 +191,14 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[dict[str, Any]]) 
             medians = [(r["batch"], r["tiers"][tier]["of_base"]["median"]) for r in run["results"]]
             shares = ", ".join(f"{median:.1%} at batch {batch}" for batch, median in medians)
             rows.append([f"tokens/s of the base's, {tier}, gate always open", shares, where])
-    return _table(rows)
+    return table(rows)
 
 
-def fill_readme(readme: Path, table: str) -> None:
+def fill_readme(readme: Path, figures: str) -> None:
     text = readme.read_text()
     assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
     before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    readme.write_text(f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}")
 
 
 def _section(title: str, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:
@@ -254,15 +224,6 @@ def _gain(d: Mapping[str, Any]) -> str:
     return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
 
-def _cell(value: Any) -> str:
-    """Four significant digits; a spread as its median and interval."""
-    if isinstance(value, Mapping):
-        if set(value) >= {"median", "low", "high"}:
-            return f"{value['median']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
-        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _machine(here: Mapping[str, Any]) -> dict[str, str]:
     return {"hardware": hardware(here), "system": here["system"], "versions": versions(here)}
 
@@ -274,11 +235,6 @@ def _plain(value: Any) -> Any:
 
 def _list(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, ""))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from finished import read_config
 from trimtab.steering import report as reports
 from trimtab.steering.correction import Correction
 from trimtab.steering.folder import digest, load
+from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.report import Exam, Judged
-from trimtab.steering.rollouts import Journal, Rollout, Sampling
+from trimtab.steering.rollouts import Sampling
 from trimtab.steering.tasks import load_task
 
 

@@ -30,7 +30,8 @@ from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.features import Features, gate_of
 from trimtab.steering.fit import match_strength, start
 from trimtab.steering.head import Head
-from trimtab.steering.rollouts import Rollout, Sampling, open_core
+from trimtab.steering.journal import Rollout
+from trimtab.steering.rollouts import Sampling, open_core
 from trimtab.steering.tasks import load_task
 
 VARIANTS: dict[str, dict[str, Any]] = {

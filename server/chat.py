@@ -25,7 +25,7 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
     """A chat's body -> a generation, not yet submitted. make: what tells it. Raises NotFound, InvalidRequest."""
     body.check()
     chosen = service.catalogue.choose(body.model, body.steering)  # before the work on the prompt
-    render = renderer(service, body, "refuse" if body.truncate_prompt_tokens is None else "cut")
+    render = renderer(service, body, body.long)
     messages = [message.for_template() for message in body.messages]
     tools = ToolUse.of(body, service.prompter.tool_format, service.pieces)
     if tools is not None:

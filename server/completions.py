@@ -25,7 +25,7 @@ async def prepare(service: Service, body: CompletionBody) -> Generation:
     ids: list[Ids] = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
     special = body.add_special_tokens is not False
     if texts:
-        ids = await service.prompter.text(texts, special, "refuse" if body.truncate_prompt_tokens is None else "cut")
+        ids = await service.prompter.text(texts, special, body.long)
     ids = [body.cut(prompt, service.max_len) for prompt in ids]
     negatives = [] if chosen.negative is None else await service.prompter.negatives(chosen.negative, ids, special)
     shape = CompletionShape(service.pieces, body.logprobs is not None, bool(body.return_tokens_as_token_ids))

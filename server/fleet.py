@@ -19,13 +19,13 @@ from ray import serve
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.app import create_app
-from trimtab.server.engine.config import EngineConfig
+from trimtab.server.card import describe
 from trimtab.server.engine.core import CONTRAST
 from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
 from trimtab.server.model.base import load_base
 from trimtab.server.model.weights import DEMO
-from trimtab.server.serve import describe
+from trimtab.server.serve import engine_config
 from trimtab.server.sources import read_named
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction
@@ -47,6 +47,8 @@ class Replicated(BaseModel):
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_queue: int = 512
+    max_queue_tokens: int | None = None
+    enforce_eager: bool = False
     threads: int = 1
 
 
@@ -73,14 +75,7 @@ class Replica:
     def __init__(self, args: Replicated) -> None:
         self._base = load_base(args.model, args.dtype, args.device, args.threads)
         self._bank = Bank(self._base.hidden, self._base.device)
-        config = EngineConfig(
-            slots=args.max_num_seqs,
-            max_model_len=args.max_model_len,
-            step_tokens=args.max_num_batched_tokens,
-            max_queue=args.max_queue,
-            threads=args.threads,
-        )
-        self._engine = Engine(self._base, self._bank, config)
+        self._engine = Engine(self._base, self._bank, engine_config(args))
         self._names = [args.served_model_name or self._base.name]
         keys = choose_keys(None, API_VARIABLE, None, "api-key")
         self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)

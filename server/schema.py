@@ -16,10 +16,12 @@ from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
 from trimtab.server.many import Many, Table
+from trimtab.server.messages import Message
+from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
-from trimtab.server.tools.body import CalledTool, Tool, ToolChoice, choose
+from trimtab.server.tools.body import Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 
@@ -117,6 +119,11 @@ class Body(StructuredBody):
             skip_special=self.skip_special_tokens is not False,
         )
 
+    @property
+    def long(self) -> Long:
+        """What becomes of a text that cannot fit."""
+        return "refuse" if self.truncate_prompt_tokens is None else "cut"
+
     def cut(self, prompt: tuple[int, ...], max_len: int) -> tuple[int, ...]:
         """The last tokens of a prompt, where truncate_prompt_tokens asks: -1 leaves max_tokens of the room free."""
         wanted = self.truncate_prompt_tokens
@@ -192,44 +199,6 @@ class CompletionBody(Body):
         if not self.prompt:
             raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
-
-
-class TextPart(BaseModel):
-    """A part of a message's content. Only text is understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(BaseModel):
-    """What an assistant said instead of an answer."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-class Message(BaseModel):
-    """One message of a chat. Further keys reach the model's template."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: str
-    content: str | Many[TextPart | RefusalPart] | None = None
-    tool_calls: Many[CalledTool] | None = None  # the assistant's
-    function_call: None = None  # older than tool_calls, and not known here
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`. No nulls."""
-        content = self.content
-        text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
-        role = "system" if self.role == "developer" else self.role
-        extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
-        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
-        return {**extra, **calls, "role": role, "content": text}
 
 
 class ChatBody(Body):

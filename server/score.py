@@ -18,9 +18,9 @@ from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, Invali
 from trimtab.server.catalogue import Chosen
 from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.many import Many
+from trimtab.server.messages import Message
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
-from trimtab.server.schema import Message
 from trimtab.server.service import Service
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.model.weights import DEMO
 
 if TYPE_CHECKING:
+    from trimtab.server.engine.config import EngineConfig
     from trimtab.server.model.base import Base
     from trimtab.server.traces import Tracer
-    from trimtab.steering.bank import Bank, Entry
+    from trimtab.steering.bank import Bank
 
 DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
 
@@ -79,6 +80,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     tokens = "tokens of prompts that may wait to be read; more get a 503"
     add("--max-queue-tokens", type=_at_least(1), default=2**20, metavar="TOKENS", help=tokens)
     add("--max-requests-per-key", type=_at_least(1), metavar="N", help="at once; more get a 429")
+    add("--enforce-eager", action="store_true", help="on CUDA, decode steps without graphs: far slower")
     add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
     add("--no-page", action="store_true", help="without the page at /")
     add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
@@ -95,22 +97,15 @@ def serve(args: argparse.Namespace) -> None:
 
     from trimtab.server import logs
     from trimtab.server.app import create_app
+    from trimtab.server.card import describe
     from trimtab.server.defaults import sampling_defaults
     from trimtab.server.drain import DrainingServer, Lifecycle
-    from trimtab.server.engine.config import EngineConfig
     from trimtab.server.engine.engine import Engine
     from trimtab.server.model.base import load_base
 
     signal.signal(signal.SIGTERM, _leave)  # uvicorn raises it again after its shutdown: that is a success
     logs.configure(args.log_format, args.log_level)
-    config = EngineConfig(
-        slots=args.max_num_seqs,
-        max_model_len=args.max_model_len,
-        step_tokens=args.max_num_batched_tokens,
-        max_queue=args.max_queue,
-        max_queue_tokens=args.max_queue_tokens,
-        threads=args.threads,
-    )
+    config = engine_config(args)
     api_keys = choose_keys(args.api_key, API_VARIABLE, args.api_key_file, "api-key")
     admin_keys = choose_keys(args.admin_key, ADMIN_VARIABLE, args.admin_key_file, "admin-key")
     if args.max_requests_per_key and not api_keys:
@@ -157,6 +152,21 @@ def serve(args: argparse.Namespace) -> None:
     _end()
 
 
+def engine_config(given: Any) -> "EngineConfig":
+    """given: by the flags' names. Raises InvalidRequest."""
+    from trimtab.server.engine.config import EngineConfig
+
+    return EngineConfig(
+        slots=given.max_num_seqs,
+        max_model_len=given.max_model_len,
+        step_tokens=given.max_num_batched_tokens,
+        max_queue=given.max_queue,
+        max_queue_tokens=given.max_queue_tokens,
+        graphs=not given.enforce_eager,
+        threads=given.threads,
+    )
+
+
 def choose_tracer(endpoint: str | None) -> "Tracer | None":
     """What sends spans, where that is wanted. Raises ModuleNotFoundError without the extra `otel`."""
     if endpoint is None:
@@ -188,57 +198,16 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     from trimtab.steering.correction import check
     from trimtab.steering.folder import load
 
-    bank = Bank(base.hidden, base.device)
+    loaded = []
     for name, folder in folders:
         if name in names:
             raise InvalidRequest(f"--correction {name}={folder}: the model itself is called {name}", "correction")
         correction = dataclasses.replace(load(folder), name=name)
         check(correction, base.identity)
-        bank.add(correction)
+        loaded.append(correction)
+    bank = Bank(base.hidden, base.device)
+    bank.add(*loaded)
     return bank
-
-
-def describe(
-    base: "Base",
-    bank: "Bank",
-    names: Sequence[str],
-    slots: int,
-    max_len: int,
-    defaults: Mapping[str, Any] | None = None,
-) -> str:
-    """What is being served, for the operator. defaults: of sampling."""
-    values = {"temperature": 1, "top_p": 1} | dict(defaults or {})
-    source = " by the model's generation_config" if defaults else ""
-    lines = [
-        f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
-        f"slots        {slots} of {max_len} tokens",
-        f"sampling     {', '.join(f'{name} {value:g}' for name, value in values.items())}{source}"
-        " unless a request says otherwise",
-    ]
-    corrections = [_describe_correction(entry) for entry in bank.entries]
-    return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
-
-
-def _describe_correction(entry: "Entry") -> str:
-    """One line, and one with the verdict where something was learned."""
-    from trimtab.server.engine.rule import slots_of
-
-    correction = entry.correction
-    facts = ", ".join(f"{name} {_say(value)}" for name, value in correction.facts.items())
-    slots = "; two slots a choice" if slots_of(correction) == 2 else ""
-    line = f"{correction.name}: {correction.tier} ({facts}), strength {correction.strength:g} where {correction.gate}"
-    if correction.tier == "contrast" and correction.report is None:
-        return f"{line}{slots}"
-    verdict = (correction.report or {}).get("verdict")
-    found = verdict.get("summary") if isinstance(verdict, dict) else None
-    return (
-        f"{line}{slots}; version {entry.version}\n"
-        f"             held out: {found or 'never evaluated: its report has no verdict'}"
-    )
-
-
-def _say(value: object) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value) or '""'
 
 
 def _at_least(least: int) -> Callable[[str], int]:

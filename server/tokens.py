@@ -16,8 +16,9 @@ from trimtab import __version__
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
 from trimtab.server.many import Many
+from trimtab.server.messages import Message
 from trimtab.server.prompt import Ids
-from trimtab.server.schema import ChatBody, Message
+from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
 
 

@@ -29,11 +29,12 @@ from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorr
 from trimtab.steering.evaluate import compare, kept, summarise
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import Choose, Turn, Written, rollout_of, watched, write
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Rollout, gather, open_core, request_for
+from trimtab.steering.rollouts import gather, open_core, request_for
 from trimtab.steering.tasks import fingerprint
 
 NEAR = 5  # a token among the base's best so many is reranked, not shifted

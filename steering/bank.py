@@ -69,27 +69,21 @@ class Bank:
         """The newest of each name, in the same order."""
         return list(self._entries.values())
 
-    def add(self, correction: Correction) -> None:
-        """Raises CorrectionError for another hidden size, or a name that is taken."""
-        if correction.name in self._entries:
-            raise CorrectionError(f"two corrections are called {correction.name!r}: rename one in its correction.json")
-        self.publish(self.prepare(correction))
+    def add(self, *corrections: Correction) -> None:
+        """One or several, which are stacked once. Raises CorrectionError for another hidden size, or a name that is
+        taken; none is added then."""
+        names = [*self._entries, *(correction.name for correction in corrections)]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise CorrectionError(f"two corrections are called {name!r}: rename one in its correction.json")
+        entries, tensors = self._place(corrections)
+        for entry in entries:
+            self.publish(Draft(entry, tensors))
 
     def prepare(self, correction: Correction) -> Draft:
         """All that takes time; nothing changes yet. Raises CorrectionError for another hidden size."""
-        if isinstance(correction, HeadCorrection):
-            if correction.hidden != self._hidden:
-                raise CorrectionError(
-                    f"the correction {correction.name!r} has the hidden size {correction.hidden}; "
-                    f"the served model's is {self._hidden}"
-                )
-            held = [row() for row in self._rows]
-            index = held.index(None) if None in held else len(held)
-            heads = [entry.correction if entry else None for entry in held]
-            heads[index:] = [correction, *heads[index + 1 :]]
-            return Draft(Entry(correction, index), self._stack(heads))
-        index = next(self._numbers) if isinstance(correction, LoraCorrection) else NO_INDEX
-        return Draft(Entry(correction, index), self._tensors)
+        (entry,), tensors = self._place([correction])
+        return Draft(entry, tensors)
 
     def publish(self, draft: Draft) -> bool:
         """Let the draft, made of this very state, have its name. -> whether it takes another's place."""
@@ -137,6 +131,27 @@ class Bank:
             message = f"the correction {name!r} is of the tier {found.correction.tier}, not {tier}"
             raise InvalidRequest(message, "correction")
         return found.index
+
+    def _place(self, corrections: Sequence[Correction]) -> tuple[list[Entry], Corrections | None]:
+        """Their entries, and what the device reads once they are there."""
+        held = [row() for row in self._rows]
+        rows = [entry.correction if entry else None for entry in held]
+        entries = []
+        for correction in corrections:
+            index = NO_INDEX
+            if isinstance(correction, HeadCorrection):
+                if correction.hidden != self._hidden:
+                    raise CorrectionError(
+                        f"the correction {correction.name!r} has the hidden size {correction.hidden}; "
+                        f"the served model's is {self._hidden}"
+                    )
+                index = next((i for i, row in enumerate(rows) if row is None), len(rows))
+                rows[index:] = [correction, *rows[index + 1 :]]
+            elif isinstance(correction, LoraCorrection):
+                index = next(self._numbers)
+            entries.append(Entry(correction, index))
+        heads = any(isinstance(correction, HeadCorrection) for correction in corrections)
+        return entries, self._stack(rows) if heads else self._tensors
 
     def _stack(self, corrections: Sequence[Correction | None]) -> Corrections:
         """None: a row that nobody has."""

@@ -14,8 +14,9 @@ from typing import Any
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.steering.atomic import write_json
+from trimtab.steering.journal import Journal
 from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Journal, Sampling
+from trimtab.steering.rollouts import Sampling
 from trimtab.steering.tasks import Task, fingerprint
 
 

@@ -22,9 +22,10 @@ from trimtab.server.engine.rule import rule_for
 from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
-from trimtab.steering.rollouts import Rollout, Sampling, collect
+from trimtab.steering.rollouts import Sampling, collect
 from trimtab.steering.tasks import Task
 from trimtab.steering.verifiers import SOLVED, Extract
 

@@ -24,11 +24,12 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import answer_sharpened
 from trimtab.steering.match import Matched, match_kl
 from trimtab.steering.prompted import Example, Preface, examples, preface
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Rollout, open_core
+from trimtab.steering.rollouts import open_core
 
 Role = Literal["base", "sharpening", "format", "tier", "control"]
 

@@ -22,9 +22,10 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.calibrate import idle
 from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Rollout, Sampling, gather, open_core, request_for
+from trimtab.steering.rollouts import Sampling, gather, open_core, request_for
 from trimtab.steering.tasks import Task
 
 

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base, read_logits
 from trimtab.server.model.linear import copy_unpacked
+from trimtab.steering import checkpoint
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_json, write_tensors
 from trimtab.steering.config import FitConfig
@@ -110,14 +110,14 @@ def _lessons(
 
 def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path, stage: str = "lora") -> None:
     """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises TaskError when the loss diverges."""
-    checkpoint = folder / "checkpoint.safetensors"
+    path = folder / "checkpoint.safetensors"
     if (folder / CONFIG_FILE).exists():
-        checkpoint.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return
     tuned = put_on(base, config)
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(list(named.values()), lr=config.lora_rate, weight_decay=0.0)
-    done, recent = _resume(checkpoint, named, optimizer) if checkpoint.exists() else (0, [])
+    done, recent = checkpoint.resume(path, named, optimizer) if path.exists() else (0, [])
     steps = max(1, round(config.lora_epochs * len(taught) / config.lora_batch))
     with Progress(stage, steps, "steps", done) as progress:
         for step in range(done, steps):
@@ -146,9 +146,9 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             optimizer.step()
             progress.add(1, f"loss {first:+.3f}, KL elsewhere {anchor:.4f}, gradient {float(norm):.2f}")
             if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
-                _checkpoint(checkpoint, step + 1, named, optimizer, recent)
+                checkpoint.save(path, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
-    checkpoint.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def put_on(base: Base, config: FitConfig) -> Any:
@@ -233,29 +233,6 @@ def _split(batch: Sequence[Lesson], tokens: int) -> Iterator[Sequence[Lesson]]:
 
 def _length(lesson: Lesson) -> int:
     return len(lesson.prompt) + len(lesson.tokens)
-
-
-def _checkpoint(
-    path: Path, step: int, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, recent: Sequence[float]
-) -> None:
-    tensors = {"step": torch.tensor(step), "recent": torch.tensor(recent, dtype=torch.float64)}
-    for name, p in named.items():
-        state = optimizer.state[p]
-        tensors |= {name: p, f"{name}/first": state["exp_avg"], f"{name}/second": state["exp_avg_sq"]}
-    write_tensors(path, tensors)
-
-
-def _resume(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
-    """Set parameters and moments as they were. -> the steps done, and the last ones' distance from the base."""
-    tensors = load_file(path)
-    for name, p in named.items():
-        p.data.copy_(tensors[name])
-        optimizer.state[p] = {
-            "step": tensors["step"].float(),
-            "exp_avg": tensors[f"{name}/first"].to(p.device),
-            "exp_avg_sq": tensors[f"{name}/second"].to(p.device),
-        }
-    return int(tensors["step"]), tensors["recent"].tolist()
 
 
 def write(tuned: Any, base: Base, folder: Path) -> None:

@@ -33,11 +33,12 @@ from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer, summarise
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.folder import JSON_FILE, is_saved, load, save
+from trimtab.steering.journal import Rollout
 from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
-from trimtab.steering.rollouts import Rollout, Sampling, collect, open_core
+from trimtab.steering.rollouts import Sampling, collect, open_core
 from trimtab.steering.routes import SELECT, Route, choose_route
 from trimtab.steering.selection import Item
 from trimtab.steering.study import Study

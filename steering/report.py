@@ -20,9 +20,10 @@ from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Rollout
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Rollout, Sampling, open_core
+from trimtab.steering.rollouts import Sampling, open_core
 from trimtab.steering.tasks import Task
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"

@@ -1,9 +1,8 @@
 """Rollouts: completions sampled by this engine, with their rewards, kept in files of a few problems each.
 
-Invariant: no finished completion is lost. Each is appended to a journal beside its file and flushed to the disk; the
-file appears whole when all of its completions are finished, the same bytes whether or not the run was killed before.
-For a completion's random numbers depend on (seed, problem, sample) alone, and in float32 so does what it draws with
-them. In bfloat16 that depends on the rounding of what else is in the batch, which sampling may turn into another
+Invariant: no finished completion is lost (journal.py), and a file is the same whether or not the run was killed
+before: a completion's random numbers depend on (seed, problem, sample) alone, and in float32 so does what it draws
+with them. In bfloat16 that depends on the rounding of what else is in the batch, which sampling may turn into another
 completion: so a file is sampled from an empty engine, and a resumed one again as a whole; there those that were
 finished stay what they were, and merely keep the others company.
 
@@ -12,11 +11,9 @@ finished stay what they were, and merely keep the others company.
 
 import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,10 +22,10 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
-from trimtab.steering.atomic import naming, write_bytes
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import MAX_SAMPLES
 from trimtab.steering.correction import ContrastCorrection
+from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import Progress
 from trimtab.steering.tasks import Task
@@ -47,22 +44,6 @@ class Sampling(NamedTuple):
     temperature: float  # 0 is greedy
     top_p: float
     max_tokens: int
-
-
-class Rollout(NamedTuple):
-    """One completion. open, fired and flips count steps; kernels/record.py says what they mean."""
-
-    problem: str
-    sample: int
-    tokens: list[int]  # the end-of-text token included
-    text: str
-    reward: float
-    finish: str  # "stop" or "length"
-    open: int
-    fired: int
-    flips: int
-    kl: float = 0.0  # nats, KL(base || steered) summed over steps; to two places, as its last bits vary with the batch
-    marks: Mapping[str, float] | None = None  # what an analysis counted on the way
 
 
 def collect(
@@ -106,57 +87,7 @@ def gather(
                 passed += sum(rollout.reward for rollout in some)
                 progress.add(len(some), f"pass@1 {passed / done:.3f}")
             journal.finish(group)
-    return [r for group, journal in zip(groups, journals, strict=True) for r in _whole(journal, group, samples)]
-
-
-class Journal:
-    """A file of rollouts: whole at `path`, or growing beside it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._growing = path.with_suffix(".journal")
-
-    def read(self) -> list[Rollout]:
-        """What is there. A kill may have cut the growing file's last line: it is cut off."""
-        if self.path.exists():
-            self._growing.unlink(missing_ok=True)  # a kill came between the file and this
-            return _parse(self.path.read_bytes())
-        if not self._growing.exists():
-            return []
-        content = self._growing.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            write_bytes(self._growing, whole)
-        return _parse(whole)
-
-    def append(self, rollouts: Sequence[Rollout]) -> None:
-        """Returns when they are on the disk."""
-        self._growing.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self._growing), self._growing.open("ab") as file:
-            file.write(_lines(rollouts))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def replace(self, rollouts: Sequence[Rollout]) -> None:
-        """What is there, by these."""
-        write_bytes(self.path if self.path.exists() else self._growing, _lines(rollouts))
-
-    def finish(self, problems: Sequence[Problem]) -> None:
-        """All rollouts of these problems are there: write the file, in their order."""
-        order = {problem.id: i for i, problem in enumerate(problems)}
-        write_bytes(self.path, _lines(sorted(self.read(), key=lambda r: (order[r.problem], r.sample))))
-        self._growing.unlink()
-
-
-def _whole(journal: Journal, problems: Sequence[Problem], samples: int) -> list[Rollout]:
-    """A finished file's. Raises TaskError unless it holds each completion once."""
-    found = journal.read()
-    if [(r.problem, r.sample) for r in found] != [(p.id, sample) for p in problems for sample in range(samples)]:
-        raise TaskError(
-            f"{journal.path} does not hold each completion of its problems once: two runs wrote to it, or it was "
-            "edited. Delete it, and what was made of it"
-        )
-    return found
+    return [r for group, journal in zip(groups, journals, strict=True) for r in journal.whole(group, samples)]
 
 
 def encode(base: Base, problem: Problem) -> tuple[int, ...]:
@@ -284,12 +215,3 @@ def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> R
         flips=sum(r.flip for r in receipts),
         kl=round(sum(getattr(r, "kl", 0.0) for r in receipts), 2),
     )
-
-
-def _lines(rollouts: Sequence[Rollout]) -> bytes:
-    return "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in rollouts).encode()
-
-
-def _parse(content: bytes) -> list[Rollout]:
-    lines: list[dict[str, Any]] = [json.loads(line) for line in content.decode().split("\n") if line]
-    return [Rollout(**line) for line in lines]

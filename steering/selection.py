@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from trimtab.errors import TaskError
 from trimtab.steering.config import FEWEST, FitConfig
-from trimtab.steering.rollouts import Rollout
+from trimtab.steering.journal import Rollout
 
 HELD_OUT_EVERY = 6  # one in so many of the kept problems measures the fit's KL instead of being fitted
 

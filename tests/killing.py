@@ -21,7 +21,7 @@ from tqdm.std import TqdmDefaultWriteLock
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
 from trimtab.steering import pipeline  # noqa: F401
-from trimtab.steering.rollouts import Journal, Rollout
+from trimtab.steering.journal import Journal, Rollout
 
 FIT = (
     "fit --model base --task task.jsonl --verifier killing_grading:odd --via lora --dtype float32 --device cpu "

@@ -17,10 +17,11 @@ from trimtab.steering.analyze_report import to_markdown
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.gate import Gate
+from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.lockstep import Turn
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Journal, Rollout, Sampling, collect, open_core
+from trimtab.steering.rollouts import Sampling, collect, open_core
 
 
 class Odd:

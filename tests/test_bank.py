@@ -72,6 +72,34 @@ def test_a_taken_name_or_another_hidden_size_is_refused_and_changes_nothing() ->
     assert bank.tensors() is before
 
 
+def test_several_at_once_are_as_one_after_the_other() -> None:
+    """And fill a row that nobody has any more."""
+    corrections = [make(f"c{i}", rank=i + 1, seed=i) for i in range(4)]
+    one, many = Bank(HIDDEN, "cpu"), Bank(HIDDEN, "cpu")
+    for bank in (one, many):
+        bank.add(make("gone", 2), make("stays", 3))
+        bank.remove("gone")
+    for correction in corrections:
+        one.add(correction)
+    many.add(*corrections)
+    assert one.names == many.names
+    names = [entry.correction.name for entry in many.entries]
+    assert [one.head_index(name) for name in names] == [many.head_index(name) for name in names]
+    assert sorted(many.head_index(name) for name in names) == list(range(5))
+    stacked, together = one.tensors(), many.tensors()
+    assert stacked is not None
+    assert together is not None
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(stacked, together, strict=True))
+
+
+def test_of_several_none_is_added_where_one_cannot_be() -> None:
+    bank = Bank(HIDDEN, "cpu")
+    for wrong in (make("a", 2), make("b", 2, hidden=7)):
+        with pytest.raises(CorrectionError):
+            bank.add(make("a", 2), wrong)
+        assert (bank.names, bank.tensors()) == ([], None)
+
+
 def test_an_activation_reaches_the_step() -> None:
     bank = Bank(HIDDEN, "cpu")
     bank.add(dataclasses.replace(make("a", 2), activation="silu"))

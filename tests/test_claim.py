@@ -6,8 +6,8 @@ import pytest
 
 from trimtab.errors import InvalidRequest
 from trimtab.steering.claim import claim, score_again
+from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.rollouts import Journal, Rollout
 
 PROBLEMS = [Problem(name, None, prompt=name) for name in ("short", "long")]
 

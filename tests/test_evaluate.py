@@ -15,9 +15,10 @@ from trimtab.steering.correction import BaseIdentity, HeadCorrection
 from trimtab.steering.evaluate import compare, kept, pass_at, summarise, vote
 from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
+from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.report import Exam, Judged, build, judge, policies, strengths, to_markdown
-from trimtab.steering.rollouts import Rollout, Sampling
+from trimtab.steering.rollouts import Sampling
 from trimtab.steering.verifiers import Extract
 
 PROBLEMS = [Problem(f"p{i}", None, prompt="x", kind="ab"[i % 2]) for i in range(200)]

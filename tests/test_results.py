@@ -33,6 +33,7 @@ MACHINE = describe() | {"cpu": "Abacus 3000", "architecture": "wood64", "cores":
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/results.py, writing to a folder of the test's."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as when it runs: tables.py lies beside it
     spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
     assert spec is not None
     assert spec.loader is not None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import TaskError
 from trimtab.steering.config import FEWEST, FitConfig
-from trimtab.steering.rollouts import Rollout
+from trimtab.steering.journal import Rollout
 from trimtab.steering.selection import Item, select
 
 

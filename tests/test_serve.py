@@ -13,7 +13,9 @@ from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokeniz
 from trimtab.cli import build_parser
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
+from trimtab.server.card import describe
 from trimtab.server.drain import DrainingServer
+from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.steering.adapter import adapter_files
@@ -46,6 +48,14 @@ def test_a_size_that_is_too_small_names_the_flag_that_was_typed(flag: str, capsy
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "demo", flag, "0"])
     assert f"argument {flag}: must be at least" in capsys.readouterr().err
+
+
+def test_every_flag_of_the_engine_reaches_it() -> None:
+    flags = "--max-num-seqs 3 --max-model-len 90 --max-num-batched-tokens 7 --max-queue 5 --max-queue-tokens 11"
+    told = build_parser().parse_args(["serve", "demo", *flags.split(), "--threads", "2", "--enforce-eager"])
+    expected = EngineConfig(3, 90, 7, max_queue=5, max_queue_tokens=11, graphs=False, threads=2)
+    assert serve.engine_config(told) == expected
+    assert serve.engine_config(build_parser().parse_args(["serve"])).graphs
 
 
 def test_the_image_has_left_before_docker_stop_kills_it() -> None:
@@ -85,7 +95,7 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
     save(tiny_correction(other, "foreign"), tmp_path / "foreign")
     bank = serve.load_bank(base, [("one", tmp_path / "made"), ("two", tmp_path / "made")], ["tiny"])
     assert bank.names == ["one", "two"]
-    told = serve.describe(base, bank, ["tiny", "alias"], 4, 128)
+    told = describe(base, bank, ["tiny", "alias"], 4, 128)
     assert "tiny, alias (float32 on cpu)" in told
     assert (
         "one: head (rank 4, top_k 10, cap 3.0, activation none, parameters 288), strength 1 where entropy > 1 nats"
@@ -93,10 +103,10 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
     )
     assert "never evaluated" in told
     assert "sampling     temperature 1, top_p 1 unless a request says otherwise" in told
-    by_makers = serve.describe(base, bank, ["tiny"], 4, 128, {"temperature": 0.6, "top_k": 20})
+    by_makers = describe(base, bank, ["tiny"], 4, 128, {"temperature": 0.6, "top_k": 20})
     assert "temperature 0.6, top_p 1, top_k 20 by the model's generation_config unless" in by_makers
     Core(base, bank)
-    lines = serve.describe(base, bank, ["tiny"], 4, 128).splitlines()
+    lines = describe(base, bank, ["tiny"], 4, 128).splitlines()
     said = 'contrast: contrast (prompt ""), strength 0.5 where entropy > 0.5 nats; two slots a choice'
     assert lines[-1] == f"correction   {said}"
     with pytest.raises(InvalidRequest, match="the model itself is called tiny"):
@@ -112,7 +122,7 @@ def test_a_peft_folder_is_served_as_it_is_and_a_lora_tells_its_slots(tmp_path: P
     for name, content in adapter_files(lora.adapter).items():
         write_bytes(tmp_path / "peft" / name, content)
     bank = serve.load_bank(base, [("mine", tmp_path / "mine"), ("theirs", tmp_path / "peft")], ["tiny"])
-    told = serve.describe(base, bank, ["tiny"], 4, 128)
+    told = describe(base, bank, ["tiny"], 4, 128)
     facts = "rank 4, layers down_proj+gate_proj+k_proj+o_proj+q_proj+up_proj+v_proj, parameters 4096"
     assert f"mine: lora ({facts}), strength 1 where entropy > 1 nats; two slots a choice" in told
     assert f"theirs: lora ({facts}), strength 1 where always; version " in told

@@ -12,24 +12,19 @@ import logging
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from trimtab.errors import EngineFailure
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.engine.admission import Admission
-from trimtab.server.engine.budget import Allowance
 from trimtab.server.engine.config import EngineConfig
-from trimtab.server.engine.constraint import Constraint
 from trimtab.server.engine.inputs import Sampling
-from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import Event, Receipt, Request, SamplingParams, Steering
-from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.runner import Forward, Runner
 from trimtab.server.engine.scheduler import Scheduler
-from trimtab.server.engine.sequence import Row, Scores, Sequence
-from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.sequence import Sequence
+from trimtab.server.engine.start import Starter
 from trimtab.server.engine.structure import Grammars
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
@@ -55,6 +50,7 @@ class Core:
         self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._admission = Admission(base, bank, self.config, self.max_len, self.grammars, self._runner.has)
+        self._starter = Starter(base, self.grammars, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
@@ -98,7 +94,7 @@ class Core:
         rule = request.rule
         assert rule is not None, "it was not checked"
         for index in range(request.n):
-            self._scheduler.add(self._start(request, rule, index, philox.derive(seed, index)))
+            self._scheduler.add(self._starter.start(request, rule, index, philox.derive(seed, index)))
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
@@ -178,48 +174,6 @@ class Core:
                         raise EngineFailure(f"the engine's first step failed: {event.error}")
         self.forget()
 
-    def _start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
-        """Choice `index`, with every default resolved."""
-        sampling, budget = request.sampling, request.steering.budget
-        bounded = rule.steered and rule.adapter == NO_ADAPTER
-        first = len(request.prompt) if request.score_from is None or index else request.score_from
-        scores = Scores(request.prompt[first:], Allowance(budget, self._pieces) if bounded else None)
-        told = len(scores.tokens)
-        companion = None
-        if rule.beside is not None:
-            read = request.steering.companion_prompt if rule.beside.own_prompt else None
-            before = list(read or request.prompt[:first])
-            companion = Row(before + list(scores.tokens), rule.beside.adapter, _before(len(before), told))
-        stops = sampling.stop_token_ids | self.base.eos
-        if sampling.ignore_eos and request.structure is None:
-            stops = sampling.stop_token_ids
-        room = self.max_len - max(len(request.prompt), companion.prompt if companion else 0)
-        return Sequence(
-            request=request,
-            index=index,
-            seed=seed,
-            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            rule=rule,
-            stops=stops,
-            row=Row(list(request.prompt), rule.adapter, _before(first, told)),
-            companion=companion,
-            allowance=Allowance(budget, self._pieces) if bounded else None,
-            scores=scores if told else None,
-            constraint=self._constrain(request, stops),
-        )
-
-    def _constrain(self, request: Request, stops: frozenset[int]) -> Constraint | None:
-        structure, sampling = request.structure, request.sampling
-        if structure is None and sampling.allowed_tokens is None:
-            return None
-        matcher = None if structure is None else self.grammars.compile(structure).start()
-        steer = request.steering.budget.structured or bool(structure and structure.steer)
-        return Constraint(matcher, sampling, stops, self.base.eos, self.base.vocab, steer)
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self.base.tokenizer)
-
     def _read(self, sampling: Sampling, record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take the tokens they sampled and leave when they end."""
         sequences, scored = sampling.sequences, sampling.forced is not None
@@ -279,8 +233,3 @@ class Core:
             self._runner.cache.clear(row.slot)
         self._scheduler.remove(sequence, reusable=False)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason, refused=refused)
-
-
-def _before(first: int, count: int) -> range:
-    """The positions that predict `count` tokens from `first` on."""
-    return range(first - 1, first - 1 + count) if count else range(0)

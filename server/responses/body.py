@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.many import Many, Table
-from trimtab.server.responses.items import CallItem, Extensible, Items, MessageItem, OutputItem, text_of
+from trimtab.server.messages import Extensible, text_of
+from trimtab.server.responses.items import CallItem, Items, MessageItem, OutputItem
 from trimtab.server.schema import Body, ChatBody
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`

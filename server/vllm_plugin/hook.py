@@ -126,8 +126,8 @@ def _open(front: Any) -> None:
     hidden = model.get_hidden_size()
     check_front(list(corrections.values()), hidden, model.model, front.tokenizer, settings.any_base)
     bank = Bank(hidden, "cpu")
+    bank.add(*corrections.values())
     for correction in corrections.values():
-        bank.add(correction)
         log.info("trimtab: %s, version %s, where %s", correction.name, version_of(correction), correction.gate)
     _served[:] = [bank]
 

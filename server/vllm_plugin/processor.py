@@ -46,8 +46,7 @@ class Processor(ForV2, ForV1):  # type: ignore[misc]  # vllm is not there when t
         self._device = torch.device(where[0] if on_v1 else where[0].device)
         slots = vllm_config.scheduler_config.max_num_seqs if on_v1 else where[0].max_num_reqs
         self._bank = Bank(vllm_config.model_config.get_hidden_size(), self._device)
-        for correction in self._settings.load().values():
-            self._bank.add(correction)
+        self._bank.add(*self._settings.load().values())
         self._table = Table(slots)
         self._steer = steer_for(self._device)
         self._sight: Sight | None = None
