@@ -15,6 +15,7 @@ from tiny import VOCAB, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.engine.request import Request, SamplingParams, Structure
 from trimtab.server.engine.structure import Grammars, Matcher
 from trimtab.server.engine.vocabulary import bitmask
@@ -258,13 +259,14 @@ def test_every_finished_sample_of_every_schema_is_valid_or_the_schema_is_refused
             requests.append(request)
         except InvalidRequest as error:
             refused[name] = str(error)
+    pieces = Pieces(base.tokenizer)
     texts: dict[tuple[str, int], bytes] = defaultdict(bytes)
     finished: dict[tuple[str, int], str] = {}
     for event in core.run(requests):
         assert event.error is None, event
         key = (event.request_id, event.index)
         if event.finish != "stop":
-            texts[key] += core._pieces.content(event.token)
+            texts[key] += pieces.content(event.token)
         if event.finish is not None:
             finished[key] = event.finish
     assert len(finished) == SAMPLES * len(requests)
