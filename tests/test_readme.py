@@ -18,12 +18,12 @@ from served import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = ["--problems", "12", "--samples", "6", "--validation-problems", "2", "--validation-samples", "1"]
-SMALL += ["--test-problems", "4", "--test-samples", "1", "--epochs", "2", "--max-tokens", "24", "--slots", "8"]
+SMALL = ["--problems", "10", "--samples", "4", "--validation-problems", "2", "--validation-samples", "1"]
+SMALL += ["--test-problems", "2", "--test-samples", "1", "--epochs", "2", "--max-tokens", "16", "--slots", "8"]
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
 FIT = [*SMALL, "--lora-warmup", "1", "--lora-rate", "0.003", "--lora-kl-limit", "0"]
-SHORT = {"fit": FIT, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "4", "--samples", "1"]}
-SHORT |= {"inspect": [], "calibrate": ["--problems", "4", "--max-tokens", "12"]}
+SHORT = {"fit": FIT, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "2", "--samples", "1"]}
+SHORT |= {"inspect": [], "calibrate": ["--problems", "2", "--max-tokens", "12"]}
 
 pytestmark = pytest.mark.model
 
@@ -47,7 +47,7 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
     sums = [
-        {"id": i, "prompt": f"Q: What is {i} + 1?\nA: {i + 1}\nQ: What is {i} + 2?\nA:", "answer": str(i + 2)}
+        {"id": i, "prompt": f"Q: What is {i} + 1?\nA: {i + 1}\nQ: What is {i} + 1?\nA:", "answer": str(i + 1)}
         for i in range(40)
     ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
