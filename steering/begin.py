@@ -99,8 +99,8 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
                 length = len(encode(base, problem))
                 if length >= model.max_len:
                     raise TaskError(
-                        f"{task.name}: the problem {problem.id!r}, to {purpose}, has {length} tokens; {model.name} "
-                        f"takes {model.max_len}: shorten it"
+                        f"{problem.label}, to {purpose}, has {length} tokens; {model.name} takes {model.max_len}: "
+                        "shorten it"
                     )
 
 

@@ -14,3 +14,9 @@ class Problem(NamedTuple):
     messages: tuple[Mapping[str, Any], ...] | None = None
     prompt: str | None = None
     kind: str = ""  # a group that the report counts apart; "" is none
+    where: str = ""  # the file and line it was read from
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.where}: problem {self.id!r}" if self.where else f"problem {self.id!r}"

@@ -95,14 +95,12 @@ def encode(base: Base, problem: Problem) -> tuple[int, ...]:
     if problem.prompt is not None:
         return tuple(base.tokenizer(problem.prompt)["input_ids"])
     if not getattr(base.tokenizer, "chat_template", None):
-        raise TaskError(
-            f"problem {problem.id!r} has messages, but {base.name} has no chat template: give a prompt instead"
-        )
+        raise TaskError(f"{problem.label} has messages, but {base.name} has no chat template: give a prompt instead")
     messages = [dict(message) for message in problem.messages or ()]
     try:
         text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise errors of their own making
-        raise TaskError(f"problem {problem.id!r}: the chat template of {base.name} refuses it: {error}") from error
+        raise TaskError(f"{problem.label}: the chat template of {base.name} refuses it: {error}") from error
     return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -117,9 +115,9 @@ def encode_beside(base: Base, problem: Problem, prompt: str) -> tuple[int, ...]:
 
 def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: int, slots: int, threads: int) -> Core:
     """An engine with room for these problems and no more. Raises TaskError for a prompt that fills the context."""
-    longest, problem = max((len(encode(base, p)), p.id) for p in problems)
+    longest, label = max((len(encode(base, p)), p.label) for p in problems)
     if longest >= base.max_len:
-        raise TaskError(f"problem {problem!r} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
+        raise TaskError(f"{label} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
     length = max(2, min(base.max_len, longest + max_tokens))
     on_gpu = base.device.type == "cuda"
     config = EngineConfig(

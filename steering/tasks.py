@@ -70,7 +70,7 @@ class FileTask:
             self._splits = _split_by_hash(lines)
         else:
             self._splits = {"train": lines, "held-out": read_problems(held_out, verifier)}
-            _refuse_overlap(self._splits["train"], self._splits["held-out"], held_out)
+            _refuse_overlap(self._splits["train"], self._splits["held-out"])
         self._splits["validation"] = self._splits["train"][::-1]
 
     def problems(self, split: Split, count: int) -> list[Problem]:
@@ -143,16 +143,17 @@ def _read_line(line: str, where: str, verifier: str) -> Problem:
     wrong = check_answer(verifier, fields["answer"])
     _require(wrong is None, where, "answer", str(wrong))
     _require(("messages" in fields) != ("prompt" in fields), where, "messages or prompt", "exactly one must be given")
-    _require(isinstance(fields.get("kind", ""), str), where, "kind", "must be a string")
+    kind = fields.get("kind", "")
+    _require(isinstance(kind, str), where, "kind", "must be a string")
     if "prompt" in fields:
         _require(isinstance(fields["prompt"], str) and fields["prompt"] != "", where, "prompt", "must be a text")
-        return Problem(str(identity), fields["answer"], prompt=fields["prompt"], kind=fields.get("kind", ""))
+        return Problem(str(identity), fields["answer"], prompt=fields["prompt"], kind=kind, where=where)
     messages = fields["messages"]
     _require(isinstance(messages, list) and len(messages) > 0, where, "messages", "must be a list of chat messages")
     for i, message in enumerate(messages):
         fine = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         _require(fine, where, f"messages[{i}]", "must be an object with the texts role and content")
-    return Problem(str(identity), fields["answer"], messages=tuple(messages), kind=fields.get("kind", ""))
+    return Problem(str(identity), fields["answer"], messages=tuple(messages), kind=kind, where=where)
 
 
 def _require(holds: bool, where: str, field: str, words: str) -> None:
@@ -173,13 +174,11 @@ def _split_by_hash(problems: list[Problem]) -> dict[str, list[Problem]]:
     return splits
 
 
-def _refuse_overlap(train: list[Problem], held_out: list[Problem], path: Path) -> None:
+def _refuse_overlap(train: list[Problem], held_out: list[Problem]) -> None:
     """A held-out problem seen in training would make the report a lie."""
     for what, key in (("id", lambda p: p.id), ("prompt", text_of)):
         described: Callable[[Problem], Any] = key
         known = {described(p) for p in train}
-        shared = [p.id for p in held_out if described(p) in known]
+        shared = [p.label for p in held_out if described(p) in known]
         if shared:
-            raise TaskError(
-                f"{path}: the problem {shared[0]!r} has the {what} of a training problem: remove one of them"
-            )
+            raise TaskError(f"{shared[0]} has the {what} of a training problem: remove one of them")

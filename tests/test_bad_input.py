@@ -134,7 +134,7 @@ TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
             "",
             "task.jsonl: 1 of 2 problems to choose on have the prompt of one to learn from, as '39' that",
         ),
-        (LONG, "--problems 7", "to choose on, has 640 tokens; tiny-llama takes 512"),
+        (LONG, "--problems 7", "task.jsonl, line 40: problem '39', to choose on, has 640 tokens; tiny-llama takes 512"),
     ],
 )
 def test_what_would_end_the_fit_late_is_found_before_anything_is_sampled(
@@ -150,6 +150,6 @@ def test_a_held_out_problem_that_is_too_long_is_found_first(fit: Callable[..., s
         + "\n"
         + json.dumps({"id": "x", "prompt": "c" * 600, "answer": 1})
     )
-    words = "task.jsonl + long.jsonl: the problem 'x', to judge on, has 600 tokens; tiny-llama takes 512: shorten it"
+    words = "long.jsonl, line 2: problem 'x', to judge on, has 600 tokens; tiny-llama takes 512: shorten it"
     assert words in fit(GOOD, "--verifier bad_input_grading:odd --held-out long.jsonl")
     assert not Path("bad/run").exists()
