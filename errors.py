@@ -49,12 +49,16 @@ class ContextOverflow(InvalidRequest):
         self, limit: int, prompt: int, completion: int, field: str = "messages", at_least: bool = False
     ) -> None:
         some = "at least " if at_least else ""
-        super().__init__(
+        self._words = (
             f"This model's maximum context length is {limit} tokens. However, you requested {some}"
-            f"{prompt + completion} tokens ({some}{prompt} in the {field}, {completion} in the completion). Please "
-            f"reduce the length of the {field} or completion.",
-            field,
+            f"{prompt + completion} tokens ({some}{prompt} in the {{field}}, {completion} in the completion). Please "
+            "reduce the length of the {field} or completion."
         )
+        super().__init__(self._words.format(field=field), field)
+
+    def rename(self, field: str) -> None:
+        """As of any field; this message names it inside."""
+        self.args, self.field = (self._words.format(field=field),), field
 
 
 class Unauthorized(TrimtabError):

@@ -135,7 +135,7 @@ def write_fit_time(run: dict[str, Any], path: Path) -> str:
 
 
 def write_data(run: dict[str, Any], path: Path) -> str:
-    """A task file that was made of a public set: by which options, and the digests of both."""
+    """A task file that was made by a script: by which options, and the digests."""
     return f"## Task file: {run['benchmark']}, {path.stem}\n\n{_list(_facts(run))}\n"
 
 
@@ -154,6 +154,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "step": write_step,
     "serve": write_serve,
     "gsm8k": write_data,
+    "capitals": write_data,
     "math500": write_data,
 }
 

@@ -47,7 +47,7 @@ class Replicated(BaseModel):
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_queue: int = 512
-    max_queue_tokens: int | None = None
+    max_queue_tokens: int = 2**20
     enforce_eager: bool = False
     threads: int = 1
 

@@ -179,9 +179,13 @@ class Generation:
     async def _updates(self, ticket: Ticket) -> AsyncIterator[list[tuple[Choice, Update]]]:
         """What each step brought, until every choice has ended; nothing, if none came for `keep_alive` seconds."""
         going = len(self._choices)
+        longest = self._service.keep_alive
         while going:
             news: list[tuple[Choice, Update]] = []
-            for event in await ticket.next(self._service.keep_alive):
+            left = longest - (
+                time.monotonic() - self._heard
+            )  # of a stream's silence; an answer in one piece hears late
+            for event in await ticket.next(left if left > 0 else longest):
                 if event.scored:
                     self._scores[event.request_id].add(event)
                     continue

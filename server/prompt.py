@@ -3,7 +3,8 @@
 Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
 does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
 caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised: it is
-refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone gets them all.
+refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone gets them all, of
+a text of WHOLE bytes too where the context holds less.
 
     prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
 """
@@ -22,6 +23,7 @@ from trimtab.server.tools.template import ToolTemplate
 Ids = tuple[int, ...]
 Long = Literal["refuse", "cut", "whole"]  # what is done with a text that cannot fit; cut: its end fills the context
 T = TypeVar("T")
+WHOLE = 2**20  # bytes: seconds of the thread
 
 
 def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
@@ -121,9 +123,9 @@ class Prompter:
         """Whether the tokenizer has this id."""
         return token in self._known
 
-    def strings(self, ids: Ids) -> list[str]:
+    async def strings(self, ids: Ids) -> list[str]:
         """The tokens as the tokenizer's own vocabulary writes them."""
-        return list(self._tokenizer.convert_ids_to_tokens(list(ids)))
+        return list(await self._run(partial(self._tokenizer.convert_ids_to_tokens, list(ids))))
 
     def info(self) -> dict[str, Any]:
         """What the tokenizer was made from."""
@@ -154,6 +156,11 @@ class Prompter:
         except UnicodeEncodeError as error:  # JSON can say half a surrogate pair; no tokenizer can read it
             raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
         most = self._max_len * self._longest
+        if len(content) > max(most, WHOLE) and long == "whole":
+            message = (
+                f"the text has {len(content)} bytes, and {max(most, WHOLE)} at most are tokenised at once: split it"
+            )
+            raise InvalidRequest(message, field)
         if len(content) > most and long == "refuse":
             raise ContextOverflow(self._max_len, -(-len(content) // self._longest), 1, field, at_least=True)
         if len(content) > most and long == "cut":

@@ -106,7 +106,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeBody) -> Tokenized:
         """Turn a prompt or a chat into the ids that a generation would read."""
         ids = await read(body)
-        strings = prompter.strings(ids) if body.return_token_strs else None
+        strings = await prompter.strings(ids) if body.return_token_strs else None
         return Tokenized(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
 
     @app.post("/detokenize")

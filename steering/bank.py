@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.errors import CorrectionError, NotFound
 from trimtab.kernels.record import Corrections
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection
 from trimtab.steering.folder import version_of
@@ -113,24 +113,9 @@ class Bank:
         """The correction of that name; raises NotFound."""
         return self.entry(name).correction
 
-    def head_index(self, name: str) -> int:
-        """What RowParams.correction holds for it. Raises NotFound; InvalidRequest where it is of another tier."""
-        return self._index(name, "head")
-
-    def adapter_index(self, name: str) -> int:
-        """The number of its adapter. Raises NotFound; InvalidRequest where it is of another tier."""
-        return self._index(name, "lora")
-
     def tensors(self) -> Corrections | None:
         """All heads, stacked on the device; None when there never were any."""
         return self._tensors
-
-    def _index(self, name: str, tier: str) -> int:
-        found = self.entry(name)
-        if found.correction.tier != tier:
-            message = f"the correction {name!r} is of the tier {found.correction.tier}, not {tier}"
-            raise InvalidRequest(message, "correction")
-        return found.index
 
     def _place(self, corrections: Sequence[Correction]) -> tuple[list[Entry], Corrections | None]:
         """Their entries, and what the device reads once they are there."""

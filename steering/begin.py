@@ -21,6 +21,7 @@ from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import encode
 from trimtab.steering.tasks import Task, fingerprint, text_of
+from trimtab.steering.verifiers import source_digest
 
 
 class Problems(NamedTuple):
@@ -59,6 +60,8 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     identity = dataclasses.asdict(base.identity) | {**place(base), "problems": problems.digest}
     if teacher is not None:
         identity["teacher"] = teacher.identity.fingerprint
+    if config.verifier is not None and (source := source_digest(config.verifier)) is not None:
+        identity["verifier_source"] = source
     now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
     if not path.exists():
         if (work.parent / "correction.json").exists():

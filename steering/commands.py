@@ -133,7 +133,7 @@ def _report_of(correction: "Correction", folder: Path) -> str:
         return "No report: nobody has judged this correction. Try trimtab eval."
     try:
         return to_markdown(correction.report)
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         words = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be shown ({error})"
         raise CorrectionError(f"{folder}: the report in its correction.json {words}: see the file itself") from error
 

@@ -5,8 +5,9 @@
     contrast  correction.json
 
 Invariant: the JSON holds a digest of the other files, and what would make a folder readable is written last: the JSON,
-or for a LoRA the adapter_config.json, without which PEFT reads nothing either. So a folder, or a copy of one, that a
-crash left half written, or whose files stem from different writes, is refused, never mixed.
+or for a LoRA the adapter_config.json, without which PEFT reads nothing either. So a folder that a crash left half
+written, or whose files stem from different writes, is refused, never mixed. (A LoRA's without its correction.json, as
+an unfinished copy may be, is a PEFT folder like any other.)
 
     save(correction, folder);  correction = load(folder)
 """

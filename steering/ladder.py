@@ -127,8 +127,7 @@ def _check_names(exam: Exam, entrants: Entrants) -> None:
 def _open(base: Base, exam: Exam, entrants: Entrants, *prefaces: Preface) -> Core:
     """An engine with every correction, and room for every prompt."""
     bank = Bank(base.hidden, base.device)
-    for correction in _corrections(entrants):
-        bank.add(correction)
+    bank.add(*_corrections(entrants))
     befores = (Preface(), Preface(entrants.system), *prefaces)
     problems = [preface(problem, before) for before in befores for problem in exam.problems]
     return open_core(base, bank, problems, exam.sampling.max_tokens, exam.slots, exam.threads)

@@ -7,7 +7,6 @@ Invariant: a prefaced problem keeps its id, hence its random numbers, and its an
     preface(problem, Preface("End with #### and the number.", examples(core, task, sampling, 3)))
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +69,3 @@ def examples(core: Core, task: Task, sampling: Sampling, count: int, folder: Pat
             f"the base solved {len(found)} of {len(problems)} training problems: {count} examples are needed"
         )
     return tuple(found[:count])
-
-
-def longest(problems: Sequence[Problem], prefaces: Sequence[Preface]) -> list[Problem]:
-    """Every problem under every preface: what an engine must have room for."""
-    return [preface(problem, by) for by in (Preface(), *prefaces) for problem in problems]

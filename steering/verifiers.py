@@ -13,6 +13,7 @@ Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1
 """
 
 import functools
+import hashlib
 import importlib
 import math
 import re
@@ -62,6 +63,12 @@ def load_extractor(name: str) -> Extractor | None:
         return _EXTRACTORS.get(name)
     extract = getattr(_import(name), "extract", None)
     return _guard_extract(name, extract) if callable(extract) else None
+
+
+def source_digest(name: str) -> str | None:
+    """Of the file of `module:function`, so that a resumed run notices an edited one; None for those built in."""
+    file = None if name in _BUILT_IN else _import(name).__file__
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
 
 
 def _import(name: str) -> ModuleType:

@@ -47,3 +47,9 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_nothing(tmp_path: Path, m
         atomic.write_text(tmp_path / "x", "new")
     assert caught.value.filename == str(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_words_alone_keeps_them(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"{tmp_path}: no number") as caught, atomic.naming(tmp_path):
+        raise OSError("no number")
+    assert caught.value.errno is None

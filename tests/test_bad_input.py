@@ -153,3 +153,11 @@ def test_a_held_out_problem_that_is_too_long_is_found_first(fit: Callable[..., s
     words = "long.jsonl, line 2: problem 'x', to judge on, has 600 tokens; tiny-llama takes 512: shorten it"
     assert words in fit(GOOD, "--verifier bad_input_grading:odd --held-out long.jsonl")
     assert not Path("bad/run").exists()
+
+
+def test_a_verifier_edited_under_a_run_is_noticed(fit: Callable[..., str]) -> None:
+    """Its rewards would be another's than those that are kept."""
+    Path("edited_grading.py").write_text(GRADING)
+    fit(GOOD, "--verifier edited_grading:never")
+    Path("edited_grading.py").write_text(GRADING.replace("return 0", "return 0.0"))
+    assert "bad/run was begun with verifier_source = " in fit(GOOD, "--verifier edited_grading:never")

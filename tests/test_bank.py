@@ -51,7 +51,7 @@ def test_folded_and_padded_tensors_give_each_corrections_delta(sizes: list[tuple
     assert stacked.max_top_k == max(top_k for _, top_k in sizes)
     h, w = torch.randn(HIDDEN), torch.randn(HIDDEN)
     for i, c in enumerate(corrections):
-        assert bank.head_index(c.name) == i
+        assert bank.entry(c.name).index == i
         assert bank.get(c.name) is c
         assert (stacked.top_k[i], stacked.cap[i]) == (c.top_k, c.cap)
         assert not stacked.silu[i]
@@ -84,8 +84,8 @@ def test_several_at_once_are_as_one_after_the_other() -> None:
     many.add(*corrections)
     assert one.names == many.names
     names = [entry.correction.name for entry in many.entries]
-    assert [one.head_index(name) for name in names] == [many.head_index(name) for name in names]
-    assert sorted(many.head_index(name) for name in names) == list(range(5))
+    assert [one.entry(name).index for name in names] == [many.entry(name).index for name in names]
+    assert sorted(many.entry(name).index for name in names) == list(range(5))
     stacked, together = one.tensors(), many.tensors()
     assert stacked is not None
     assert together is not None

@@ -50,6 +50,10 @@ def test_a_report_of_another_shape_is_named(tmp_path: Path, capsys: pytest.Captu
     folder.save(dataclasses.replace(tiny_correction(tiny_base()), report={"verdict": {}}), tmp_path)
     assert main(["inspect", str(tmp_path)]) == 1
     assert "the report in its correction.json lacks 'sampling'" in capsys.readouterr().err
+    odd = {"sampling": {}, "verdict": {}, "strengths": []}
+    folder.save(dataclasses.replace(tiny_correction(tiny_base()), report=odd), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "the report in its correction.json cannot be shown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["sing"], ["serve", "--port", "many"]])

@@ -1,5 +1,7 @@
 """A folder is held by one process at a time, and what is no folder is refused by name."""
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,12 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=f"out must be a folder: {out} cannot be made") as caught, hold(out):
             raise AssertionError("unreachable")
         assert caught.value.field == "out"
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(InvalidRequest, match=r"can be locked: .*Operation not supported"), hold(tmp_path):
+        raise AssertionError("unreachable")

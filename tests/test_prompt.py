@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tiny import tiny_tokenizer
 from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
+from trimtab.server import prompt as prompt_module
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
 
@@ -102,6 +103,20 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
         assert caught.value.field == "prompt"
         with pytest.raises(ContextOverflow, match="in the messages"):
             asyncio.run(prompter.chat([{"role": "user", "content": most}]))
+    finally:
+        prompter.close()
+    assert tokenizer.seen == [most]
+
+
+def test_who_asks_for_tokens_alone_gets_more_than_fits_but_not_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_module, "WHOLE", 2 * MAX_LEN * LONGEST)
+    tokenizer = Watched()
+    prompter = prompter_of(tokenizer)
+    most = "x" * (2 * MAX_LEN * LONGEST)
+    try:
+        assert len(asyncio.run(prompter.text([most], long="whole"))[0]) == len(most)
+        with pytest.raises(InvalidRequest, match=rf"{len(most) + 1} bytes, and {len(most)} at most .*: split it"):
+            asyncio.run(prompter.text([most + "x"], long="whole"))
     finally:
         prompter.close()
     assert tokenizer.seen == [most]

@@ -8,7 +8,7 @@ from tiny import tiny_base
 from trimtab.errors import TaskError
 from trimtab.steering.bank import Bank
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.prompted import Example, Preface, examples, longest, preface
+from trimtab.steering.prompted import Example, Preface, examples, preface
 from trimtab.steering.rollouts import Sampling, open_core
 
 CHAT = Problem("c", "4", messages=({"role": "user", "content": "2 + 2"},), kind="sum")
@@ -44,7 +44,6 @@ def test_a_text_stands_after_its_preface() -> None:
 def test_nothing_before_a_problem_is_the_problem() -> None:
     for problem in (CHAT, Problem("t", "4", prompt="2 + 2")):
         assert preface(problem, Preface()) == problem
-    assert longest([CHAT], [Preface("Be brief.")]) == [CHAT, preface(CHAT, Preface("Be brief."))]
 
 
 class Odd:

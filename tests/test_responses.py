@@ -199,6 +199,12 @@ def test_a_bad_body_is_a_400_that_names_the_field(body: dict[str, Any], param: s
     assert param is None or response.json()["error"]["param"] == param
 
 
+def test_what_fills_the_context_is_told_by_the_field_that_was_written() -> None:
+    message = respond(input="x" * 300).json()["error"]["message"]
+    assert " in the input, " in message
+    assert "reduce the length of the input or completion" in message
+
+
 def test_the_tools_that_are_allowed_are_told_in_openais_words() -> None:
     tools = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in "fgh"]
     allowed = [{"type": "function", "name": name} for name in "fh"]

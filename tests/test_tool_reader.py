@@ -156,6 +156,21 @@ def test_of_calls_that_may_not_be_several_the_first_is_told(eager: bool) -> None
         assert reader.complete
 
 
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("form", [LLAMA, HERMES], ids=["llama", "hermes"])
+def test_nor_is_what_was_cut_off_of_a_further_call(form: ToolFormat, eager: bool) -> None:
+    first, further = ("{}", "; {}") if form is LLAMA else ("<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>")
+    key = "parameters" if form is LLAMA else "arguments"
+    start, rest = first.format(body(key=key)), further.format(body("get_weather", "{}", key))
+    for cut in range(1, len(rest)):
+        reader = CallReader(form, NAMES, eager, several=False)
+        said = [reader.push(start, ended=False), reader.push(rest[:cut], ended=True)]
+        told = [piece for one in said for piece in one.calls]
+        assert {piece.number for piece in told} == {0}
+        content = "".join(one.content for one in said).strip("; ")
+        assert content == "" or "<tool_call>".startswith(content)
+
+
 def test_one_bad_call_spoils_no_other() -> None:
     bad = "<tool_call>{bad}</tool_call>"
     assert both(HERMES, f"{bad}\n<tool_call>{body()}</tool_call>") == (bad, [("f", ARGUMENTS)])

@@ -564,6 +564,7 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
     """One that is strict, or must be called, is refused; else its arguments are any object."""
     odd: Any = {"type": "object", "properties": {"a": {"type": "string", "format": "made-up"}}, "required": ["a"]}
     broken: Any = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}
+    nameless: Any = {"type": "object", "properties": {"a": {"required": [{}], "minProperties": 3}}}
 
     def ask(parameters: Any, **body: Any) -> Any:
         strict = body.pop("strict", False)
@@ -573,6 +574,7 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
     ask(odd)
     ask(odd, tool_choice="required")
     ask(broken)
+    ask(nameless)
     for parameters, body in [
         (odd, {"strict": True}),
         (broken, {"strict": True}),
@@ -581,6 +583,9 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(parameters, **body)
         assert caught.value.param == "tools"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(nameless, strict=True)
+    assert caught.value.param == "tools[0].function.parameters"
 
 
 @pytest.mark.parametrize(

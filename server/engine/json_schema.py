@@ -32,7 +32,8 @@ def read_schema(text: str, lenient: bool = False) -> dict[str, Any]:
 def _counts_names(schema: dict[str, Any]) -> bool:
     """Whether as many properties as llguidance counts are as many names: it lets free names come again."""
     least, required = schema.get("minProperties", 0), schema.get("required", ())
-    if not isinstance(least, int) or not isinstance(required, list | tuple) or least <= len(set(required)) + 1:
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list | tuple) else None
+    if not isinstance(least, int) or names is None or least <= len(names) + 1:
         return True
     return schema.get("additionalProperties") is False and not schema.get("patternProperties")
 

@@ -43,7 +43,7 @@ class DecodeGraphs:
         except RuntimeError as error:
             raise RuntimeError(
                 f"a decode step of {base.name} cannot be captured in a CUDA graph: {error}. "
-                "--enforce-eager serves it without, far slower"
+                "trimtab serve --enforce-eager and EngineConfig(graphs=False) do without, far slower"
             ) from error
         self._graphs = dict(made)
         took = time.perf_counter() - began

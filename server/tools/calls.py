@@ -100,7 +100,7 @@ def _callee(tool: Tool, field: str) -> Callee:
     strict = bool(tool.function.strict)
     try:
         schema = read_schema(json.dumps(tool.schema_of_arguments), lenient=not strict)
-    except ValueError as error:
+    except Exception as error:  # in whatever way a schema is not what it should be
         message = f"{field}.parameters, of a strict tool: {error}"
         raise InvalidRequest(message, f"{field}.parameters") from error
     return Callee(tool.function.name, schema, strict)

@@ -96,7 +96,7 @@ class CallReader:
         if lead is None:
             return self._give_up(self._start)
         if brace < 0:
-            return self._ended and self._give_up(end)
+            return self._ended and self._break_off(end)
         self._name = lead["name"] if self._format.named else None
         if self._name is not None and self._name not in self._names:
             return self._give_up(self._start)
@@ -119,7 +119,7 @@ class CallReader:
             return True
         end, self._seen = self._extent.take(self._held, self._seen), len(self._held)
         if end is None:
-            return self._ended and self._give_up(len(self._held))
+            return self._ended and self._break_off(len(self._held))
         call = self._parse(self._held[self._start : end])
         if call is None:
             return self._give_up(end)
@@ -188,6 +188,13 @@ class CallReader:
         self._let_out(length)
         self._may_be_bare, self._state = False, self._seek
         return True
+
+    def _break_off(self, length: int) -> bool:
+        """The text ended inside what began as a call: content, but where a whole one would not be told either."""
+        if self._several or not self.calls:
+            return self._give_up(length)
+        self._drop(length)
+        return False
 
     def _find_head(self) -> tuple[str, int] | None:
         """The name, if it is there and known, and where the arguments begin."""
