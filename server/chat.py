@@ -39,7 +39,7 @@ async def prepare(service: Service, body: ChatBody, make: Callable[..., Generati
         raise body.as_written(error) from None
     if tools is not None and tools.answer is not None and (asked := body.structure()) is not None:
         await service.tickets.compile(*asked)  # beside tools it is refused as it is alone, and by its own name
-    await _constrain(generation, tools)
+    await _constrain(service, generation, tools)
     return generation
 
 
@@ -65,15 +65,21 @@ def renderer(service: Service, body: ChatBody, long: Long) -> Callable[[Sequence
     )
 
 
-async def _constrain(generation: Generation, tools: ToolUse | None) -> None:
+async def _constrain(service: Service, generation: Generation, tools: ToolUse | None) -> None:
     """Hold the choices to what the body says, and calls to their tools' schemas. Raises InvalidRequest."""
+    if tools is None:
+        await generation.constrain()
+        return
     try:
-        await generation.constrain(None if tools is None else tools.structure)
+        await generation.constrain(tools.structure)
     except InvalidRequest:
-        plainer = None if tools is None else tools.relaxed()
-        if plainer is None:
-            raise
-        await generation.constrain(plainer.structure)
+        plainer = tools.relaxed()
+        if plainer is not None:
+            await _constrain(service, generation, plainer)
+            return
+        for schema in tools.schemas:
+            await service.tickets.compile(*schema)  # raises for the tool whose it is
+        raise
 
 
 class ChatShape:

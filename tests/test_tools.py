@@ -579,13 +579,17 @@ def test_a_schema_that_no_grammar_follows(real: OpenAI) -> None:
         (odd, {"strict": True}),
         (broken, {"strict": True}),
         (broken, {"tool_choice": "required"}),
+        (nameless, {"strict": True}),
     ]:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(parameters, **body)
-        assert caught.value.param == "tools"
-    with pytest.raises(openai.BadRequestError) as caught:
-        ask(nameless, strict=True)
-    assert caught.value.param == "tools[0].function.parameters"
+        assert caught.value.param == "tools[0].function.parameters"
+        assert "lark" not in str(caught.value)
+    f, g = ({"type": "function", "function": {"name": name, "parameters": broken}} for name in "fg")
+    g["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match="Pointer '/nowhere' does not exist") as caught:
+        real.chat.completions.create(model="tiny-llama", messages=MESSAGES, tools=[f, g])
+    assert caught.value.param == "tools[1].function.parameters"
 
 
 @pytest.mark.parametrize(

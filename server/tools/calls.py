@@ -60,20 +60,23 @@ class ToolUse:
         return Structure("grammar", calls, lazy=self.form.markers, braced=self.form.bare)
 
     @property
+    def schemas(self) -> list[tuple[Structure, str]]:
+        """Each tool's alone, and the field that holds it: to tell which of them cannot be followed."""
+        return [(Structure("json_schema", json.dumps(callee.constraint())), callee.field) for callee in self.callees]
+
+    @property
     def _held(self) -> bool:
         """Whether what begins as a call can only be one that fits."""
         free = self.form.bare and not any(callee.strict for callee in self.callees)
         return self.must or self.answer is not None or not free
 
     def relaxed(self) -> "ToolUse | None":
-        """With any object for arguments, save where a schema is strict; None where a call must come, and fit.
+        """With any object for arguments, but of strict tools; None where none is another, or a call must come.
 
         For schemas that no grammar can follow: tools of which they come are as good as others' that are not called.
         """
-        if self.must or all(callee.strict for callee in self.callees):
-            return None
-        plain = (callee if callee.strict else replace(callee, parameters={}) for callee in self.callees)
-        return replace(self, callees=tuple(plain))
+        plain = tuple(callee if callee.strict else replace(callee, parameters={}) for callee in self.callees)
+        return None if self.must or plain == self.callees else replace(self, callees=plain)
 
     def reader(self) -> CallReader:
         """A new one, for one choice."""
@@ -95,15 +98,14 @@ class ToolUse:
         return chosen._replace(steering=replace(chosen.steering, budget=replace(budget, spans=self.form.spans)))
 
 
-def _callee(tool: Tool, field: str) -> Callee:
+def _callee(tool: Tool, at: str) -> Callee:
     """A tool for the grammar. Raises InvalidRequest where it is strict and its schema cannot be kept."""
-    strict = bool(tool.function.strict)
+    strict, field = bool(tool.function.strict), f"{at}.parameters"
     try:
         schema = read_schema(json.dumps(tool.schema_of_arguments), lenient=not strict)
     except Exception as error:  # in whatever way a schema is not what it should be
-        message = f"{field}.parameters, of a strict tool: {error}"
-        raise InvalidRequest(message, f"{field}.parameters") from error
-    return Callee(tool.function.name, schema, strict)
+        raise InvalidRequest(f"{field}, of a strict tool: {error}", field) from error
+    return Callee(tool.function.name, schema, strict, field)
 
 
 def _answer(body: ChatBody) -> str | None:

@@ -80,6 +80,7 @@ class Callee:
     name: str
     parameters: Mapping[str, JsonValue]  # as read_schema lets it through
     strict: bool
+    field: str  # of the parameters, as callers write it
 
     def constraint(self) -> dict[str, JsonValue]:
         """The schema as llguidance reads it. What it does not know in one that is not strict, it leaves out."""
