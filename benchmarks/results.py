@@ -14,10 +14,11 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from headline import fill_readme, headline
 from tables import plain_table, serve_table, step_table, table, tiers_table
 
 from trimtab.steering import analyze_report, ladder_report, text
@@ -27,7 +28,6 @@ from trimtab.steering.machine import hardware, versions
 from trimtab.steering.report import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"
 HEAD = """# Results
 
 Written by `benchmarks/results.py` from what the commands below printed; no figure here was typed. Compare rows of one
@@ -159,49 +159,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
 }
 
 
-def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[dict[str, Any]]) -> str:
-    """The README's one table: what was gained, against what is simpler, and what steering costs."""
-    rows = [["what", "figure", "measured on"]]
-    for fit in fits:
-        report = fit.get("report")
-        if not report:
-            continue
-        rates = {policy["policy"]: policy["pass_at_1"] for policy in report["policies"]}
-        on = f"{fit['base']['model']}, {report['problems']} {report['split']} problems of `{report['task']}`"
-        rows.append([f"`{fit['name']}`, pass@1", f"base {rates['base']:.3f}, correction {rates['correction']:.3f}", on])
-        differences = [d for d in report["differences"] if d["policy"] == "correction"]
-        rows += [[f"correction minus {d['against']}", _gain(d), "the same, paired seeds"] for d in differences]
-    for run in (run for run in runs if run["benchmark"] == "ladder"):
-        on = f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
-        for row in run["rows"]:
-            if row["policy"] == "base":
-                rows.append([f"`{run['corrections'][0]['name']}`, the ladder: base", f"{row['pass_at_1']:.3f}", on])
-            elif row["role"] in ("tier", "control"):
-                shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
-                rows.append([f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"])
-    for run in (run for run in runs if run["benchmark"] == "eval"):
-        on = f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
-        rows.append([f"`{run['correction']}`", run["verdict"]["summary"], on])
-    for run in (run for run in runs if run["benchmark"] in ("step", "tiers")):
-        where = f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
-        if run["benchmark"] == "step":
-            shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
-            rows.append(["steering's share of a decode step, gate always open", shares, where])
-            continue
-        for tier in (tier for tier in run["results"][0]["tiers"] if tier != "base"):
-            medians = [(r["batch"], r["tiers"][tier]["of_base"]["median"]) for r in run["results"]]
-            shares = ", ".join(f"{median:.1%} at batch {batch}" for batch, median in medians)
-            rows.append([f"tokens/s of the base's, {tier}, gate always open", shares, where])
-    return table(rows)
-
-
-def fill_readme(readme: Path, figures: str) -> None:
-    text = readme.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
-    before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}")
-
-
 def _section(title: str, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:
     """A run: its command, what was asked, the machine, the time, and the figures."""
     here = run["machine"]
@@ -219,10 +176,6 @@ def _text(run: Mapping[str, Any]) -> str:
     if "text" not in run:
         return ""
     return f"\n{text.to_markdown(run['text'])}The text: {run['text']['file']}, sha256 {run['text']['sha256']}.\n"
-
-
-def _gain(d: Mapping[str, Any]) -> str:
-    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
 
 def _machine(here: Mapping[str, Any]) -> dict[str, str]:

@@ -28,6 +28,7 @@ REPORT: dict[str, Any] = {
     "verdict": {"ship": True, "beats": {}, "summary": "+0.100 over the base"},
 }
 MACHINE = describe() | {"cpu": "Abacus 3000", "architecture": "wood64", "cores": 2, "gpu": None}
+MARKERS = "<!-- figures: written by benchmarks/results.py -->\n<!-- end of figures -->"
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"Before\n{module.BEGIN}\n{module.END}\nAfter\n")
+    (tmp_path / "README.md").write_text(f"Before\n{MARKERS}\nAfter\n")
     return module
 
 
@@ -73,6 +74,10 @@ def test_a_fit_states_its_device_and_hardware(
 ) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
+    run = {"command": "trimtab eval --task else.jsonl", "when": "2020-01-01T00:00:00+00:00", **MACHINE}
+    other = REPORT | {"benchmark": "eval", "model": "tiny", "problems_of_the_fits_report": 0, "machine": run}
+    other |= {"task": "else.jsonl", "text": LADDER["text"]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
     made = {"config": {"rank": 4, "seed": 7}, "device": "cuda", "dtype": "bfloat16", "threads": 2, "machine": MACHINE}
     fit = {"name": "mine", "base": {"model": "tiny"}, "tier": "head", "rank": 4, "top_k": FitConfig().top_k}
     fit |= {
@@ -82,11 +87,14 @@ def test_a_fit_states_its_device_and_hardware(
         "report": REPORT,
     }
     (folder / "correction.json").write_text(json.dumps(fit))
-    text = write(results, monkeypatch, "--correction", str(folder))
+    text = write(results, monkeypatch, str(tmp_path / "other.json"), "--correction", str(folder))
     assert "--rank 4 --seed 7`\n" in text
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
-    assert "correction minus base" in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert "correction minus base" in readme
+    assert "| `mine` on another task, minus base | +0.100 [+0.050, +0.150] | tiny, 200 " in readme
+    assert "| `mine` on plain text | +0.1000 [+0.0000, +0.2000] nats a token | 9 tokens of `wiki.txt` |" in readme
 
 
 GAIN = {"policy": "head", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}
@@ -172,5 +180,6 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 5
     readme = (results.ROOT / "README.md").read_text()
+    assert "| kept of `lora`'s gain: oracle | 90% [50%, 120%], from " in readme
     assert "| tier head, and its gain | 0.600, +0.100 [+0.050, +0.150] |" in readme
     assert "| tokens/s of the base's, head, gate always open | 97.0% at batch 8 |" in readme

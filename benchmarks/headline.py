@@ -1,0 +1,109 @@
+"""The README's one table: what was gained, against what is simpler, and what steering costs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tables import table
+
+from trimtab.steering.machine import hardware
+
+BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"
+
+Row = list[str]  # what, figure, measured on
+
+
+def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
+    """Of the corrections' own reports, then of the runs, a kind after the other."""
+    rows = [["what", "figure", "measured on"]]
+    for fit in fits:
+        rows += _of_fit(fit)
+    made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
+    for run in _of_kind(runs, "ladder"):
+        rows += _of_ladder(run)
+    for run in _of_kind(runs, "analyze"):
+        rows += _of_study(run)
+    for run in _of_kind(runs, "eval"):
+        elsewhere = made_for.get(run["correction"], run["task"]) != run["task"]
+        rows += _of_transfer(run) if elsewhere else [[f"`{run['correction']}`", run["verdict"]["summary"], _on(run)]]
+    for run in _of_kind(runs, "step"):
+        shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
+        rows.append(["steering's share of a decode step, gate always open", shares, _where(run)])
+    for run in _of_kind(runs, "tiers"):
+        rows += _of_tiers(run)
+    return table(rows)
+
+
+def fill_readme(readme: Path, figures: str) -> None:
+    """Put the table between the README's markers."""
+    text = readme.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}")
+
+
+def _of_kind(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    return [run for run in runs if run["benchmark"] == kind]
+
+
+def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
+    report = fit.get("report")
+    if not report:
+        return
+    rates = {policy["policy"]: policy["pass_at_1"] for policy in report["policies"]}
+    shown = f"base {rates['base']:.3f}, correction {rates['correction']:.3f}"
+    yield [f"`{fit['name']}`, pass@1", shown, _on(report | {"model": fit["base"]["model"]})]
+    for d in report["differences"]:
+        if d["policy"] == "correction":
+            yield [f"correction minus {d['against']}", _gain(d), "the same, paired seeds"]
+
+
+def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
+    for row in run["rows"]:
+        if row["policy"] == "base":
+            yield [f"`{run['corrections'][0]['name']}`, the ladder: base", f"{row['pass_at_1']:.3f}", _on(run)]
+        elif row["role"] in ("tier", "control"):
+            shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
+            yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
+
+
+def _of_study(run: Mapping[str, Any]) -> Iterator[Row]:
+    """What is left of a tuned model's gain where only some positions take its token."""
+    taken = {rule["policy"]: rule["fired"] for rule in run["rules"]}
+    on = _on(run | {"split": "held-out"})
+    for share in run["shares"]:
+        kept = f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+        what = f"kept of `{run['tuned']}`'s gain: {share['policy']}"
+        yield [what, f"{kept}, from {taken[share['policy']]:.1%} of the positions", on]
+        on = "the same, paired seeds"
+
+
+def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:
+    """A correction on a task that it was not made for, and on plain text."""
+    on = _on(run)
+    for d in run["differences"]:
+        if (d["policy"], d["against"]) == ("correction", "base"):
+            yield [f"`{run['correction']}` on another task, minus base", _gain(d), on]
+    if text := run.get("text"):
+        d = text["change"]
+        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token"
+        yield [f"`{run['correction']}` on plain text", shown, f"{text['tokens']} tokens of `{text['file']}`"]
+
+
+def _of_tiers(run: Mapping[str, Any]) -> Iterator[Row]:
+    for tier in (tier for tier in run["results"][0]["tiers"] if tier != "base"):
+        medians = [(r["batch"], r["tiers"][tier]["of_base"]["median"]) for r in run["results"]]
+        shares = ", ".join(f"{median:.1%} at batch {batch}" for batch, median in medians)
+        yield [f"tokens/s of the base's, {tier}, gate always open", shares, _where(run)]
+
+
+def _on(run: Mapping[str, Any]) -> str:
+    return f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
+
+
+def _where(run: Mapping[str, Any]) -> str:
+    return f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
+
+
+def _gain(d: Mapping[str, Any]) -> str:
+    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
