@@ -182,9 +182,7 @@ class Generation:
         longest = self._service.keep_alive
         while going:
             news: list[tuple[Choice, Update]] = []
-            left = longest - (
-                time.monotonic() - self._heard
-            )  # of a stream's silence; an answer in one piece hears late
+            left = longest - (time.monotonic() - self._heard)  # not above 0 where nothing is sent before the end
             for event in await ticket.next(left if left > 0 else longest):
                 if event.scored:
                     self._scores[event.request_id].add(event)

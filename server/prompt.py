@@ -156,11 +156,8 @@ class Prompter:
         except UnicodeEncodeError as error:  # JSON can say half a surrogate pair; no tokenizer can read it
             raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
         most = self._max_len * self._longest
-        if len(content) > max(most, WHOLE) and long == "whole":
-            message = (
-                f"the text has {len(content)} bytes, and {max(most, WHOLE)} at most are tokenised at once: split it"
-            )
-            raise InvalidRequest(message, field)
+        if long == "whole" and len(content) > (most := max(most, WHOLE)):
+            raise InvalidRequest(f"the text has {len(content)} bytes, {most} at most are tokenised: split it", field)
         if len(content) > most and long == "refuse":
             raise ContextOverflow(self._max_len, -(-len(content) // self._longest), 1, field, at_least=True)
         if len(content) > most and long == "cut":
