@@ -39,6 +39,10 @@ class InvalidRequest(TrimtabError):
         self.field = field
 
 
+class Unfollowable(InvalidRequest):
+    """A schema, or another structure, that no text can be held to."""
+
+
 class ContextOverflow(InvalidRequest):
     """The prompt alone fills the context. Agents match on this message: keep OpenAI's wording.
 
@@ -57,7 +61,7 @@ class ContextOverflow(InvalidRequest):
         super().__init__(self._words.format(field=field), field)
 
     def rename(self, field: str) -> None:
-        """As of any field; this message names it inside."""
+        """As of any field. This message holds the field's name within, so it is written anew."""
         self.args, self.field = (self._words.format(field=field),), field
 
 

@@ -1,15 +1,18 @@
 """Capitals as a Trimtab task: what a small model knows, to see whether a correction made for something else costs it.
 
     python benchmarks/capitals.py --out capitals.jsonl
-    trimtab eval --correction DIR --task capitals.jsonl --verifier regex
+    trimtab eval --correction DIR --task capitals.jsonl --verifier regex --problems 72
 
-Two questions a country: its capital, and whose capital that is. It prints what was written, as JSON with a digest.
+Two questions a country: its capital, and whose capital that is. Countries whose name is in another's (Guinea) or whose
+capital has two names (Kyiv) are left out; an answer may leave accents out. It prints what was written, as JSON with a
+digest.
 """
 
 import argparse
 import hashlib
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 CAPITALS = """
@@ -19,17 +22,17 @@ Botswana Gaborone; Brazil Brasília; Bulgaria Sofia; Cambodia Phnom Penh; Camero
 Chad N'Djamena; Chile Santiago; China Beijing; Colombia Bogotá; Croatia Zagreb; Cuba Havana; Cyprus Nicosia;
 Denmark Copenhagen; Ecuador Quito; Egypt Cairo; Eritrea Asmara; Estonia Tallinn; Ethiopia Addis Ababa; Fiji Suva;
 Finland Helsinki; France Paris; Gabon Libreville; Georgia Tbilisi; Germany Berlin; Ghana Accra; Greece Athens;
-Guinea Conakry; Guyana Georgetown; Haiti Port-au-Prince; Honduras Tegucigalpa; Hungary Budapest; Iceland Reykjavik;
-India New Delhi; Indonesia Jakarta; Iran Tehran; Iraq Baghdad; Ireland Dublin; Italy Rome; Jamaica Kingston;
+Guyana Georgetown; Haiti Port-au-Prince; Honduras Tegucigalpa; Hungary Budapest; Iceland Reykjavik;
+India New Delhi; Indonesia Jakarta; Iran Tehran; Iraq Baghdad; Italy Rome; Jamaica Kingston;
 Japan Tokyo; Jordan Amman; Kenya Nairobi; Laos Vientiane; Latvia Riga; Lebanon Beirut; Liberia Monrovia; Libya Tripoli;
 Lithuania Vilnius; Madagascar Antananarivo; Malawi Lilongwe; Malaysia Kuala Lumpur; Maldives Malé; Mali Bamako;
 Malta Valletta; Mauritania Nouakchott; Moldova Chișinău; Mongolia Ulaanbaatar; Montenegro Podgorica; Morocco Rabat;
 Mozambique Maputo; Namibia Windhoek; Nepal Kathmandu; Nicaragua Managua; Niger Niamey; Nigeria Abuja;
 Norway Oslo; Oman Muscat; Pakistan Islamabad; Paraguay Asunción; Peru Lima; Philippines Manila; Poland Warsaw;
 Portugal Lisbon; Qatar Doha; Romania Bucharest; Russia Moscow; Rwanda Kigali; Senegal Dakar; Serbia Belgrade;
-Slovakia Bratislava; Slovenia Ljubljana; Somalia Mogadishu; Spain Madrid; Sudan Khartoum; Suriname Paramaribo;
+Slovakia Bratislava; Slovenia Ljubljana; Somalia Mogadishu; Spain Madrid; Suriname Paramaribo;
 Sweden Stockholm; Switzerland Bern; Syria Damascus; Tajikistan Dushanbe; Thailand Bangkok; Togo Lomé; Tunisia Tunis;
-Turkey Ankara; Turkmenistan Ashgabat; Uganda Kampala; Ukraine Kyiv; Uruguay Montevideo; Uzbekistan Tashkent;
+Turkey Ankara; Turkmenistan Ashgabat; Uganda Kampala; Uruguay Montevideo; Uzbekistan Tashkent;
 Venezuela Caracas; Vietnam Hanoi; Yemen Sanaa; Zambia Lusaka; Zimbabwe Harare
 """
 
@@ -49,7 +52,7 @@ def main() -> None:
 
 
 def problems() -> list[dict[str, object]]:
-    """Lines of a task file for the verifier `regex`, which reads letters of either case."""
+    """Lines of a task file for the verifier `regex`."""
     found: list[dict[str, object]] = []
     for pair in CAPITALS.strip().split(";"):
         country, capital = pair.split(maxsplit=1)
@@ -61,8 +64,14 @@ def problems() -> list[dict[str, object]]:
 def problem(country: str, kind: str, question: str, answer: str) -> dict[str, object]:
     """A chat of one message, and the pattern that its answer must hold."""
     messages = [{"role": "user", "content": f"{question} Give the name only."}]
-    pattern = rf"(?i)\b{re.escape(answer)}\b"
+    letters = (letter if letter.isascii() else f"[{letter}{_plain(letter)}]" for letter in re.escape(answer))
+    pattern = rf"(?i)\b{''.join(letters)}\b"
     return {"id": f"{country} {kind}", "messages": messages, "answer": pattern, "kind": kind}
+
+
+def _plain(letter: str) -> str:
+    """Without its accent."""
+    return unicodedata.normalize("NFD", letter)[0]
 
 
 if __name__ == "__main__":

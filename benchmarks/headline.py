@@ -1,4 +1,9 @@
-"""The README's one table: what was gained, against what is simpler, and what steering costs."""
+"""The README's one table: what was gained, against what is simpler, and what steering costs.
+
+Invariant: a row is the figures of one run or report, as they are; nothing is computed from them.
+
+    fill_readme(ROOT / "README.md", headline(fits, runs))
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +19,7 @@ Row = list[str]  # what, figure, measured on
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the corrections' own reports, then of the runs, a kind after the other."""
+    """Of the corrections' own reports, then of the runs, one kind after another."""
     rows = [["what", "figure", "measured on"]]
     for fit in fits:
         rows += _of_fit(fit)
@@ -83,10 +88,10 @@ def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:
     on = _on(run)
     for d in run["differences"]:
         if (d["policy"], d["against"]) == ("correction", "base"):
-            yield [f"`{run['correction']}` on another task, minus base", _gain(d), on]
+            yield [f"`{run['correction']}` on `{run['task']}`, minus base", _gain(d), on]
     if text := run.get("text"):
         d = text["change"]
-        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token"
+        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token, over windows"
         yield [f"`{run['correction']}` on plain text", shown, f"{text['tokens']} tokens of `{text['file']}`"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, Unfollowable
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.generation import Generation
 from trimtab.server.prompt import Ids, Long, replace_words
@@ -72,7 +72,7 @@ async def _constrain(service: Service, generation: Generation, tools: ToolUse | 
         return
     try:
         await generation.constrain(tools.structure)
-    except InvalidRequest:
+    except Unfollowable:
         plainer = tools.relaxed()
         if plainer is not None:
             await _constrain(service, generation, plainer)

@@ -138,7 +138,7 @@ class Generation:
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
         with self.open() as ticket:
-            async for news in self._updates(ticket):
+            async for news in self._updates(ticket, streamed=False):
                 for choice, update in news:
                     choice.keep(update)
         choices = [self._telling.whole(choice) for choice in self._choices.values()]
@@ -152,7 +152,7 @@ class Generation:
         ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
         once = "".join(f',"{key}":{_dumps(told)}' for key, told in ids.items())
         try:
-            async for news in self._updates(ticket):
+            async for news in self._updates(ticket, streamed=True):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 tail = self._tail()
                 events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
@@ -176,14 +176,17 @@ class Generation:
             self._heard = now
         return sent
 
-    async def _updates(self, ticket: Ticket) -> AsyncIterator[list[tuple[Choice, Update]]]:
-        """What each step brought, until every choice has ended; nothing, if none came for `keep_alive` seconds."""
+    async def _updates(self, ticket: Ticket, streamed: bool) -> AsyncIterator[list[tuple[Choice, Update]]]:
+        """What each step brought, until every choice has ended; nothing, if none came for `keep_alive` seconds.
+
+        streamed: these seconds count from when the caller last heard.
+        """
         going = len(self._choices)
         longest = self._service.keep_alive
         while going:
             news: list[tuple[Choice, Update]] = []
-            left = longest - (time.monotonic() - self._heard)  # not above 0 where nothing is sent before the end
-            for event in await ticket.next(left if left > 0 else longest):
+            silent = time.monotonic() - self._heard if streamed else 0.0
+            for event in await ticket.next(max(0.0, longest - silent)):
                 if event.scored:
                     self._scores[event.request_id].add(event)
                     continue

@@ -3,8 +3,8 @@
 Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
 does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
 caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised: it is
-refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone gets them all, of
-a text of WHOLE bytes too where the context holds less.
+refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone may send WHOLE
+bytes.
 
     prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
 """
@@ -23,7 +23,7 @@ from trimtab.server.tools.template import ToolTemplate
 Ids = tuple[int, ...]
 Long = Literal["refuse", "cut", "whole"]  # what is done with a text that cannot fit; cut: its end fills the context
 T = TypeVar("T")
-WHOLE = 2**20  # bytes: seconds of the thread
+WHOLE = 2**20  # bytes, or what the context holds at most if that is more
 
 
 def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ class Prompter:
             raise InvalidRequest(f"the text is not valid Unicode: {error.reason}", field) from error
         most = self._max_len * self._longest
         if long == "whole" and len(content) > (most := max(most, WHOLE)):
-            raise InvalidRequest(f"the text has {len(content)} bytes, {most} at most are tokenised: split it", field)
+            raise InvalidRequest(f"the text has {len(content)} bytes, {most} at most are tokenised: send less", field)
         if len(content) > most and long == "refuse":
             raise ContextOverflow(self._max_len, -(-len(content) // self._longest), 1, field, at_least=True)
         if len(content) > most and long == "cut":

@@ -1,7 +1,7 @@
 """Text to tokens and back, in vLLM's shape: /tokenize, /detokenize, /tokenizer_info; and /version.
 
 Invariant: a chat is tokenised by the code that a generation uses, so that `count` is what its usage would say;
-also where it does not fit the context.
+also where it does not fit the context, up to a length that the prompter bounds.
 
     add_routes(app, service)
 """

@@ -74,7 +74,13 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     for part, words in now.items():
         for name in sorted(words.keys() | before[part].keys()):
             old, new = before[part].get(name), words.get(name)
-            if old != new:
+            if name == "verifier_source" and None not in (old, new) and old != new:  # digests tell a reader nothing
+                raise InvalidRequest(
+                    f"the file of the verifier {config.verifier} has changed since {work} was begun, and its rewards "
+                    f"with it: restore it, choose another --out, or delete {work}",
+                    "verifier",
+                )
+            if name != "verifier_source" and old != new:
                 raise InvalidRequest(
                     f"{work} was begun with {name} = {old!r}, and this run has {new!r}: use that value, another --out, "
                     f"or delete {work}",
@@ -110,12 +116,14 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
 def _refuse_repeats(task: Task, problems: Problems) -> None:
     """What is chosen on a problem that was learned from is chosen for having learned it by heart."""
     learned = {text_of(problem): problem.id for problem in problems.training}
-    pairs = [(problem.id, learned[text_of(problem)]) for problem in problems.validation if text_of(problem) in learned]
+    pairs = [
+        (problem.label, learned[text_of(problem)]) for problem in problems.validation if text_of(problem) in learned
+    ]
     if pairs:
         (one, other), count = pairs[0], len(problems.validation)
         raise TaskError(
             f"{task.name}: {len(pairs)} of {count} problems to choose on have the prompt of one to learn from, as "
-            f"{one!r} that of {other!r}: remove the lines that repeat a prompt"
+            f"{one} that of {other!r}: remove the lines that repeat a prompt"
         )
 
 

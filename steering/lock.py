@@ -30,7 +30,7 @@ def hold(out: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise InvalidRequest(f"another process writes to {out}: wait for it, or choose another --out", "out") from error
     except OSError as error:
-        message = f"out must be a folder that can be locked: {out} cannot ({error.strerror}); choose another --out"
+        message = f"out must be a folder that can be locked: {out} cannot be ({error.strerror}); choose another --out"
         raise InvalidRequest(message, "out") from error
     else:
         yield

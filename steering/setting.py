@@ -96,11 +96,11 @@ def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> N
     except (KeyError, TaskError):
         return
     known = {text_of(problem) for problem in learned}
-    shared = [problem.id for problem in problems if text_of(problem) in known]
+    shared = [problem.label for problem in problems if text_of(problem) in known]
     if shared:
         raise InvalidRequest(
             f"{len(shared)} of the {len(problems)} problems are no held-out ones: {correction.name} was fitted or "
-            f"chosen on them ({shared[0]!r} is one): name another --task, or a --held-out file",
+            f"chosen on them ({shared[0]} is one): name another --task, or a --held-out file",
             "task",
         )
 

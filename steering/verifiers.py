@@ -66,8 +66,9 @@ def load_extractor(name: str) -> Extractor | None:
 
 
 def source_digest(name: str) -> str | None:
-    """Of the file of `module:function`, so that a resumed run notices an edited one; None for those built in."""
-    file = None if name in _BUILT_IN else _import(name).__file__
+    """Of the file that holds `module:function`: a resumed run notices an edited one. None where there is no file."""
+    found = None if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
+    file = getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None)
     return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
 
 

@@ -32,6 +32,7 @@ from trimtab.server.drain import Lifecycle
 from trimtab.server.engine.request import Budget, Event, Request
 from trimtab.server.front_door import MAX_BODY
 from trimtab.server.prompt import Prompter
+from trimtab.server.tickets import Ticket
 from trimtab.steering.folder import version_of
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -268,6 +269,32 @@ def test_a_stream_that_holds_its_text_back_is_kept_alive(path: str, body: dict[s
 
     assert ": keep-alive" in ask_with(0.05)
     assert ": keep-alive" not in ask_with(60.0)
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), ("/v1/responses", {"input": "x"})])
+@pytest.mark.parametrize("stream", [False, True])
+def test_silence_counts_from_what_was_sent_last(
+    path: str, body: dict[str, Any], stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the last step, which may have brought nothing that could be shown. An answer in one piece hears late."""
+    waits: list[float] = []
+    following = Ticket.next
+
+    async def watched(ticket: Ticket, timeout: float) -> list[Event]:
+        waits.append(timeout)
+        return await following(ticket, timeout)
+
+    monkeypatch.setattr(Ticket, "next", watched)
+    text = "a" * 20
+    engine = PacedEngine(say(text), pace=0.01)
+    with loopback(scripted_app(engine, keep_alive=60.0), engine) as url:
+        httpx.post(f"{url}{path}", json=body | {"stream": stream, "stop": text + "b"}, trust_env=False)
+    if stream:
+        held = waits[1:]  # the first step may have brought the role
+        assert held == sorted(held, reverse=True)
+        assert held[-1] < held[0] < 60
+    else:
+        assert set(waits) == {60.0}
 
 
 # Steering

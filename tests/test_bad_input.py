@@ -132,7 +132,7 @@ TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
         (
             TWICE,
             "",
-            "task.jsonl: 1 of 2 problems to choose on have the prompt of one to learn from, as '39' that",
+            "to choose on have the prompt of one to learn from, as task.jsonl, line 40: problem '39' that of '0'",
         ),
         (LONG, "--problems 7", "task.jsonl, line 40: problem '39', to choose on, has 640 tokens; tiny-llama takes 512"),
     ],
@@ -160,4 +160,6 @@ def test_a_verifier_edited_under_a_run_is_noticed(fit: Callable[..., str]) -> No
     Path("edited_grading.py").write_text(GRADING)
     fit(GOOD, "--verifier edited_grading:never")
     Path("edited_grading.py").write_text(GRADING.replace("return 0", "return 0.0"))
-    assert "bad/run was begun with verifier_source = " in fit(GOOD, "--verifier edited_grading:never")
+    assert "the file of the verifier edited_grading:never has changed since bad/run was begun" in fit(
+        GOOD, "--verifier edited_grading:never"
+    )

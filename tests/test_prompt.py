@@ -115,7 +115,7 @@ def test_who_asks_for_tokens_alone_gets_more_than_fits_but_not_any_number(monkey
     most = "x" * (2 * MAX_LEN * LONGEST)
     try:
         assert len(asyncio.run(prompter.text([most], long="whole"))[0]) == len(most)
-        with pytest.raises(InvalidRequest, match=rf"{len(most) + 1} bytes, {len(most)} at most .*: split it"):
+        with pytest.raises(InvalidRequest, match=rf"{len(most) + 1} bytes, {len(most)} at most .*: send less"):
             asyncio.run(prompter.text([most + "x"], long="whole"))
     finally:
         prompter.close()

@@ -67,6 +67,7 @@ def test_an_eval_is_a_table_of_its_own(
     for words in ("`trimtab eval --correction mine --json`", "hardware: Abacus 3000, wood64, 2 cores", "seed: 7"):
         assert f"- {words}\n" in text or f": {words}\n" in text
     assert "| correction - base | +0.100 | [+0.050, +0.150] |" in text
+    assert f"| `mine` | {REPORT['verdict']['summary']} |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_fit_states_its_device_and_hardware(
@@ -93,8 +94,11 @@ def test_a_fit_states_its_device_and_hardware(
     assert f"torch {MACHINE['versions']['torch']}" in text
     readme = (tmp_path / "README.md").read_text()
     assert "correction minus base" in readme
-    assert "| `mine` on another task, minus base | +0.100 [+0.050, +0.150] | tiny, 200 " in readme
-    assert "| `mine` on plain text | +0.1000 [+0.0000, +0.2000] nats a token | 9 tokens of `wiki.txt` |" in readme
+    assert "| `mine` on `else.jsonl`, minus base | +0.100 [+0.050, +0.150] | tiny, 200 " in readme
+    assert (
+        "| `mine` on plain text | +0.1000 [+0.0000, +0.2000] nats a token, over windows | 9 tokens of `wiki.txt` |"
+        in readme
+    )
 
 
 GAIN = {"policy": "head", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}

@@ -168,7 +168,16 @@ def test_nor_is_what_was_cut_off_of_a_further_call(form: ToolFormat, eager: bool
         told = [piece for one in said for piece in one.calls]
         assert {piece.number for piece in told} == {0}
         content = "".join(one.content for one in said).strip("; ")
-        assert content == "" or "<tool_call>".startswith(content)
+        assert "<tool_call>".startswith(content)
+        assert reader.complete
+
+
+def test_but_what_breaks_off_and_is_no_call_is_content() -> None:
+    for form, text in ((LLAMA, '; {"name": "Paris", "people": 2'), (HERMES, 'So: <tool_call>{"name": "nosuch", "argu')):
+        first = body(key="parameters") if form is LLAMA else f"<tool_call>{body()}</tool_call>"
+        reader = CallReader(form, NAMES, eager=False, several=False)
+        reader.push(first, ended=False)
+        assert reader.push(text, ended=True).content.endswith(text.lstrip("; "))
 
 
 def test_one_bad_call_spoils_no_other() -> None:

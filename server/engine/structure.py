@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, Unfollowable
 from trimtab.server.engine.json_schema import read_schema
 from trimtab.server.engine.request import Structure
 from trimtab.server.engine.triggers import Brace, Trigger
@@ -41,7 +41,8 @@ class Grammars:
         self._lock = threading.Lock()
 
     def compile(self, structure: Structure, field: str = "structure") -> "Grammar":
-        """The grammar of a structure, new or kept. field: what the caller calls it. Raises InvalidRequest."""
+        """The grammar of a structure, new or kept. field: what the caller calls it. Raises Unfollowable, or
+        InvalidRequest for a model that cannot be held to anything."""
         with self._lock:
             known = self._kept.get(structure)
             if known is not None:
@@ -51,11 +52,11 @@ class Grammars:
         try:
             source = _write_grammar(structure)
         except Exception as error:  # in whatever way a text is not what it should be
-            raise InvalidRequest(f"{field}: {error}", field) from error
+            raise Unfollowable(f"{field}: {error}", field) from error
         matcher = new_matcher(vocabulary.tokenizer, source)
         if matcher.is_error():
             reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise InvalidRequest(f"{field} cannot be followed: {reason}", field)
+            raise Unfollowable(f"{field} cannot be followed: {reason}", field)
         grammar = Grammar(matcher, vocabulary, structure)
         with self._lock:
             self._kept[structure] = grammar

@@ -42,7 +42,7 @@ class ResponseGeneration(Generation):
     async def whole(self) -> bytes:
         writer = Writer(self._settled())
         with self.open() as ticket:
-            async for news in self._updates(ticket):
+            async for news in self._updates(ticket, streamed=False):
                 for choice, update in news:
                     for chunk in self._telling.chunks(choice, update):
                         writer.take(chunk)
@@ -53,7 +53,7 @@ class ResponseGeneration(Generation):
         writer = Writer(self._settled())
         yield encode(writer.begin())
         try:
-            async for news in self._updates(ticket):
+            async for news in self._updates(ticket, streamed=True):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if sent := self._or_keep_alive(encode(events)):

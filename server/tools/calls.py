@@ -71,7 +71,7 @@ class ToolUse:
         return self.must or self.answer is not None or not free
 
     def relaxed(self) -> "ToolUse | None":
-        """With any object for arguments, but of strict tools; None where none is another, or a call must come.
+        """With any object for arguments, except for strict tools; None where that is no change, or a call must come.
 
         For schemas that no grammar can follow: tools of which they come are as good as others' that are not called.
         """
@@ -103,7 +103,7 @@ def _callee(tool: Tool, at: str) -> Callee:
     strict, field = bool(tool.function.strict), f"{at}.parameters"
     try:
         schema = read_schema(json.dumps(tool.schema_of_arguments), lenient=not strict)
-    except Exception as error:  # in whatever way a schema is not what it should be
+    except ValueError as error:
         raise InvalidRequest(f"{field}, of a strict tool: {error}", field) from error
     return Callee(tool.function.name, schema, strict, field)
 

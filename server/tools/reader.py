@@ -2,7 +2,8 @@
 
 Invariant: what is read depends on the text alone, not on where it is cut; and nothing is lost: a text is content, or a
 part of a call, or of the markers and the white space around one. What begins as a call and is none (no JSON, not the
-name of a tool) is content, markers and all. Arguments are told as the model wrote them, byte for byte.
+name of a tool) is content, markers and all. Arguments are told as the model wrote them, byte for byte. But where one
+call is all that is asked for, further ones are dropped, and so is the beginning of one with which the text breaks off.
 
 A reader waits until a call is complete; or, where a grammar sees to it that it will be one (`eager`), it tells the
 arguments as they come.
@@ -19,6 +20,7 @@ from trimtab.server.tools.formats import ToolFormat
 from trimtab.server.tools.json_object import JsonExtent, members
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_NAME = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"')
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]*)"')
 _KEYS = ("name", "arguments", "parameters", "type", "id")  # with which the object of a call may begin
 _BARE = re.compile(r"\s*(?=\{)", re.ASCII)  # the white space that structure.Brace knows
@@ -113,7 +115,7 @@ class CallReader:
         if self._eager and (head := self._find_head()) is not None:
             name, start = head
             self._begin(name)
-            self.complete = False
+            self.complete = self.calls > 1 and not self._several  # of what is told
             self._drop(start)
             self._extent, self._state = JsonExtent(), self._read_arguments
             return True
@@ -191,7 +193,8 @@ class CallReader:
 
     def _break_off(self, length: int) -> bool:
         """The text ended inside what began as a call: content, but where a whole one would not be told either."""
-        if self._several or not self.calls:
+        name = _NAME.match(self._held, self._start)
+        if self._several or not self.calls or (name is not None and name[1] not in self._names):
             return self._give_up(length)
         self._drop(length)
         return False
