@@ -60,8 +60,7 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     identity = dataclasses.asdict(base.identity) | {**place(base), "problems": problems.digest}
     if teacher is not None:
         identity["teacher"] = teacher.identity.fingerprint
-    if config.verifier is not None and (source := source_digest(config.verifier)) is not None:
-        identity["verifier_source"] = source
+    identity["verifier_source"] = source = None if config.verifier is None else source_digest(config.verifier)
     now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
     if not path.exists():
         if (work.parent / "correction.json").exists():
@@ -71,16 +70,17 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     say("fit", f"{work} holds a run: it goes on where it was")
+    same_verifier = before["config"].get("verifier") == config.verifier
+    if same_verifier and before["made_with"].setdefault("verifier_source", source) != source:  # older runs have none
+        raise InvalidRequest(
+            f"the file of the verifier {config.verifier} has changed since {work} was begun, and its rewards with it: "
+            f"restore it, choose another --out, or delete {work}",
+            "verifier",
+        )
     for part, words in now.items():
         for name in sorted(words.keys() | before[part].keys()):
             old, new = before[part].get(name), words.get(name)
-            if name == "verifier_source" and None not in (old, new) and old != new:  # digests tell a reader nothing
-                raise InvalidRequest(
-                    f"the file of the verifier {config.verifier} has changed since {work} was begun, and its rewards "
-                    f"with it: restore it, choose another --out, or delete {work}",
-                    "verifier",
-                )
-            if name != "verifier_source" and old != new:
+            if old != new:
                 raise InvalidRequest(
                     f"{work} was begun with {name} = {old!r}, and this run has {new!r}: use that value, another --out, "
                     f"or delete {work}",
