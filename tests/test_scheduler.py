@@ -1,11 +1,14 @@
 """What the next step computes, without any model."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trimtab.server.engine.request import Request
 from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.scheduler import Scheduler
 from trimtab.server.engine.sequence import Row, Sequence
+from trimtab.server.engine.slots import BLOCK
 
 
 def sequence(name: str, prompt: list[int], index: int = 0, n: int = 1, beside: Row | None = None) -> Sequence:
@@ -43,15 +46,120 @@ def test_a_shared_prefix_is_copied_and_only_the_rest_is_computed() -> None:
     assert copies == [(0, 1, 4)]
 
 
+SYSTEM = list(range(100, 100 + 2 * BLOCK))  # how many prompts begin
+
+
 def test_samples_of_one_request_prefill_once() -> None:
     copies: list[tuple[int, int, int]] = []
-    scheduler = Scheduler(slots=4, step_tokens=4, copy=lambda *args: copies.append(args))
+    scheduler = Scheduler(slots=4, step_tokens=16, copy=lambda *args: copies.append(args))
     for index in range(3):
-        scheduler.add(sequence("a", [1, 2, 3, 4, 5, 6], index, n=3))
-    assert run_step(scheduler) == [("a", 0, 4)]
-    assert run_step(scheduler) == [("a", 4, 6)]
-    assert run_step(scheduler) == [("a", 6, 7), ("a", 5, 6), ("a", 5, 6)]
-    assert copies == [(0, 1, 5), (0, 2, 5)]
+        scheduler.add(sequence("a", [*SYSTEM, 1], index, n=3))
+    assert run_step(scheduler) == [("a", 0, 16)]
+    assert run_step(scheduler) == [("a", 16, 32)]
+    assert run_step(scheduler) == [("a", 32, 33), ("a", 32, 33), ("a", 32, 33)]
+    assert copies == [(0, 1, 32), (0, 2, 32)]
+
+
+def test_a_rush_after_one_system_prompt_computes_it_once() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=8, step_tokens=64, copy=lambda *args: copies.append(args))
+    for i in range(4):
+        scheduler.add(sequence(f"r{i}", [*SYSTEM, i, i]))
+    assert run_step(scheduler) == [("r0", 0, 34)]
+    assert run_step(scheduler) == [("r0", 34, 35), ("r1", 32, 34), ("r2", 32, 34), ("r3", 32, 34)]
+    assert copies == [(0, slot, 32) for slot in (1, 2, 3)]
+
+
+def test_less_than_a_block_in_common_is_not_waited_for() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None)
+    for i in range(2):
+        scheduler.add(sequence(f"r{i}", [*SYSTEM[: BLOCK - 1], i, i]))
+    assert run_step(scheduler) == [("r0", 0, 17), ("r1", 0, 17)]
+
+
+def test_other_adapters_are_not_waited_for() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=128, copy=lambda *_: None)
+    for adapter in (-1, 0, 1):
+        one = sequence(f"r{adapter}", SYSTEM)
+        one.row.adapter = adapter
+        scheduler.add(one)
+    assert run_step(scheduler) == [("r-1", 0, 32), ("r0", 0, 32), ("r1", 0, 32)]
+
+
+def test_who_waits_for_a_beginning_keeps_a_slot() -> None:
+    scheduler = Scheduler(slots=3, step_tokens=16, copy=lambda *_: None)
+    for name, prompt in (("a", SYSTEM), ("b", SYSTEM), ("other", [1, 2]), ("late", [3, 4])):
+        scheduler.add(sequence(name, prompt))
+    assert run_step(scheduler) == [("a", 0, 16)]
+    assert list(scheduler.waiting) == [("b", 0), ("late", 0)]
+
+
+@pytest.mark.parametrize("computed", [0, 16, 32])
+def test_when_a_beginning_does_not_come_it_is_computed(computed: int) -> None:
+    """Whoever computed it has left: what it got done is used, and its end is no longer waited for."""
+    scheduler = Scheduler(slots=2, step_tokens=16, copy=lambda *_: None)
+    first = sequence("first", [*SYSTEM, *SYSTEM, 1])
+    scheduler.add(first)
+    scheduler.add(sequence("second", [*SYSTEM, *SYSTEM, 2]))
+    for _ in range(computed // 16):
+        run_step(scheduler)
+    scheduler.remove(first)
+    assert run_step(scheduler) == [("second", computed, computed + 16)]
+
+
+prompts = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 3)).map(
+    lambda sizes: [0] * sizes[0] + [1] * sizes[1] + [2] * sizes[2]
+)
+arrivals = st.lists(
+    st.tuples(
+        prompts,
+        st.none() | prompts,  # what a companion reads
+        st.integers(-1, 0),  # the adapter
+        st.integers(0, 12),  # the step before which it comes
+        st.none() | st.integers(1, 8),  # how many steps later it leaves, if it does
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(arrivals, st.integers(2, 5), st.integers(1, 40), st.integers(1, 4))
+def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, step_tokens: int, refill: int) -> None:
+    """The cache as (adapter, token) lists: a slot always holds what its row would have put there alone."""
+    cache: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
+
+    def copy(source: int, target: int, length: int) -> None:
+        cache[target] = cache[source][:length]
+
+    scheduler = Scheduler(slots, step_tokens, copy, refill)
+    sequences = {}
+    for step in range(1500):
+        for i, (prompt, beside, adapter, comes, leaves) in enumerate(coming):
+            if step == comes:
+                companion = None if beside is None else Row(list(beside), adapter=0)
+                sequences[i] = sequence(str(i), prompt, beside=companion)
+                sequences[i].row.adapter = adapter
+                scheduler.add(sequences[i])
+            if leaves is not None and step == comes + leaves:
+                scheduler.abort(str(i), 0)
+        work = scheduler.plan()
+        if not work and step > 12:
+            break
+        for w in work:
+            row = w.row
+            held = cache[row.slot][: w.start] + [(row.adapter, token) for token in row.tokens[w.start : w.end]]
+            assert held == [(row.adapter, token) for token in row.tokens[: w.end]]
+            cache[row.slot] = held
+            scheduler.computed(w)
+        for w in work:
+            if w.samples and w.sequence.append(3) is None and w.sequence.sampled == 3:
+                scheduler.remove(w.sequence)
+    assert not scheduler.waiting
+    assert not scheduler.running
+    assert scheduler.free_slots == slots
+    for i, (_, _, _, _, leaves) in enumerate(coming):
+        assert leaves is not None or sequences[i].sampled == 3
 
 
 def test_a_removed_sequence_frees_its_slot_and_the_next_takes_it() -> None:
@@ -132,12 +240,12 @@ def test_both_rows_of_a_pair_always_sample_in_the_same_step(own: int, beside: in
 
 def test_samples_of_a_pair_prefill_both_prompts_once() -> None:
     copies: list[tuple[int, int, int]] = []
-    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *args: copies.append(args))
+    scheduler = Scheduler(slots=4, step_tokens=128, copy=lambda *args: copies.append(args))
     for index in range(2):
-        scheduler.add(sequence("a", [1, 2, 3], index, n=2, beside=Row([1, 2, 3, 4, 5], adapter=7)))
-    assert run_step(scheduler) == [("a", 0, 3), ("a", 0, 5)]
-    assert run_step(scheduler) == [("a", 3, 4), ("a", 5, 6), ("a", 2, 3), ("a", 4, 5)]
-    assert copies == [(0, 2, 2), (1, 3, 4)]
+        scheduler.add(sequence("a", SYSTEM, index, n=2, beside=Row([*SYSTEM, 4, 5], adapter=7)))
+    assert run_step(scheduler) == [("a", 0, 32), ("a", 0, 34)]
+    assert run_step(scheduler) == [("a", 32, 33), ("a", 34, 35), ("a", 31, 32), ("a", 33, 34)]
+    assert copies == [(0, 2, 31), (1, 3, 33)]
 
 
 def test_an_adapters_prefix_is_its_own() -> None:

@@ -2,10 +2,11 @@
 
 Invariant: decode rows go first, one token each in slot order, then prompt chunks in order of arrival, as many tokens as
 the step's budget leaves. A sequence with a companion is admitted with both slots or not at all, and neither of its rows
-computes its last token without the other. The other samples of a request wait until the first has computed their common
-prompt, then start from a copy of it. With a refill of more than 1, who waits is admitted in batches: from when so many
-slots are free, or nothing runs, until the slots are taken. Nothing here touches a tensor but the row copy it asks the
-cache for.
+computes its last token without the other. Who begins as a prompt that is being computed, be it another sample of the
+same request or a stranger after the same system prompt, waits until their common beginning is there and starts from a
+copy of it; a slot is kept free for it meanwhile. With a refill of more than 1, who waits is admitted in batches: from
+when so many slots are free, or nothing runs, until the slots are taken. Nothing here touches a tensor but the row copy
+it asks the cache for.
 """
 
 import time
@@ -114,11 +115,13 @@ class Scheduler:
         self._filling = self._filling or self._slots.free >= self._refill or not self.running
         if not self._filling:
             return
+        kept = 0  # slots, for those whose beginning is being computed
         for key, sequence in list(self.waiting.items()):
-            if self._slots.free < len(sequence.rows):
-                self._filling = False
+            if self._slots.free - kept < len(sequence.rows):
+                self._filling = kept > 0
                 return
-            if self._sibling_is_prefilling(sequence):
+            if any(self._slots.is_coming(row.wanted) for row in sequence.rows):
+                kept += len(sequence.rows)
                 continue
             for row in sequence.rows:
                 self._place(row)
@@ -128,17 +131,13 @@ class Scheduler:
 
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""
-        donor, length = self._slots.find_prefix(row.tokens[: row.reusable], row.adapter)
+        donor, length = self._slots.find(row.wanted)
         row.slot = self._slots.take(prefer=donor)
         if length and donor != row.slot:
             self._copy(donor, row.slot, length)
-        self._slots.hold(row.slot, row.tokens[:length], row.adapter)
+        self._slots.hold(row.slot, row.beginning, length)
         row.computed = row.cached = length
 
     def _tell(self, row: Row) -> None:
         """Its slot holds all that was computed of it."""
         self._slots.extend(row.slot, row.tokens[self._slots.held(row.slot) : row.computed])
-
-    def _sibling_is_prefilling(self, sequence: Sequence) -> bool:
-        first = self.running.get((sequence.request.id, 0))
-        return sequence.index > 0 and first is not None and any(row.computed < row.prompt for row in first.rows)

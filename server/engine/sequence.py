@@ -8,6 +8,7 @@ every token that was sampled, as its sequence's own row does, and comes to its l
 import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +17,7 @@ from trimtab.server.engine.budget import Allowance
 from trimtab.server.engine.constraint import Constraint
 from trimtab.server.engine.request import FinishReason, Request
 from trimtab.server.engine.rule import Rule
-from trimtab.server.engine.slots import NO_ADAPTER
+from trimtab.server.engine.slots import NO_ADAPTER, Prefix
 from trimtab.server.engine.vocabulary import Words, bitmask
 
 
@@ -41,10 +42,15 @@ class Row:
         """Tokens to compute until the next is sampled."""
         return len(self.tokens) - self.computed
 
-    @property
-    def reusable(self) -> int:
-        """Tokens whose KV may be what another row has left: those after them are needed for their states."""
-        return self.told.start if self.told else len(self.tokens) - 1
+    @cached_property
+    def beginning(self) -> Prefix:
+        """Its prompt."""
+        return Prefix(self.adapter, self.tokens[: self.prompt])
+
+    @cached_property
+    def wanted(self) -> Prefix:
+        """The tokens whose KV may be what another row has left: those after them are needed for their states."""
+        return self.beginning.cut(self.told.start if self.told else self.prompt - 1)
 
 
 @dataclass(eq=False)

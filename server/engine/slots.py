@@ -1,4 +1,4 @@
-"""Which KV slots are free, and which prompt prefixes they still hold.
+"""Which KV slots are free, and which prompt prefixes they hold or soon will.
 
 Invariant: `held[slot]` lists tokens whose keys and values the slot holds, running or not, and the adapter that made
 them, so a prefix found here can always be reused: the same tokens under another adapter have other keys and values, and
@@ -6,10 +6,11 @@ are never found. Only what a running choice sampled last, less than a block, may
 tokens until they are taken again, the least recently freed first.
 
 A prefix is looked up by the hashes of its blocks, each chained to the one before it, so that finding one among
-thousands of slots costs no more than reading the prompt.
+thousands of slots costs no more than reading the prompt. What a slot is expected to hold is known by hashes alone: it
+says what is worth waiting for, and never what is reused.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,46 +19,72 @@ BLOCK = 16  # tokens to a hash
 
 
 @dataclass
-class Held:
-    """What a slot holds: tokens, as computed under an adapter, and the chained hashes of its whole blocks."""
+class Prefix:
+    """Tokens read under an adapter, and the chained hashes of their whole blocks."""
 
     adapter: int = NO_ADAPTER
     tokens: list[int] = field(default_factory=list)
-    chain: list[int] = field(default_factory=list)
+    chain: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._link()
+
+    def cut(self, length: int) -> "Prefix":
+        """Its first tokens."""
+        found = Prefix(self.adapter)
+        found.tokens, found.chain = self.tokens[:length], self.chain[: length // BLOCK]
+        return found
+
+    def extend(self, tokens: Sequence[int]) -> list[int]:
+        """Add tokens. -> the hashes of the blocks that they complete."""
+        self.tokens.extend(tokens)
+        return self._link()
+
+    def _link(self) -> list[int]:
+        start = len(self.chain)
+        if len(self.tokens) >= (start + 1) * BLOCK:
+            self.chain.extend(_links(self.chain[-1] if start else self.adapter, self.tokens[start * BLOCK :]))
+        return self.chain[start:]
 
 
 class Slots:
     """Bookkeeping only; the tensors are in kv.py."""
 
     def __init__(self, count: int) -> None:
-        self._held = [Held() for _ in range(count)]
+        self._held = [Prefix() for _ in range(count)]
+        self._expected: dict[int, list[int]] = {}  # of taken slots: the hashes of a prompt, computed or not
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
         self._at: dict[int, dict[int, None]] = {}  # the chained hash of a prefix -> the slots that hold it
+        self._coming: Counter[int] = Counter()  # the same -> how many slots are expected to hold it
 
     @property
     def free(self) -> int:
         """How many slots could be taken now."""
         return len(self._free)
 
-    def find_prefix(self, tokens: Sequence[int], adapter: int = NO_ADAPTER) -> tuple[int, int]:
-        """The slot that holds the longest prefix of `tokens` under `adapter`, and its length; (-1, 0): none does."""
-        tokens = list(tokens)
-        found: dict[int, None] = self._at.get(hash(adapter), {})
+    def find(self, wanted: Prefix) -> tuple[int, int]:
+        """The slot that holds the longest prefix of `wanted`, and its length; (-1, 0): none does."""
+        found: dict[int, None] = self._at.get(hash(wanted.adapter), {})
         blocks = 0
-        for link in _links(adapter, tokens):
+        for link in wanted.chain:
             deeper = self._at.get(link)
             if not deeper:
                 break
             found, blocks = deeper, blocks + 1
         start = blocks * BLOCK
+        before, within = wanted.tokens[:start], wanted.tokens[start : start + BLOCK]
         best, length = -1, 0
         for slot in found:  # they differ within the next block at the latest
             held = self._held[slot]
-            size = start + _common(held.tokens[start : start + BLOCK], tokens[start : start + BLOCK])
+            size = start + _common(held.tokens[start : start + BLOCK], within)
             # Equal hashes are no proof: what would be reused is compared.
-            if size > length and held.adapter == adapter and held.tokens[:start] == tokens[:start]:
+            if size > length and held.adapter == wanted.adapter and held.tokens[:start] == before:
                 best, length = slot, size
         return best, length
+
+    def is_coming(self, wanted: Prefix) -> bool:
+        """Whether the first of its blocks that no slot holds is expected of one."""
+        return next((link in self._coming for link in wanted.chain if link not in self._at), False)
 
     def take(self, prefer: int = -1) -> int:
         """A free slot: `prefer` if it is free, else the least recently freed. Say with `hold` what it holds."""
@@ -68,15 +95,19 @@ class Slots:
         return self._free.popitem(last=False)[0]
 
     def release(self, slot: int) -> None:
-        """Free a slot; what it holds stays reusable."""
+        """Free a slot; what it holds stays reusable, and no more is expected of it."""
         assert slot not in self._free
+        self._expect(slot, [])
         self._free[slot] = None
 
-    def hold(self, slot: int, tokens: Sequence[int], adapter: int = NO_ADAPTER) -> None:
-        """The slot holds these tokens and nothing else."""
+    def hold(self, slot: int, prompt: Prefix, length: int) -> None:
+        """The slot holds the first `length` tokens of this prompt and nothing else; the rest is expected."""
         self.forget(slot)
-        self._held[slot] = Held(adapter)
-        self.extend(slot, tokens)
+        held = prompt.cut(length)
+        self._held[slot] = held
+        if held.tokens:
+            self._note(slot, [hash(held.adapter), *held.chain])
+        self._expect(slot, prompt.chain)
 
     def held(self, slot: int) -> int:
         """How many tokens the slot is known to hold."""
@@ -85,24 +116,32 @@ class Slots:
     def extend(self, slot: int, tokens: Sequence[int]) -> None:
         """The slot holds these tokens too, after the ones it held."""
         held = self._held[slot]
-        if tokens and not held.tokens:
-            self._at.setdefault(hash(held.adapter), {})[slot] = None
-        held.tokens.extend(tokens)
-        start = len(held.chain) * BLOCK
-        before = held.chain[-1] if held.chain else held.adapter
-        for link in _links(before, held.tokens[start:] if len(held.tokens) - start >= BLOCK else []):
-            held.chain.append(link)
-            self._at.setdefault(link, {})[slot] = None
+        first = [hash(held.adapter)] if tokens and not held.tokens else []
+        self._note(slot, first + held.extend(tokens))
 
     def forget(self, slot: int) -> None:
-        """What the slot holds is not to be reused."""
+        """What the slot holds is not to be reused, nor waited for."""
         held = self._held[slot]
         for link in (hash(held.adapter), *held.chain):
             slots = self._at.get(link, {})
             slots.pop(slot, None)
             if not slots:
                 self._at.pop(link, None)
-        self._held[slot] = Held()
+        self._expect(slot, [])
+        self._held[slot] = Prefix()
+
+    def _note(self, slot: int, links: list[int]) -> None:
+        for link in links:
+            self._at.setdefault(link, {})[slot] = None
+
+    def _expect(self, slot: int, links: list[int]) -> None:
+        for link in self._expected.pop(slot, []):
+            self._coming[link] -= 1
+            if not self._coming[link]:
+                del self._coming[link]
+        if links:
+            self._expected[slot] = links
+            self._coming.update(links)
 
 
 def _links(before: int, tokens: list[int]) -> Iterator[int]:
