@@ -42,9 +42,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Four significant digits; a spread as its median and interval."""
+    """Four significant digits; a spread as its middle and interval."""
     if isinstance(value, Mapping):
-        if set(value) >= {"median", "low", "high"}:
-            return f"{value['median']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        if set(value) >= {"low", "high"}:
+            middle = value["median"] if "median" in value else value["mean"]
+            return f"{middle:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
         return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tiny import tiny_model, tiny_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,3 +40,20 @@ def test_the_engines_on_random_weights() -> None:
     assert found["off_rows_identical"] is True
     (row,) = found["results"]
     assert all(row["ms"][kind] > 0 for kind in ("off", "on", "on 256"))
+
+
+def test_a_beginning_is_read_once(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    found = run("prefix.py", str(model), "--chat", "80", "--rush", "4", "--beginning", "48", "--rounds", "1")
+    computed = {row["case"]: row["computed"] for row in found["results"]}
+    assert computed == {
+        "chat, read first, off": 80,
+        "chat, then c0": 32,
+        "chat, then c1": 32,
+        "chat, then off": 32,
+        "4 at once, beginnings of their own": 4 * 80,
+        "4 at once, one beginning": 48 + 4 * 32,
+        "one request alone": 80,
+    }
