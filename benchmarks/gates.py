@@ -27,7 +27,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.distil import Watched, distil
 from trimtab.steering.evaluate import Policy, answer, compare, summarise
 from trimtab.steering.features import gate_of
-from trimtab.steering.fit import match_strength
+from trimtab.steering.fit import STRENGTH_LIMIT, match_strength
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
@@ -99,7 +99,10 @@ def learn(
     narrowed = features._replace(gated=features.gated & above, acts=features.acts & above)
     head = distil(watched._replace(features=narrowed), base.head_weight, told, stage=f"tau {tau:g}").head
     before, after = (int((one.acts & one.held_out).sum()) for one in (features, narrowed))
-    return told, head, match_strength(head, narrowed, base.head_weight, kl * before / after, told)
+    strength = match_strength(head, narrowed, base.head_weight, kl * before / after, told)
+    if strength >= STRENGTH_LIMIT:
+        raise SystemExit(f"a head above {tau:g} nats cannot be brought so far from the base: lower --kl")
+    return told, head, strength
 
 
 def online(

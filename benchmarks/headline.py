@@ -26,6 +26,8 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
     for run in _of_kind(runs, "ladder"):
         rows += _of_ladder(run)
+    for run in _of_kind(runs, "gates"):
+        rows += _of_gates(run)
     for run in _of_kind(runs, "analyze"):
         rows += _of_study(run)
     for run in _of_kind(runs, "eval"):
@@ -64,12 +66,22 @@ def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
+    at = f", {run['gate']}" if "gate" in run else ""
     for row in run["rows"]:
         if row["policy"] == "base":
-            yield [f"`{run['corrections'][0]['name']}`, the ladder: base", f"{row['pass_at_1']:.3f}", _on(run)]
+            yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]
         elif row["role"] in ("tier", "control"):
             shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
             yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
+
+
+def _of_gates(run: Mapping[str, Any]) -> Iterator[Row]:
+    """What heads gain under higher and higher gates, and over acting as often by chance."""
+    on = f"{run['model']}, {run['answered']}"
+    for r in run["results"]:
+        shown = f"{_gain(r['over_base'])} at {r['fired']:.1%} of steps; over chance {_gain(r['over_random'])}"
+        yield [f"a head learned and acting above {r['tau']:g} nats", shown, on]
+        on = "the same, paired seeds, as far from the base in all"
 
 
 def _of_study(run: Mapping[str, Any]) -> Iterator[Row]:

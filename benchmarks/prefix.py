@@ -4,8 +4,8 @@
 
 chat: one conversation of --chat tokens goes on turn by turn, each turn under another correction, or under none. rush:
 as many requests at once on an empty cache, after beginnings of their own and after one beginning of the same length,
-in turns. `first token` is the time until every request of the case has its first; ratios are to the first row of the
-same case, and of the rush the median of rounds.
+in turns. `first token` is the time until every request of the case has its first. Ratios are to the first row of the
+same case; a rush's figures are medians of rounds, a chat happens once.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def main() -> None:
     print(machine.card(here, **facts))
     print(f"\n{'case':>34}  {'prompt tokens':>13}  {'computed':>8}  {'first token, s':>14}  {'ratio':>6}")
     for r in results:
-        print(f"{r['case']:>34}  {r['prompt_tokens']:>13}  {r['computed']:>8}  {r['s']:>14.3f}  {r['ratio']:>6.3f}")
+        counts = f"{r['prompt_tokens']:>13}  {r['computed']:>8}"
+        print(f"{r['case']:>34}  {counts}  {r['first_token_s']:>14.3f}  {r['ratio']:>6.3f}")
     print(json.dumps({"benchmark": "prefix", **facts, "machine": here, "results": results}))
 
 
@@ -69,7 +70,7 @@ def chat(base: Base, args: argparse.Namespace) -> list[dict[str, Any]]:
     turns = (("read first, off", None), ("then c0", "c0"), ("then c1", "c1"), ("then off", None), ("then c0", "c0"))
     for name, correction in turns:
         took = answer(core, [said], Steering(correction))
-        ratio = took.seconds / rows[0]["s"] if rows else 1.0
+        ratio = took.seconds / rows[0]["first_token_s"] if rows else 1.0
         rows.append(line(f"chat, {name}", len(said), took, ratio))
         said = said + words(base, TURN, f"{args.seed} {len(said)}")
     return rows
@@ -133,7 +134,7 @@ def line(case: str, prompt_tokens: int, took: Took, ratio: float) -> dict[str, A
         "case": case,
         "prompt_tokens": prompt_tokens,
         "computed": took.computed,
-        "s": round(took.seconds, 4),
+        "first_token_s": round(took.seconds, 4),
         "ratio": round(ratio, 4),
     }
 

@@ -105,7 +105,7 @@ def write_ladder(run: dict[str, Any], path: Path) -> str:
     shown = f"![gains over the base]({picture.relative_to(ROOT)})\n\n" if picture.exists() else ""
     name = run["corrections"][0]["name"]
     title = f"The ladder: {name}, {run['problems']} problems of {run['task']}"
-    facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"]}
+    facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"], "gate": run.get("gate")}
     return _section(title, facts, run, shown + ladder_report.to_markdown(run) + _text(run))
 
 

@@ -92,7 +92,9 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
         row = Row(
             Policy(f"base-open-t{cooler:.2g}"), "sharpening", f"at T {cooler:.2g} where the gate opens", "", False
         )
-        climbed.found[row.policy.name] = answer_sharpened(exam, base, _gate(entrants), cooler, folder / row.policy.name)
+        climbed.found[row.policy.name] = answer_sharpened(
+            exam, base, common_gate(entrants), cooler, folder / row.policy.name
+        )
         climbed.rows.append(row)
     tiers = _of_tiers(entrants)
     add(tiers)
@@ -161,7 +163,7 @@ def _of_the_base(exam: Exam, entrants: Entrants, shots: Sequence[Example]) -> li
 
 
 def _of_tiers(entrants: Entrants) -> list[Row]:
-    gate = _gate(entrants)
+    gate = common_gate(entrants)
     contrast = Policy("contrast", CONTRAST).under(gate)
     rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
@@ -191,10 +193,10 @@ def _first_tier(entrants: Entrants) -> Policy:
     """The row of the correction itself."""
     correction = entrants.correction
     name = LORA_GATED if isinstance(correction, LoraCorrection) else correction.tier
-    return Policy(name, correction.name, strength=entrants.strength).under(_gate(entrants))
+    return Policy(name, correction.name, strength=entrants.strength).under(common_gate(entrants))
 
 
-def _gate(entrants: Entrants) -> Gate:
+def common_gate(entrants: Entrants) -> Gate:
     """Of every tier. A LoRA that is always on says nothing about where else it might be."""
     own = entrants.correction.gate
     silent = own.kind == "always" and isinstance(entrants.correction, LoraCorrection)

@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.server.model.base import Base
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, compare, kept, summarise
-from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row
+from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row, common_gate
 from trimtab.steering.machine import describe, hardware
 from trimtab.steering.match import Matched
 from trimtab.steering.plot import Bar, gains_svg
@@ -45,6 +45,7 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
         "sampling": exam.sampling._asdict(),
         "hardware": f"{hardware(describe())} ({ran})",
         "model": base.name,
+        "gate": str(common_gate(entrants)),
         "corrections": [_describe(c) for c in corrections],
         "system": entrants.system,
         "rows": rows,

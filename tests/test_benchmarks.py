@@ -7,18 +7,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from killing import FIT, prepare
+
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(name: str, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+def run(name: str, *arguments: str, folder: Path = ROOT) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        call(str(ROOT / "benchmarks" / name), *arguments, folder=folder).splitlines()[-1]
+    )
     return found
+
+
+def call(*arguments: str, folder: Path) -> str:
+    """What Python prints, run in the folder."""
+    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_the_engines_on_random_weights() -> None:
@@ -46,14 +56,26 @@ def test_a_beginning_is_read_once(tmp_path: Path) -> None:
     model = tmp_path / "tiny"
     tiny_model().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    found = run("prefix.py", str(model), "--chat", "80", "--rush", "4", "--beginning", "48", "--rounds", "1")
+    found = run("prefix.py", str(model), "--chat", "80", "--rush", "4", "--beginning", "96", "--rounds", "1")
     computed = {row["case"]: row["computed"] for row in found["results"]}
     assert computed == {
         "chat, read first, off": 80,
         "chat, then c0": 32,
         "chat, then c1": 32,
         "chat, then off": 32,
-        "4 at once, beginnings of their own": 4 * 80,
-        "4 at once, one beginning": 48 + 4 * 32,
-        "one request alone": 80,
+        "4 at once, beginnings of their own": 4 * 128,
+        "4 at once, one beginning": 96 + 4 * 32,
+        "one request alone": 128,
     }
+
+
+def test_gates_and_variants_of_a_finished_fit(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    call("-m", "trimtab.cli", *FIT.split(), "--out", "fit", folder=tmp_path)
+    few = ["fit", "--problems", "3", "--samples", "2"]
+    gates = run("gates.py", *few, "--taus", "0.5", "2.5", "--kl", "0.01", folder=tmp_path)["results"]
+    assert [row["tau"] for row in gates] == [0.5, 2.5]
+    assert gates[0]["fired"] > gates[1]["fired"] > 0
+    variants = run("variants.py", *few, "--online", "--kl", "0.01", folder=tmp_path)["results"]
+    assert all(row["strength"] > 0 for row in variants if "pass_at_1" in row)
+    assert variants[0]["parameters"] == min(row["parameters"] for row in variants)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from trimtab.server.engine.request import Request
 from trimtab.server.engine.rule import Rule
-from trimtab.server.engine.scheduler import Scheduler
+from trimtab.server.engine.scheduler import WORTH, Scheduler
 from trimtab.server.engine.sequence import Row, Sequence
 from trimtab.server.engine.slots import BLOCK
 
@@ -46,55 +46,89 @@ def test_a_shared_prefix_is_copied_and_only_the_rest_is_computed() -> None:
     assert copies == [(0, 1, 4)]
 
 
-SYSTEM = list(range(100, 100 + 2 * BLOCK))  # how many prompts begin
-
-
 def test_samples_of_one_request_prefill_once() -> None:
     copies: list[tuple[int, int, int]] = []
-    scheduler = Scheduler(slots=4, step_tokens=16, copy=lambda *args: copies.append(args))
+    scheduler = Scheduler(slots=4, step_tokens=4, copy=lambda *args: copies.append(args))
     for index in range(3):
-        scheduler.add(sequence("a", [*SYSTEM, 1], index, n=3))
-    assert run_step(scheduler) == [("a", 0, 16)]
-    assert run_step(scheduler) == [("a", 16, 32)]
-    assert run_step(scheduler) == [("a", 32, 33), ("a", 32, 33), ("a", 32, 33)]
-    assert copies == [(0, 1, 32), (0, 2, 32)]
+        scheduler.add(sequence("a", [1, 2, 3, 4, 5, 6], index, n=3))
+    assert run_step(scheduler) == [("a", 0, 4)]
+    assert run_step(scheduler) == [("a", 4, 6)]
+    assert run_step(scheduler) == [("a", 6, 7), ("a", 5, 6), ("a", 5, 6)]
+    assert copies == [(0, 1, 5), (0, 2, 5)]
+
+
+SYSTEM = list(range(100, 100 + 5 * BLOCK))  # how many prompts begin
 
 
 def test_a_rush_after_one_system_prompt_computes_it_once() -> None:
     copies: list[tuple[int, int, int]] = []
-    scheduler = Scheduler(slots=8, step_tokens=64, copy=lambda *args: copies.append(args))
+    scheduler = Scheduler(slots=8, step_tokens=50, copy=lambda *args: copies.append(args))
     for i in range(4):
         scheduler.add(sequence(f"r{i}", [*SYSTEM, i, i]))
-    assert run_step(scheduler) == [("r0", 0, 34)]
-    assert run_step(scheduler) == [("r0", 34, 35), ("r1", 32, 34), ("r2", 32, 34), ("r3", 32, 34)]
-    assert copies == [(0, slot, 32) for slot in (1, 2, 3)]
+    assert run_step(scheduler) == [("r0", 0, 50)]
+    assert run_step(scheduler) == [("r0", 50, 82)]
+    assert run_step(scheduler) == [("r0", 82, 83), ("r1", 80, 82), ("r2", 80, 82), ("r3", 80, 82)]
+    assert copies == [(0, slot, 80) for slot in (1, 2, 3)]
 
 
-def test_less_than_a_block_in_common_is_not_waited_for() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None)
+def test_little_in_common_is_not_waited_for() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None)
     for i in range(2):
-        scheduler.add(sequence(f"r{i}", [*SYSTEM[: BLOCK - 1], i, i]))
-    assert run_step(scheduler) == [("r0", 0, 17), ("r1", 0, 17)]
+        scheduler.add(sequence(f"r{i}", [*SYSTEM[: WORTH - 1], i, i]))
+    assert run_step(scheduler) == [("r0", 0, WORTH + 1), ("r1", 0, WORTH + 1)]
 
 
 def test_other_adapters_are_not_waited_for() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=128, copy=lambda *_: None)
+    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None)
     for adapter in (-1, 0, 1):
         one = sequence(f"r{adapter}", SYSTEM)
         one.row.adapter = adapter
         scheduler.add(one)
-    assert run_step(scheduler) == [("r-1", 0, 32), ("r0", 0, 32), ("r1", 0, 32)]
+    assert run_step(scheduler) == [("r-1", 0, 80), ("r0", 0, 80), ("r1", 0, 80)]
 
 
 def test_who_waits_for_a_beginning_keeps_a_slot() -> None:
-    scheduler = Scheduler(slots=3, step_tokens=16, copy=lambda *_: None)
-    for name, prompt in (("a", SYSTEM), ("b", SYSTEM), ("other", [1, 2]), ("late", [3, 4])):
+    scheduler = Scheduler(slots=3, step_tokens=40, copy=lambda *_: None)
+    for name, prompt in (("a", SYSTEM), ("b", [*SYSTEM, 1]), ("other", [1, 2]), ("late", [3, 4])):
         scheduler.add(sequence(name, prompt))
-    assert run_step(scheduler) == [("a", 0, 16)]
+    assert run_step(scheduler) == [("a", 0, 40)]
     assert list(scheduler.waiting) == [("b", 0), ("late", 0)]
 
 
-@pytest.mark.parametrize("computed", [0, 16, 32])
+@pytest.mark.parametrize("at", ["own", "companion's"])
+def test_a_pair_waits_for_either_beginning_and_keeps_two_slots(at: str) -> None:
+    scheduler = Scheduler(slots=4, step_tokens=40, copy=lambda *_: None)
+    scheduler.add(sequence("a", SYSTEM))
+    own, beside = ([*SYSTEM, 1], [5]) if at == "own" else ([5], [*SYSTEM, 1])
+    scheduler.add(sequence("pair", own, beside=Row(beside)))
+    for i in range(2):
+        scheduler.add(sequence(f"late {i}", [6 + i, 3]))
+    assert run_step(scheduler) == [("a", 0, 40)]
+    assert list(scheduler.waiting) == [("pair", 0), ("late 1", 0)]
+    run_step(scheduler)
+    assert ("pair", 80, 81) in run_step(scheduler)
+
+
+def test_who_waited_for_a_beginning_goes_before_those_who_came_later() -> None:
+    scheduler = Scheduler(slots=8, step_tokens=64, copy=lambda *_: None)
+    scheduler.add(sequence("a", [*SYSTEM, 1]))
+    scheduler.add(sequence("b", [*SYSTEM, 2]))
+    run_step(scheduler)
+    for i in range(4):
+        scheduler.add(sequence(f"late {i}", [i] * 100))
+    assert run_step(scheduler) == [("a", 64, 81), ("late 0", 0, 47)]
+    assert run_step(scheduler)[:2] == [("a", 81, 82), ("b", 80, 81)]
+
+
+def test_with_a_refill_those_who_waited_for_a_beginning_are_admitted_at_once() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None, refill=4)
+    for i in range(5):
+        scheduler.add(sequence(f"r{i}", [*SYSTEM, i]))
+    assert run_step(scheduler) == [("r0", 0, 81)]
+    assert [name for name, _, _ in run_step(scheduler)] == ["r0", "r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize("computed", [16, 64])
 def test_when_a_beginning_does_not_come_it_is_computed(computed: int) -> None:
     """Whoever computed it has left: what it got done is used, and its end is no longer waited for."""
     scheduler = Scheduler(slots=2, step_tokens=16, copy=lambda *_: None)
@@ -103,11 +137,12 @@ def test_when_a_beginning_does_not_come_it_is_computed(computed: int) -> None:
     scheduler.add(sequence("second", [*SYSTEM, *SYSTEM, 2]))
     for _ in range(computed // 16):
         run_step(scheduler)
+    assert list(scheduler.waiting) == [("second", 0)]
     scheduler.remove(first)
     assert run_step(scheduler) == [("second", computed, computed + 16)]
 
 
-prompts = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 3)).map(
+prompts = st.tuples(st.integers(0, 150), st.integers(0, 60), st.integers(1, 3)).map(
     lambda sizes: [0] * sizes[0] + [1] * sizes[1] + [2] * sizes[2]
 )
 arrivals = st.lists(
@@ -134,7 +169,7 @@ def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, s
 
     scheduler = Scheduler(slots, step_tokens, copy, refill)
     sequences = {}
-    for step in range(1500):
+    for step in range(5000):
         for i, (prompt, beside, adapter, comes, leaves) in enumerate(coming):
             if step == comes:
                 companion = None if beside is None else Row(list(beside), adapter=0)
@@ -240,12 +275,12 @@ def test_both_rows_of_a_pair_always_sample_in_the_same_step(own: int, beside: in
 
 def test_samples_of_a_pair_prefill_both_prompts_once() -> None:
     copies: list[tuple[int, int, int]] = []
-    scheduler = Scheduler(slots=4, step_tokens=128, copy=lambda *args: copies.append(args))
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *args: copies.append(args))
     for index in range(2):
-        scheduler.add(sequence("a", SYSTEM, index, n=2, beside=Row([*SYSTEM, 4, 5], adapter=7)))
-    assert run_step(scheduler) == [("a", 0, 32), ("a", 0, 34)]
-    assert run_step(scheduler) == [("a", 32, 33), ("a", 34, 35), ("a", 31, 32), ("a", 33, 34)]
-    assert copies == [(0, 2, 31), (1, 3, 33)]
+        scheduler.add(sequence("a", [1, 2, 3], index, n=2, beside=Row([1, 2, 3, 4, 5], adapter=7)))
+    assert run_step(scheduler) == [("a", 0, 3), ("a", 0, 5)]
+    assert run_step(scheduler) == [("a", 3, 4), ("a", 5, 6), ("a", 2, 3), ("a", 4, 5)]
+    assert copies == [(0, 2, 2), (1, 3, 4)]
 
 
 def test_an_adapters_prefix_is_its_own() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.server.engine import slots as slots_module
-from trimtab.server.engine.slots import NO_ADAPTER, Prefix, Slots
+from trimtab.server.engine.slots import Prefix, Slots
 
 tokens = st.lists(st.integers(0, 1), max_size=14)
 histories = st.lists(st.tuples(st.integers(-1, 1), tokens, st.integers(0, 14)), min_size=1, max_size=5)
@@ -20,17 +20,17 @@ def test_the_longest_prefix_that_the_same_adapter_made_is_found(
         patch.setattr(slots_module, "BLOCK", block)
         slots = Slots(len(histories))
         for slot, (made_by, held, first) in enumerate(histories):
-            slots.hold(slot, Prefix(adapter, [0, 1, 0, 1, 0]), 5)  # what another held before is never found
-            slots.hold(slot, Prefix(made_by, held), first)
+            slots.hold(slot, Prefix.of([0, 1, 0, 1, 0], adapter), 5)  # what another held before is never found
+            slots.hold(slot, Prefix.of(held, made_by), first)
             for token in held[first:]:
                 slots.extend(slot, [token])
-        found, length = slots.find(Prefix(adapter, wanted))
+        found, length = slots.find(Prefix.of(wanted, adapter))
         lengths = [common(h, wanted) if made_by == adapter else 0 for made_by, h, _ in histories]
         assert length == max(lengths)
         assert found == -1 if length == 0 else lengths[found] == length
         for slot in range(len(histories)):
             slots.forget(slot)
-        assert slots.find(Prefix(adapter, wanted)) == (-1, 0)
+        assert slots.find(Prefix.of(wanted, adapter)) == (-1, 0)
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -40,17 +40,17 @@ def common(a: list[int], b: list[int]) -> int:
 def test_equal_hashes_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "_links", lambda before, tokens: iter([1] * (len(tokens) // 16)))
     slots = Slots(1)
-    slots.hold(0, Prefix(NO_ADAPTER, list(range(32))), 32)
-    assert slots.find(Prefix(NO_ADAPTER, [*range(100, 132)])) == (-1, 0)
-    assert slots.find(Prefix(NO_ADAPTER, [*range(32)])) == (0, 32)
+    slots.hold(0, Prefix.of(list(range(32))), 32)
+    assert slots.find(Prefix.of([*range(100, 132)])) == (-1, 0)
+    assert slots.find(Prefix.of([*range(32)])) == (0, 32)
 
 
 def test_what_is_forgotten_is_not_found() -> None:
     slots = Slots(2)
-    slots.hold(1, Prefix(NO_ADAPTER, [1, 2, 3]), 3)
-    assert slots.find(Prefix(NO_ADAPTER, [1, 2])) == (1, 2)
+    slots.hold(1, Prefix.of([1, 2, 3]), 3)
+    assert slots.find(Prefix.of([1, 2])) == (1, 2)
     slots.forget(1)
-    assert slots.find(Prefix(NO_ADAPTER, [1, 2])) == (-1, 0)
+    assert slots.find(Prefix.of([1, 2])) == (-1, 0)
 
 
 def test_a_free_donor_is_taken_in_place_and_otherwise_the_least_recently_freed() -> None:
@@ -71,13 +71,15 @@ def test_what_is_expected_is_coming_until_it_is_held_or_given_up(
         patch.setattr(slots_module, "BLOCK", 3)
         slots = Slots(1)
         slot = slots.take()
-        slots.hold(slot, Prefix(NO_ADAPTER, prompt), min(first, len(prompt)))
+        slots.hold(slot, Prefix.of(prompt), min(first, len(prompt)))
         shared = common(prompt, wanted) // 3
         for held in range(min(first, len(prompt)), len(prompt) + 1):
-            assert slots.is_coming(Prefix(NO_ADAPTER, wanted)) == (shared > held // 3)
-            assert not slots.is_coming(Prefix(0, wanted))
+            coming = slots.coming(Prefix.of(wanted))
+            assert len(coming) == max(0, shared - held // 3)
+            assert all(map(slots.comes, coming))
+            assert not slots.coming(Prefix.of(wanted, 0))
             slots.extend(slot, prompt[held : held + 1])
-        assert not slots.is_coming(Prefix(NO_ADAPTER, wanted))
-        slots.hold(slot, Prefix(NO_ADAPTER, prompt), 0)
+        assert not slots.coming(Prefix.of(wanted))
+        slots.hold(slot, Prefix.of(prompt), 0)
         slots.release(slot)
-        assert not slots.is_coming(Prefix(NO_ADAPTER, wanted))
+        assert not slots.coming(Prefix.of(wanted))

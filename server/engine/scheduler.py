@@ -2,11 +2,11 @@
 
 Invariant: decode rows go first, one token each in slot order, then prompt chunks in order of arrival, as many tokens as
 the step's budget leaves. A sequence with a companion is admitted with both slots or not at all, and neither of its rows
-computes its last token without the other. Who begins as a prompt that is being computed, be it another sample of the
-same request or a stranger after the same system prompt, waits until their common beginning is there and starts from a
-copy of it; a slot is kept free for it meanwhile. With a refill of more than 1, who waits is admitted in batches: from
-when so many slots are free, or nothing runs, until the slots are taken. Nothing here touches a tensor but the row copy
-it asks the cache for.
+computes its last token without the other. Whose prompt begins as one that is being computed waits until their common
+beginning is there and starts from a copy of it: the other samples of a request do, and strangers where WORTH tokens or
+more are spared, in whole blocks. As many slots as they have rows are kept free for them meanwhile. With a refill of
+more than 1, who waits is admitted in batches: from when so many slots are free, or nothing runs, until the slots are
+taken. Nothing here touches a tensor but the row copy it asks the cache for.
 """
 
 import time
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from trimtab.server.engine.sequence import Row, Sequence
 from trimtab.server.engine.slots import BLOCK, Slots
+
+WORTH = 4 * BLOCK  # tokens: computing fewer takes no longer than a step more does, on a GPU
 
 
 class Work(NamedTuple):
@@ -55,7 +57,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting[sequence.request.id, sequence.index] = sequence
+        key = (sequence.request.id, sequence.index)
+        assert key not in self.waiting and key not in self.running, "a request's id is its own"  # noqa: PT018
+        self.waiting[key] = sequence
 
     def plan(self) -> list[Work]:
         """Admit what has room and say what the next step computes; empty when there is nothing to do."""
@@ -69,7 +73,7 @@ class Scheduler:
                 filling.append(s)
         budget = self._step_tokens - len(singles)
         chunks: list[Work] = []
-        for s in filling:
+        for s in sorted(filling, key=lambda s: s.arrived):  # who waited for a beginning was overtaken
             alone = len(s.rows) == 1 or sum(row.left for row in s.rows) <= budget
             for row in s.rows:
                 size = min(row.left - (not alone), budget)
@@ -120,7 +124,7 @@ class Scheduler:
             if self._slots.free - kept < len(sequence.rows):
                 self._filling = kept > 0
                 return
-            if any(self._slots.is_coming(row.wanted) for row in sequence.rows):
+            if self._sibling_is_prefilling(sequence) or any(map(self._awaits, sequence.rows)):
                 kept += len(sequence.rows)
                 continue
             for row in sequence.rows:
@@ -137,6 +141,17 @@ class Scheduler:
             self._copy(donor, row.slot, length)
         self._slots.hold(row.slot, row.beginning, length)
         row.computed = row.cached = length
+
+    def _sibling_is_prefilling(self, sequence: Sequence) -> bool:
+        first = self.running.get((sequence.request.id, 0))
+        return sequence.index > 0 and first is not None and any(row.computed < row.prompt for row in first.rows)
+
+    def _awaits(self, row: Row) -> bool:
+        """Whether much of its prompt is being computed for another."""
+        if row.awaits is None or not self._slots.comes(row.awaits):
+            coming = self._slots.coming(row.wanted)
+            row.awaits = coming[-1] if len(coming) * BLOCK >= WORTH else None
+        return row.awaits is not None
 
     def _tell(self, row: Row) -> None:
         """Its slot holds all that was computed of it."""

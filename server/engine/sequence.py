@@ -31,6 +31,7 @@ class Row:
     slot: int = -1
     computed: int = 0
     cached: int = 0  # prompt tokens whose KV was copied, not computed
+    awaits: int | None = None  # the hash of a prefix of its prompt that another row is computing
     states: Tensor | None = None  # [positions, hidden]: of `told`, computed and not yet scored
     prompt: int = field(init=False)  # tokens
 
@@ -45,9 +46,9 @@ class Row:
     @cached_property
     def beginning(self) -> Prefix:
         """Its prompt."""
-        return Prefix(self.adapter, self.tokens[: self.prompt])
+        return Prefix.of(self.tokens[: self.prompt], self.adapter)
 
-    @cached_property
+    @property
     def wanted(self) -> Prefix:
         """The tokens whose KV may be what another row has left: those after them are needed for their states."""
         return self.beginning.cut(self.told.start if self.told else self.prompt - 1)

@@ -12,35 +12,34 @@ says what is worth waiting for, and never what is reused.
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice, takewhile
 
 NO_ADAPTER = -1  # keys and values of the base itself
 BLOCK = 16  # tokens to a hash
+LOOK = 8  # slots that hold equally many blocks of a prompt, of which the one with most of the next block is taken
 
 
 @dataclass
 class Prefix:
     """Tokens read under an adapter, and the chained hashes of their whole blocks."""
 
-    adapter: int = NO_ADAPTER
-    tokens: list[int] = field(default_factory=list)
-    chain: list[int] = field(init=False, default_factory=list)
+    adapter: int
+    tokens: list[int]
+    chain: list[int]
 
-    def __post_init__(self) -> None:
-        self._link()
+    @classmethod
+    def of(cls, tokens: Sequence[int], adapter: int = NO_ADAPTER) -> "Prefix":
+        read = list(tokens)
+        return cls(adapter, read, list(_links(adapter, read)))
 
     def cut(self, length: int) -> "Prefix":
         """Its first tokens."""
-        found = Prefix(self.adapter)
-        found.tokens, found.chain = self.tokens[:length], self.chain[: length // BLOCK]
-        return found
+        return Prefix(self.adapter, self.tokens[:length], self.chain[: length // BLOCK])
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Add tokens. -> the hashes of the blocks that they complete."""
         self.tokens.extend(tokens)
-        return self._link()
-
-    def _link(self) -> list[int]:
         start = len(self.chain)
         if len(self.tokens) >= (start + 1) * BLOCK:
             self.chain.extend(_links(self.chain[-1] if start else self.adapter, self.tokens[start * BLOCK :]))
@@ -51,7 +50,7 @@ class Slots:
     """Bookkeeping only; the tensors are in kv.py."""
 
     def __init__(self, count: int) -> None:
-        self._held = [Prefix() for _ in range(count)]
+        self._held = [Prefix.of([]) for _ in range(count)]
         self._expected: dict[int, list[int]] = {}  # of taken slots: the hashes of a prompt, computed or not
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
         self._at: dict[int, dict[int, None]] = {}  # the chained hash of a prefix -> the slots that hold it
@@ -63,7 +62,7 @@ class Slots:
         return len(self._free)
 
     def find(self, wanted: Prefix) -> tuple[int, int]:
-        """The slot that holds the longest prefix of `wanted`, and its length; (-1, 0): none does."""
+        """A slot that holds the longest prefix of `wanted`, in whole blocks at least, and its length; (-1, 0): none."""
         found: dict[int, None] = self._at.get(hash(wanted.adapter), {})
         blocks = 0
         for link in wanted.chain:
@@ -74,7 +73,7 @@ class Slots:
         start = blocks * BLOCK
         before, within = wanted.tokens[:start], wanted.tokens[start : start + BLOCK]
         best, length = -1, 0
-        for slot in found:  # they differ within the next block at the latest
+        for slot in islice(found, LOOK):  # they differ within the next block at the latest
             held = self._held[slot]
             size = start + _common(held.tokens[start : start + BLOCK], within)
             # Equal hashes are no proof: what would be reused is compared.
@@ -82,9 +81,15 @@ class Slots:
                 best, length = slot, size
         return best, length
 
-    def is_coming(self, wanted: Prefix) -> bool:
-        """Whether the first of its blocks that no slot holds is expected of one."""
-        return next((link in self._coming for link in wanted.chain if link not in self._at), False)
+    def coming(self, wanted: Prefix) -> list[int]:
+        """The hashes of those of its blocks that follow what a slot holds, and that a taken slot is expected to."""
+        missing = range(len(wanted.chain))
+        first = next((i for i in missing if wanted.chain[i] not in self._at), len(wanted.chain))
+        return list(takewhile(self._coming.__contains__, wanted.chain[first:]))
+
+    def comes(self, link: int) -> bool:
+        """Whether the prefix of this hash is expected and not there yet."""
+        return link in self._coming and link not in self._at
 
     def take(self, prefer: int = -1) -> int:
         """A free slot: `prefer` if it is free, else the least recently freed. Say with `hold` what it holds."""
@@ -120,15 +125,14 @@ class Slots:
         self._note(slot, first + held.extend(tokens))
 
     def forget(self, slot: int) -> None:
-        """What the slot holds is not to be reused, nor waited for."""
+        """What the slot holds is not to be reused."""
         held = self._held[slot]
         for link in (hash(held.adapter), *held.chain):
             slots = self._at.get(link, {})
             slots.pop(slot, None)
             if not slots:
                 self._at.pop(link, None)
-        self._expect(slot, [])
-        self._held[slot] = Prefix()
+        self._held[slot] = Prefix.of([])
 
     def _note(self, slot: int, links: list[int]) -> None:
         for link in links:
