@@ -4,8 +4,10 @@
 
 DIR is a finished `trimtab fit --via lora` (or distill) with an entropy gate. For each tau a head learns from the
 positions above it alone and answers validation problems, at the strength at which the whole of its divergence from the
-base is the same: --kl nats a position where the run's own gate opens, so that who acts more seldom may push harder.
-`at random` is the same head at the same strength, acting at as many steps drawn by chance: what knowing where is worth.
+base is the same on the run's held-out completions: --kl nats a position where the run's own gate opens, at the run's
+temperature, so one that acts less often may push harder. What it then diverges on its own text is `kl_token`. `at
+random` is the same head at the same strength, acting at as many steps drawn by chance. That moves the base less, for a
+push does less where the base is sure: it is what comes of not knowing where, not a control that pushes as far.
 """
 
 import argparse

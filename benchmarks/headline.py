@@ -81,7 +81,7 @@ def _of_gates(run: Mapping[str, Any]) -> Iterator[Row]:
     for r in run["results"]:
         shown = f"{_gain(r['over_base'])} at {r['fired']:.1%} of steps; over chance {_gain(r['over_random'])}"
         yield [f"a head learned and acting above {r['tau']:g} nats", shown, on]
-        on = "the same, paired seeds, as far from the base in all"
+        on = "the same, paired seeds"
 
 
 def _of_study(run: Mapping[str, Any]) -> Iterator[Row]:

@@ -57,6 +57,32 @@ def test_samples_of_one_request_prefill_once() -> None:
     assert copies == [(0, 1, 5), (0, 2, 5)]
 
 
+def test_samples_wait_for_their_first_while_it_waits() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *args: copies.append(args))
+    scheduler.add(sequence("a", SYSTEM))
+    for index in range(2):
+        scheduler.add(sequence("b", [*SYSTEM, *range(10)], index, n=2))
+    assert run_step(scheduler) == [("a", 0, 64)]
+    assert run_step(scheduler) == [("a", 64, 80)]
+    assert run_step(scheduler) == [("a", 80, 81), ("b", 80, 90)]
+    assert run_step(scheduler) == [("a", 81, 82), ("b", 90, 91), ("b", 89, 90)]
+    assert copies == [(0, 1, 80), (1, 2, 89)]
+
+
+def test_among_many_with_one_beginning_the_longest_is_copied() -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots=32, step_tokens=999, copy=lambda *args: copies.append(args))
+    for i in range(20):
+        scheduler.add(sequence(f"r{i}", [*SYSTEM, i, i]))
+    run_step(scheduler)
+    run_step(scheduler)
+    copies.clear()
+    scheduler.add(sequence("late", [*SYSTEM, 17, 17, 5]))
+    assert ("late", 82, 83) in run_step(scheduler)
+    assert copies == [(17, 20, 82)]
+
+
 SYSTEM = list(range(100, 100 + 5 * BLOCK))  # how many prompts begin
 
 

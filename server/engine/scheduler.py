@@ -2,11 +2,11 @@
 
 Invariant: decode rows go first, one token each in slot order, then prompt chunks in order of arrival, as many tokens as
 the step's budget leaves. A sequence with a companion is admitted with both slots or not at all, and neither of its rows
-computes its last token without the other. Whose prompt begins as one that is being computed waits until their common
-beginning is there and starts from a copy of it: the other samples of a request do, and strangers where WORTH tokens or
-more are spared, in whole blocks. As many slots as they have rows are kept free for them meanwhile. With a refill of
-more than 1, who waits is admitted in batches: from when so many slots are free, or nothing runs, until the slots are
-taken. Nothing here touches a tensor but the row copy it asks the cache for.
+computes its last token without the other. A sequence whose prompt begins as one that is being computed waits until the
+common beginning is there and starts from a copy of it: the other samples of a request wait for its first, and strangers
+where that spares WORTH tokens or more, in whole blocks. As many slots as it has rows are kept free for it meanwhile.
+With a refill of more than 1, who waits is admitted in batches: from when so many slots are free, or nothing runs, until
+the slots are taken. Nothing here touches a tensor but the row copy it asks the cache for.
 """
 
 import time
@@ -124,7 +124,7 @@ class Scheduler:
             if self._slots.free - kept < len(sequence.rows):
                 self._filling = kept > 0
                 return
-            if self._sibling_is_prefilling(sequence) or any(map(self._awaits, sequence.rows)):
+            if self._awaits_its_first(sequence) or any(map(self._awaits, sequence.rows)):
                 kept += len(sequence.rows)
                 continue
             for row in sequence.rows:
@@ -142,9 +142,13 @@ class Scheduler:
         self._slots.hold(row.slot, row.beginning, length)
         row.computed = row.cached = length
 
-    def _sibling_is_prefilling(self, sequence: Sequence) -> bool:
-        first = self.running.get((sequence.request.id, 0))
-        return sequence.index > 0 and first is not None and any(row.computed < row.prompt for row in first.rows)
+    def _awaits_its_first(self, sequence: Sequence) -> bool:
+        """Whether the first sample of its request has not computed their prompt yet."""
+        key = (sequence.request.id, 0)
+        first = self.running.get(key)
+        if sequence.index == 0 or first is None:
+            return sequence.index > 0 and key in self.waiting
+        return any(row.computed < row.prompt for row in first.rows)
 
     def _awaits(self, row: Row) -> bool:
         """Whether much of its prompt is being computed for another."""

@@ -13,11 +13,10 @@ says what is worth waiting for, and never what is reused.
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 
 NO_ADAPTER = -1  # keys and values of the base itself
 BLOCK = 16  # tokens to a hash
-LOOK = 8  # slots that hold equally many blocks of a prompt, of which the one with most of the next block is taken
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Slots:
         return len(self._free)
 
     def find(self, wanted: Prefix) -> tuple[int, int]:
-        """A slot that holds the longest prefix of `wanted`, in whole blocks at least, and its length; (-1, 0): none."""
+        """The slot that holds the longest prefix of `wanted`, and its length; (-1, 0): none does."""
         found: dict[int, None] = self._at.get(hash(wanted.adapter), {})
         blocks = 0
         for link in wanted.chain:
@@ -73,8 +72,10 @@ class Slots:
         start = blocks * BLOCK
         before, within = wanted.tokens[:start], wanted.tokens[start : start + BLOCK]
         best, length = -1, 0
-        for slot in islice(found, LOOK):  # they differ within the next block at the latest
+        for slot in found:  # they differ within the next block at the latest
             held = self._held[slot]
+            if best >= 0 and held.tokens[length : length + 1] != within[length - start : length - start + 1]:
+                continue  # no longer than the best: most of a rush
             size = start + _common(held.tokens[start : start + BLOCK], within)
             # Equal hashes are no proof: what would be reused is compared.
             if size > length and held.adapter == wanted.adapter and held.tokens[:start] == before:
@@ -82,7 +83,7 @@ class Slots:
         return best, length
 
     def coming(self, wanted: Prefix) -> list[int]:
-        """The hashes of those of its blocks that follow what a slot holds, and that a taken slot is expected to."""
+        """The hashes of its next blocks: which no slot holds yet and a taken slot is expected to hold."""
         missing = range(len(wanted.chain))
         first = next((i for i in missing if wanted.chain[i] not in self._at), len(wanted.chain))
         return list(takewhile(self._coming.__contains__, wanted.chain[first:]))
