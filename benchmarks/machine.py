@@ -1,5 +1,6 @@
 """What a figure was measured on: every benchmark prints this with its figures, and puts it in its JSON line."""
 
+import argparse
 import sys
 from typing import Any
 
@@ -15,3 +16,12 @@ def card(machine: dict[str, Any], **facts: Any) -> str:
     """The same for people, with further facts, a line each."""
     lines = {"hardware": hardware(machine), "system": machine["system"], "versions": versions(machine), **facts}
     return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model a benchmark of the engine loads, and how it runs here."""
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)

@@ -34,16 +34,12 @@ class Took(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what prefix reuse saves.")
-    parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--chat", type=int, default=7000, help="tokens of the conversation's first prompt")
     parser.add_argument("--rush", type=int, default=16, help="requests at once")
     parser.add_argument("--beginning", type=int, default=1000, help="tokens that a rush's prompts begin with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-tokens", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    machine.add_options(parser)
     args = parser.parse_args()
     base = load_base(args.model, args.dtype, args.device, args.threads)
     results = [*chat(base, args), *rush(base, args)]

@@ -37,15 +37,11 @@ STRENGTH = 1e-6  # not 0, so that the correction fires; too small to change what
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what steering adds to a decode step.")
-    parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--correction", metavar="FOLDER")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of prompt")
     parser.add_argument("--steps", type=int, default=60, help="counted decode steps of each kind")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    machine.add_options(parser)
     args = parser.parse_args()
     base = load_base(args.model, args.dtype, args.device, args.threads)
     correction = choose_correction(base, args.correction, args.seed)
