@@ -15,14 +15,16 @@ backward pass adds in an order of its own, so two runs agree up to rounding.)
     train(base, lessons(base, problems, items, features), config, folder)
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base, read_logits
@@ -41,7 +43,8 @@ from trimtab.steering.teacher import without_peft_warnings
 RECENT = 8  # steps whose mean distance from the base is watched: one step says little
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 12288}  # padded tokens a forward pass; a step of more takes several
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # padded tokens a forward pass; a step of more takes several
+BLOCK = 1024  # positions whose logits exist at once
 LEAST_REST = 1e-7  # probability beyond the candidates: rounding may leave less than none
 
 
@@ -182,42 +185,76 @@ def objective(tuned: Any, batch: Sequence[Lesson]) -> Objective:
     def place(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=tuned.device)
 
-    log_pi = _log_probabilities(tuned, batch, opened + closed)
-    at_open, elsewhere = log_pi[: len(opened)], log_pi[len(opened) :]
+    states = _states(tuned, batch, opened + closed)
+    at_open, elsewhere = states[: len(opened)], states[len(opened) :]
     if batch[0].target is None:
         sampled = torch.tensor([batch[i].tokens[t] for i, t in opened], dtype=torch.long, device=tuned.device)
         weight = place([-batch[i].advantage / counts[i] for i, _ in opened])
-        first = weight @ at_open.gather(1, sampled[:, None])[:, 0]
+
+        def first(rows: slice) -> Tensor:
+            log_pi = _log_probabilities(tuned, at_open[rows])
+            return weight[rows] @ log_pi.gather(1, sampled[rows, None])[:, 0]
     else:
-        first = place([1 / counts[i] for i, _ in opened]) @ _divergence(at_open, [one.target for one in batch])
+        target = _join([one.target for one in batch], tuned.device)
+        weight = place([1 / counts[i] for i, _ in opened])
+
+        def first(rows: slice) -> Tensor:
+            log_pi = _log_probabilities(tuned, at_open[rows])
+            return weight[rows] @ _divergence(log_pi, Target(target.ids[rows], target.log_p[rows]))
+
     with torch.no_grad(), tuned.disable_adapter():
-        log_p = _log_probabilities(tuned, batch, closed)
-    weight = place([1 / (len(batch[i].open) - counts[i]) for i, _ in closed])
-    return Objective(first, weight @ (log_p.exp() * (log_p - elsewhere)).sum(1))
+        of_base = _states(tuned, batch, closed)
+    share = place([1 / (len(batch[i].open) - counts[i]) for i, _ in closed])
+
+    def anchor(rows: slice) -> Tensor:
+        with torch.no_grad(), tuned.disable_adapter():
+            log_p = _log_probabilities(tuned, of_base[rows])
+        return share[rows] @ (log_p.exp() * (log_p - _log_probabilities(tuned, elsewhere[rows]))).sum(1)
+
+    return Objective(_in_blocks(first, len(opened)), _in_blocks(anchor, len(closed)))
 
 
-def _divergence(log_pi: Tensor, targets: Sequence[Target | None]) -> Tensor:
-    """KL(teacher || pi) [rows], tokens without a target counted as one; log_pi [rows, vocab]."""
+def _in_blocks(part: Callable[[slice], Tensor], count: int) -> Tensor:
+    """The sum of `part` over `count` positions. Several blocks are computed again in the backward pass.
+
+    So the logits of one exist at a time: of a thousand positions and 150,000 tokens they are 0.6 GB, several times."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, max(count, 1), BLOCK)]
+    if len(blocks) == 1:
+        return part(blocks[0])
+    again = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(part, block) for block in blocks]).sum()
+
+
+def _join(targets: Sequence[Target | None], device: torch.device) -> Target:
     given = [target for target in targets if target is not None]
     assert len(given) == len(targets), "a batch has one kind of lesson"
-    ids, teacher = (torch.cat(column).to(log_pi.device) for column in zip(*given, strict=True))
-    mine = log_pi.gather(1, ids.long())
-    pi, p = mine.exp(), teacher.exp()
+    return Target(*(torch.cat(column).to(device) for column in zip(*given, strict=True)))
+
+
+def _divergence(log_pi: Tensor, target: Target) -> Tensor:
+    """KL(teacher || pi) [rows], tokens without a target counted as one; log_pi [rows, vocab]."""
+    mine = log_pi.gather(1, target.ids.long())
+    pi, p = mine.exp(), target.log_p.exp()
     rest, rest_of_teacher = ((1 - q.sum(1)).clamp(min=LEAST_REST) for q in (pi, p))
-    return (p * (teacher - mine)).sum(1) + rest_of_teacher * (rest_of_teacher / rest).log()
+    return (p * (target.log_p - mine)).sum(1) + rest_of_teacher * (rest_of_teacher / rest).log()
 
 
-def _log_probabilities(tuned: Any, batch: Sequence[Lesson], spots: Sequence[tuple[int, int]]) -> Tensor:
-    """log pi(. | what came before token t of completion i), [spots, vocab] in float32."""
-    model = tuned.get_base_model()
+def _log_probabilities(tuned: Any, states: Tensor) -> Tensor:
+    """log pi of every token, [rows, vocab] in float32, from the last hidden states [rows, hidden]."""
+    log_pi: Tensor = read_logits(tuned.get_base_model(), states).float().log_softmax(-1)
+    return log_pi
+
+
+def _states(tuned: Any, batch: Sequence[Lesson], spots: Sequence[tuple[int, int]]) -> Tensor:
+    """The last hidden state before token t of completion i, [spots, hidden]."""
     sequences = [[*lesson.prompt, *lesson.tokens[:-1]] for lesson in batch]
     length = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (length - len(s)) for s in sequences], device=tuned.device)
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences], device=tuned.device)
-    states = model.get_decoder()(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    decoder = tuned.get_base_model().get_decoder()
+    states: Tensor = decoder(ids, attention_mask=mask, use_cache=False).last_hidden_state
     at = torch.tensor([i * length + len(batch[i].prompt) - 1 + t for i, t in spots], dtype=torch.long)
-    log_pi: Tensor = read_logits(model, states.flatten(0, 1)[at.to(tuned.device)]).float().log_softmax(-1)
-    return log_pi
+    return states.flatten(0, 1)[at.to(tuned.device)]
 
 
 def _split(batch: Sequence[Lesson], tokens: int) -> Iterator[Sequence[Lesson]]:

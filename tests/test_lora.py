@@ -158,6 +158,31 @@ def test_an_adapter_without_effect_is_at_the_anchors_minimum(base: Base) -> None
     assert all(p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in tuned.parameters())
 
 
+@pytest.mark.parametrize("taught", [False, True])
+def test_blocks_of_positions_change_neither_loss_nor_gradient(
+    base: Base, monkeypatch: pytest.MonkeyPatch, taught: bool
+) -> None:
+    tuned, teacher, batch = with_effect(base), tiny_model(seed=1), random_lessons(7)
+    if taught:
+        teacher.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            batch = [taught_by(teacher, lesson, 40) for lesson in batch]
+    named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+
+    def differentiate() -> list[Tensor]:
+        found = lora.objective(tuned, batch)
+        loss = found.likelihood + 0.2 * found.anchor
+        return [torch.stack(found).detach(), *torch.autograd.grad(loss, list(named.values()))]
+
+    whole = differentiate()
+    monkeypatch.setattr(lora, "BLOCK", 5)
+    blocked = differentiate()
+    assert all(p.requires_grad for p in named.values())
+    assert max(float(one.abs().max()) for one in whole[1:]) > 0.01
+    for one, other in zip(whole, blocked, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 def train(base: Base, folder: Path, config: FitConfig = CONFIG, taught: Sequence[Lesson] | None = None) -> None:
     lora.train(base, taught or random_lessons(20), config, folder)
 
