@@ -3,7 +3,8 @@
     sharpening   the base at lower temperatures, at open steps only, and greedy: part of any gain is being more decided
     format       the base after a system message or solved examples: part of any gain is the form of the answer
     tiers        contrast (nothing learned), head, lora gated, lora always, and whatever else is brought
-    controls     learned from shuffled rewards, pushing as hard; at random positions; the head under a random gate
+    controls     learned from shuffled rewards, pushing as hard; at random positions; the head under a random gate, as
+                 it is and pushing as hard
 
 Invariant: every row answers the same held-out problems with the same random numbers. A control of what was learned is
 brought to the correction's own KL from the base, at the base's own open steps. Rows are kept in the folder as they end,
@@ -34,7 +35,8 @@ from trimtab.steering.rollouts import open_core
 Role = Literal["base", "sharpening", "format", "tier", "control"]
 
 BASE, GREEDY = "base", "base-greedy"
-LORA_GATED, LORA_ALWAYS, RANDOM_GATE = "lora-gated", "lora-always", "random-gate"
+LORA_GATED, LORA_ALWAYS = "lora-gated", "lora-always"
+RANDOM_GATE, RANDOM_GATE_MATCHED = "random-gate", "random-gate-matched"  # at the head's strength; at its KL
 COOLER = (1.5, 2.0)  # the base's temperature is divided by these
 
 
@@ -99,16 +101,25 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
     tiers = _of_tiers(entrants)
     add(tiers)
     first = _first_tier(entrants)
-    for control in (c for c in entrants.controls if c.name not in entrants.without):
+
+    def add_matched(control: Policy, what: str) -> None:
+        if control.name in entrants.without:
+            return
         matched = match_kl(core, exam, first, control, folder / "matching")
         climbed.matched.append(matched)
-        policy = first._replace(name=control.name, correction=control.name, strength=matched.strength)
         far = "as far from the base" if matched.measured else "not matched"
-        add([Row(policy, "control", f"learned from {control.name.replace('-', ' ')}, {far}", first.name)])
+        add([Row(control._replace(strength=matched.strength), "control", f"{what}, {far}", first.name)])
+
+    for control in entrants.controls:
+        start = control.strength * _scale(entrants)
+        policy = first._replace(name=control.name, correction=control.name, strength=start)
+        add_matched(policy, f"learned from {control.name.replace('-', ' ')}")
     rate = _share_fired(climbed.found[first.name])
     if 0 < rate < 1:
         policy = first._replace(name=RANDOM_GATE, gate="random", tau=1 - rate, ceiling=None)
-        add([Row(policy, "control", f"{first.name} at {rate:.1%} of steps, drawn at random", first.name)])
+        what = f"{first.name} at {rate:.1%} of steps, drawn at random"
+        add([Row(policy, "control", what, first.name)])
+        add_matched(policy._replace(name=RANDOM_GATE_MATCHED), what)
     return climbed
 
 
@@ -116,7 +127,8 @@ def _check_names(exam: Exam, entrants: Entrants) -> None:
     shots = (Example(exam.problems[0], ""),) if entrants.few_shot else ()
     rows = [*_of_the_base(exam, entrants, shots), *_of_tiers(entrants)]
     names = [row.policy.name for row in rows] + [control.name for control in entrants.controls]
-    wrong = sorted(entrants.without - {*names, RANDOM_GATE, f"base-open-t{exam.sampling.temperature / COOLER[-1]:.2g}"})
+    later = (RANDOM_GATE, RANDOM_GATE_MATCHED, f"base-open-t{exam.sampling.temperature / COOLER[-1]:.2g}")
+    wrong = sorted(entrants.without - {*names, *later})
     needed = sorted(entrants.without & {BASE, GREEDY, _first_tier(entrants).name})
     if wrong or needed:
         why = f"there is no row {wrong[0]}: there are {', '.join(names)}" if wrong else f"{needed[0]} must stay"
@@ -194,6 +206,12 @@ def _first_tier(entrants: Entrants) -> Policy:
     correction = entrants.correction
     name = LORA_GATED if isinstance(correction, LoraCorrection) else correction.tier
     return Policy(name, correction.name, strength=entrants.strength).under(common_gate(entrants))
+
+
+def _scale(entrants: Entrants) -> float:
+    """What the strength that was asked for is of the correction's own: controls scale with it."""
+    own = entrants.correction.strength
+    return 1.0 if entrants.strength is None or own == 0 else entrants.strength / own
 
 
 def common_gate(entrants: Entrants) -> Gate:

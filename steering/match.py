@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.server.engine.core import Core
-from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.progress import say
 from trimtab.steering.report import Exam
@@ -35,17 +34,16 @@ class Matched(NamedTuple):
         return self.kl > 0 and self.wanted > 0
 
 
-def match_kl(core: Core, exam: Exam, policy: Policy, control: Correction, folder: Path) -> Matched:
-    """policy: the correction's. The control is served by the same gate; it starts at its own strength, scaled as the
-    correction's is, and KL grows about as a strength's square."""
+def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Path) -> Matched:
+    """policy: the correction's; control: its control, which starts at its strength. KL grows about as a strength's
+    square."""
     wanted = _divergence(core, exam, policy, folder)
-    assert policy.correction is not None
-    own = core.bank.get(policy.correction).strength
-    factor = 1.0 if policy.strength is None or own == 0 else policy.strength / own
-    strength = max(-LIMIT, min(LIMIT, control.strength * factor))
+    assert control.correction is not None
+    strength = core.bank.get(control.correction).strength if control.strength is None else control.strength
+    strength = max(-LIMIT, min(LIMIT, strength))
     kl = 0.0
     for turn in range(ROUNDS):
-        tried = policy._replace(name=f"{control.name}-{turn}", correction=control.name, strength=strength)
+        tried = control._replace(name=f"{control.name}-{turn}", strength=strength)
         kl = _divergence(core, exam, tried, folder)
         if kl == 0 or wanted == 0 or abs(kl / wanted - 1) < NEAR or turn == ROUNDS - 1:
             break

@@ -48,7 +48,7 @@ ROWS = {
     "base-open-t0.5": "sharpening",
     **dict.fromkeys(("contrast", "head", "head-greedy", "other"), "tier"),
     **dict.fromkeys(("lora-gated", "lora-always", "lora-always-greedy"), "tier"),
-    **dict.fromkeys(("shuffled-rewards", "random-gate"), "control"),
+    **dict.fromkeys(("shuffled-rewards", "random-gate", "random-gate-matched"), "control"),
 }
 
 
@@ -105,9 +105,9 @@ def test_the_rows_act_where_they_say(climbed: Climbed) -> None:
 
 
 def test_a_control_pushes_as_hard_as_the_correction(climbed: Climbed) -> None:
-    (matched,) = climbed.matched
-    assert matched.control == "shuffled-rewards"
-    assert matched.kl == pytest.approx(matched.wanted, rel=0.03)
+    assert [matched.control for matched in climbed.matched] == ["shuffled-rewards", "random-gate-matched"]
+    for matched in climbed.matched:
+        assert matched.kl == pytest.approx(matched.wanted, rel=0.03)
 
 
 def test_a_ladder_that_was_killed_goes_on_and_one_that_is_finished_samples_nothing(
@@ -143,6 +143,7 @@ def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
 ) -> None:
     monkeypatch.setattr(Core, "step", None)
     without = frozenset({"contrast", "base-few-shot", "base-open-t0.5", "shuffled-rewards", "random-gate"})
+    without |= {"random-gate-matched"}
     fewer = climb(base, EXAM, entrants._replace(without=without), folder)
     assert [row.policy.name for row in fewer.rows] == [name for name in ROWS if name not in without]
     assert to_markdown(build(base, EXAM, entrants, fewer))
@@ -159,7 +160,7 @@ def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -
     found = climb(base, exam, entrants._replace(without=without), tmp_path)
     tiers = [row.policy.name for row in found.rows if row.role == "tier"]
     assert tiers == ["contrast", "lora-gated", "lora-always", "lora-always-greedy"]
-    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"] * 2
+    assert [row.of for row in found.rows if row.role == "control"] == ["lora-gated"] * 3
     asked = {row.policy.name: row.policy.strength for row in found.rows}
     assert {asked[name] for name in tiers if name != "contrast"} == {asked["random-gate"]} == {0.25}
 
@@ -194,7 +195,8 @@ def test_a_push_too_weak_to_be_measured_is_not_called_matched(
         bank.add(one)
     core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
     weak = Policy("head", "mine", strength=1e-4)
-    matched = match_kl(core, exam, weak, entrants.controls[0], tmp_path)
+    control = weak._replace(name="shuffled-rewards", correction="shuffled-rewards")
+    matched = match_kl(core, exam, weak, control, tmp_path)
     assert (matched.wanted, matched.measured) == (0.0, False)
     shown = to_markdown(build(base, EXAM, entrants, climbed._replace(matched=[matched])))
     assert "- shuffled-rewards could not be matched, and is at strength 0.0001: 0.000 nats" in shown
