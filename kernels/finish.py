@@ -41,12 +41,12 @@ OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.cons
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {
-    "num_warps": 4,  # two programs fit a multiprocessor; the same for any batch, as sums hang on it
+    "num_warps": 8,  # the same for any batch, as sums hang on it
     "maxnreg": 255,  # all that there are: for sm_80 the compiler would rather spill
     "enable_fp_fusion": False,  # bits must not hang on what is contracted
 }
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-ROWS = 8  # groups that are read at once: more would spill
+ROWS = 32  # groups that are read at once
 FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
 
