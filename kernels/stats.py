@@ -14,17 +14,18 @@ from torch import Tensor
 
 from trimtab.kernels import record as rules
 from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
+from trimtab.kernels.overlap import announce, overlap, wait
 from trimtab.kernels.record import RowParams
 
-CHUNK = 4096  # tokens a program
-LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+CHUNK = 1024  # tokens a program: one warp, which waits for no other
+LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
 VARENTROPY = tl.constexpr(rules.GATE_VARENTROPY)
 FLOOR = tl.constexpr(-200.0)  # exp is 0 there; 0 * FLOOR is 0 where 0 * -inf is NaN
 
 
 class Groups(NamedTuple):
-    """What `measure_groups` leaves for the later kernels: float32 [rows, groups padded to whole chunks]."""
+    """What `measure_groups` leaves for the later kernels: float32 [rows, groups padded to a multiple of 16]."""
 
     peak: Tensor  # the maximum; +inf where the group holds a NaN or +inf
     mass: Tensor  # sum of exp(z - peak)
@@ -45,9 +46,11 @@ def read_groups(logits, vocab, group):
 @triton.jit
 def stats_kernel(
     logits, logits_stride, vocab, temperature, gate,
-    peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr,
+    peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
+    announce(PDL)
+    wait(PDL)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
     peak, below = read_groups(logits + row * logits_stride, vocab, group)
@@ -70,9 +73,10 @@ def measure_groups(logits: Tensor, params: RowParams) -> Groups:
     """logits [rows, vocab]; of params the temperature and the gate."""
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
-    stride = chunks * (CHUNK // GROUP.value)
+    stride = triton.cdiv(vocab, 16 * GROUP.value) * 16  # whole chunks, and rows that begin where wide reads may
     groups = Groups(*logits.new_empty(5, rows, stride, dtype=torch.float32).unbind(0))
     stats_kernel[chunks, rows](
-        logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride, CHUNK=CHUNK, **LAUNCH
-    )
+        logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride,
+        CHUNK=CHUNK, **LAUNCH, **overlap(logits.device),
+    )  # fmt: skip
     return groups
