@@ -20,9 +20,12 @@ import machine
 import torch
 from torch import Tensor
 
+from trimtab.kernels.finish import finish_rows
 from trimtab.kernels.record import GATE_ENTROPY, Corrections, RowParams, StepInputs
+from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
-from trimtab.kernels.step import step
+from trimtab.kernels.step import new_record, step
+from trimtab.kernels.tilt import tilt_rows
 
 HIDDEN, RANK, TOP_K, CORRECTIONS = 1536, 16, 32, 8
 CASES = {  # gate open, temperature, top_p
@@ -33,7 +36,8 @@ CASES = {  # gate open, temperature, top_p
     "open, sampled": (True, 0.8, 1.0),
     "open, top_p": (True, 0.8, 0.95),
 }
-PARTS = "shut, top_p"  # the case whose kernels are also timed apart
+PARTS = "shut, sampled"  # the case whose kernels are also timed apart
+DEVICE = torch.device("cuda")
 REPLAYS, BUDGET = 15, 0.3  # of a graph, and seconds after which five are enough
 KEPT = 20  # most likely tokens that the torch paths report
 
@@ -53,7 +57,7 @@ def main() -> None:
     correction = f"rank {RANK}, {TOP_K} candidates, hidden {HIDDEN}"
     here = machine.describe()
     print(machine.card(here, **facts, correction=correction), flush=True)
-    columns = ["vocab", "batch", "read", "copy", "stats", "of copy", "of big", "finish", "resolve", *CASES]
+    columns = ["vocab", "batch", "read", "copy", "stats", "of copy", "of big", "finish", "tilt", "resolve", *CASES]
     columns += ["torch", "torch top_p", "compiled"]
     print("\nmicroseconds\n" + "  ".join(f"{name:>7}" for name in columns), flush=True)
     results = []
@@ -113,20 +117,15 @@ def measure(vocab: int, batch: int, rate: float, compiled: bool) -> dict[str, An
 
 
 def time_parts(steps: list[StepInputs]) -> dict[str, float]:
-    """The step's kernels apart: the first in a graph of its own; the rest by the profiler, gaps between them left out.
-
-    `finish` is all that lies between the first kernel and the last.
-    """
+    """The step's kernels apart, each in a graph of calls of its own over the same logits."""
     took = {"stats": time_calls([lambda i=i: measure_groups(i.logits, i.params) for i in steps])}
-    step(steps[0])
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for inputs in steps:
-            step(inputs)
-        torch.cuda.synchronize()
-    spent = {event.key: event.self_device_time_total / len(steps) for event in profile.key_averages()}
-    took["resolve"] = sum(us for name, us in spent.items() if "resolve" in name) + 0.0
-    took["finish"] = sum(us for name, us in spent.items() if "stats" not in name and "resolve" not in name)
+    done = []
+    for inputs in steps:
+        groups, record = measure_groups(inputs.logits, inputs.params), new_record(len(inputs.logits), 0, DEVICE)
+        done.append((inputs, groups, record, *finish_rows(inputs, groups, record)))
+    took["finish"] = time_calls([lambda i=i, g=g, r=r: finish_rows(i, g, r) for i, g, r, *_ in done])
+    took["tilt"] = time_calls([lambda i=i, g=g, r=r, t=t, s=s: tilt_rows(i, g, t, s, r) for i, g, r, t, s in done])
+    took["resolve"] = time_calls([lambda i=i, r=r, t=t: resolve_rows(i, t, r) for i, _, r, t, _ in done])
     return took
 
 

@@ -28,7 +28,7 @@ def run(inputs: StepInputs) -> tuple[StepRecord, Tasks]:
     assert inputs.logits.stride(1) == inputs.hidden.stride(1) == inputs.head.stride(1) == 1
     assert all(column.is_contiguous() for column in inputs.params)
     assert inputs.mask is None or inputs.mask.words.is_contiguous()
-    record = _new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
+    record = new_record(len(inputs.logits), inputs.alternatives, inputs.logits.device)
     groups = measure_groups(inputs.logits, inputs.params)
     tasks, found = finish_rows(inputs, groups, record)
     tilt_rows(inputs, groups, tasks, found, record)
@@ -36,7 +36,7 @@ def run(inputs: StepInputs) -> tuple[StepRecord, Tasks]:
     return record, tasks
 
 
-def _new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
+def new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
     """Unwritten: the kernels write every field of every row."""
     integers = torch.empty(4, rows, dtype=torch.int32, device=device).unbind(0)
     floats = torch.empty(FIELDS - 4, rows, dtype=torch.float32, device=device).unbind(0)
