@@ -55,8 +55,8 @@ def make_base(shape: str, device: str, seed: int) -> Base:
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION)
-        model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
-        base = prepare(model, NoTokenizer(), shape)
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    base = prepare(model, NoTokenizer(), shape)
     with torch.no_grad():
         base.head_weight.normal_(std=config.initializer_range)
         model.get_decoder().norm.weight.fill_(SPREAD / (config.initializer_range * config.hidden_size**0.5))

@@ -91,7 +91,6 @@ class Compiled(NamedTuple):
     wide_loads: int  # LDG of 128 bits
     shared: int  # bytes
     instructions: int
-    waits: bool  # for the kernels before it, and touches no global memory until then (overlap.py)
 
 
 def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
@@ -143,8 +142,6 @@ def _decoding(dtype: str, itemsize: int) -> list[Build]:
 def compile_for(build: Build, target: int) -> Compiled:
     """Compile one build for sm_<target> and read its machine code."""
     names: Sequence[str] = build.kernel.arg_names
-    if "PDL" in names:  # as overlap.py has it
-        build = build._replace(constants=build.constants | {"PDL": target >= 90})
     signature = {name: _type(name, build) for name in names}
     aligned = [n for n in names if n in _ALIGNED or signature[n].startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -156,7 +153,6 @@ def compile_for(build: Build, target: int) -> Compiled:
         usage, code = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    before, _, after = code.partition("ACQBULK")
     return Compiled(
         name=build.name,
         target=target,
@@ -166,7 +162,6 @@ def compile_for(build: Build, target: int) -> Compiled:
         wide_loads=len(re.findall(r"\bLDG\.E[\w.]*\.128", code)),
         shared=binary.metadata.shared,
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
-        waits=bool(after) and not re.search(r"\b(?:LDG?|STG?|ATOMG?|RED)\b", before),
     )
 
 

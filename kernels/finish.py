@@ -32,7 +32,6 @@ from trimtab.kernels.keys import (
     load_logits,
     to_key,
 )
-from trimtab.kernels.overlap import announce, overlap, wait
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.selection import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
 from trimtab.kernels.stats import Groups
@@ -41,12 +40,12 @@ OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.cons
 PENDING = tl.constexpr(1)  # task bits: the row has no token yet
 APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {
-    "num_warps": 8,  # the same for any batch, as sums hang on it
+    "num_warps": 8,
     "maxnreg": 255,  # all that there are: for sm_80 the compiler would rather spill
     "enable_fp_fusion": False,  # bits must not hang on what is contracted
 }
 MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
-ROWS = 32  # groups that are read at once
+ROWS = 16  # groups that are read at once: Triton 3.6 spills with more
 FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
 
@@ -79,11 +78,9 @@ def finish_kernel(
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). SLOTS holds the best tokens of a row, GROUPS all its groups."""
-    announce(PDL)
-    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     POOL: tl.constexpr = 2 * SLOTS
@@ -300,6 +297,5 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
         inputs.alternatives, *state, tasks.task, tasks.norms, *record,
         HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=slots,
         GROUPS=triton.next_power_of_2(stride), SHIFT=SHIFTS[inputs.logits.dtype], ROWS=ROWS, **LAUNCH,
-        **overlap(device),
     )  # fmt: skip
     return tasks, state

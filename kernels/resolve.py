@@ -25,7 +25,6 @@ from trimtab.kernels.keys import (
     load_logits,
     to_key,
 )
-from trimtab.kernels.overlap import overlap, wait
 from trimtab.kernels.record import StepInputs, StepRecord
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
@@ -118,10 +117,8 @@ def resolve_kernel(
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
-    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     bits = tl.load(task + row * 2)
     if bits == 0:
@@ -238,5 +235,4 @@ def resolve_rows(inputs: StepInputs, tasks: Tasks, record: StepRecord) -> None:
         *(mask or (params.top_k, params.top_k)), mask.words.shape[1] if mask else 0,
         *tasks, scratch, inputs.alternatives, *record,
         HAS_EDITS=edits is not None, HAS_MASKS=mask is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK, **LAUNCH,
-        **overlap(inputs.logits.device),
     )  # fmt: skip

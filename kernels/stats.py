@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trimtab.kernels import record as rules
 from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
-from trimtab.kernels.overlap import announce, overlap, wait
 from trimtab.kernels.record import RowParams
 
 CHUNK = 1024  # tokens a program: one warp, which waits for no other
@@ -46,11 +45,9 @@ def read_groups(logits, vocab, group):
 @triton.jit
 def stats_kernel(
     logits, logits_stride, vocab, temperature, gate,
-    peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    peak_out, mass_out, moment_out, spread_out, tempered_out, stride, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
-    announce(PDL)
-    wait(PDL)
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
     peak, below = read_groups(logits + row * logits_stride, vocab, group)
@@ -76,7 +73,6 @@ def measure_groups(logits: Tensor, params: RowParams) -> Groups:
     stride = triton.cdiv(vocab, 16 * GROUP.value) * 16  # whole chunks, and rows that begin where wide reads may
     groups = Groups(*logits.new_empty(5, rows, stride, dtype=torch.float32).unbind(0))
     stats_kernel[chunks, rows](
-        logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride,
-        CHUNK=CHUNK, **LAUNCH, **overlap(logits.device),
-    )  # fmt: skip
+        logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride, CHUNK=CHUNK, **LAUNCH
+    )
     return groups

@@ -25,7 +25,6 @@ from trimtab.kernels.keys import (
     load_logits,
     to_key,
 )
-from trimtab.kernels.overlap import announce, overlap, wait
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.selection import TURN, from_rank, places, weigh_rest
 from trimtab.kernels.stats import Groups
@@ -46,11 +45,9 @@ def tilt_kernel(
     token_out, steered_token_out, base_logprob_out, steered_logprob_out, steered_token_logprob_out,
     kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    CANDIDATES: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
-    announce(PDL)
-    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     candidates = tl.load(state + row * 4)
     if candidates == 0:
@@ -242,5 +239,4 @@ def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, re
         record.kl, record.applied_strength, record.top_ids, record.top_logprobs,
         HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=state.chosen.shape[1],
         GROUPS=triton.next_power_of_2(stride), ROWS=ROWS, **shape, **LAUNCH,
-        **overlap(inputs.logits.device),
     )  # fmt: skip

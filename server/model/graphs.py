@@ -55,7 +55,7 @@ class DecodeGraphs:
         rows = told.shape[1]
         size = next(size for size in self._sizes if size >= rows)
         where, replay = self._graphs[size]
-        host = torch.empty(where.shape, dtype=torch.int64, pin_memory=where.is_cuda)
+        host = torch.empty(where.shape, dtype=torch.int64, device="cpu", pin_memory=where.is_cuda)
         host.numpy()[:, :rows] = told
         host.numpy()[:, rows:] = _PADDING
         where.copy_(host, non_blocking=True)

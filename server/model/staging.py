@@ -23,7 +23,7 @@ def stage(columns: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Ten
     for column in columns:
         places.append(size)
         size += -(-column.nbytes // _ALIGNED) * _ALIGNED
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     host = packed.numpy()
     for at, column in zip(places, columns, strict=True):
         host[at : at + column.nbytes] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)

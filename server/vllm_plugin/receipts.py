@@ -51,7 +51,7 @@ class Receipts:
         packed = pack(record)
         copied = None
         if packed.is_cuda:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             host.copy_(packed, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
