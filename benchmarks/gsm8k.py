@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="GSM8K's JSONL: question, answer ending in #### N")
     parser.add_argument("--shots-from", type=Path, help="the training file of the examples (default: the source)")
     parser.add_argument("--shots", type=int, default=3, help="worked examples before the problem (default: 3)")
+    parser.add_argument(
+        "--system", default="", help="a system message before all, so that a gain is none over its lack"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples, and of the problems' order")
     parser.add_argument("--out", type=Path, required=True, help="the task file to write")
     args = parser.parse_args()
@@ -34,7 +37,9 @@ def main() -> None:
     pool = lines if args.shots_from is None else read(args.shots_from)
     shots = random.Random(f"{args.seed}/shots").sample(pool, args.shots)
     shown = {shot["question"] for shot in shots}
-    problems = [problem(f"{args.source.stem}-{i:05d}", line, shots) for i, line in lines_besides(lines, shown)]
+    problems = [
+        problem(f"{args.source.stem}-{i:05d}", line, shots, args.system) for i, line in lines_besides(lines, shown)
+    ]
     random.Random(f"{args.seed}/order").shuffle(problems)  # a fit takes the first so many
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in problems)
     args.out.write_text(text, encoding="utf-8")
@@ -42,6 +47,7 @@ def main() -> None:
         "benchmark": "gsm8k",
         "problems": len(problems),
         "shots": args.shots,
+        "system": args.system,
         "seed": args.seed,
         "source_sha256": digest(args.source),
         "shots_sha256": digest(args.shots_from or args.source),
@@ -78,9 +84,9 @@ def lines_besides(lines: list[dict[str, str]], shown: set[str]) -> list[tuple[in
     return kept
 
 
-def problem(identity: str, line: dict[str, str], shots: list[dict[str, str]]) -> dict[str, Any]:
+def problem(identity: str, line: dict[str, str], shots: list[dict[str, str]], system: str = "") -> dict[str, Any]:
     """A line of the task file."""
-    messages = []
+    messages = [{"role": "system", "content": system}] if system else []
     for shot in shots:
         messages += [ask(shot["question"]), {"role": "assistant", "content": solution(shot)}]
     return {"id": identity, "messages": [*messages, ask(line["question"])], "answer": number(line)}

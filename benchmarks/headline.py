@@ -61,8 +61,8 @@ def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
     shown = f"base {rates['base']:.3f}, correction {rates['correction']:.3f}"
     yield [f"`{fit['name']}`, pass@1", shown, _on(report | {"model": fit["base"]["model"]})]
     for d in report["differences"]:
-        if d["policy"] == "correction":
-            yield [f"correction minus {d['against']}", _gain(d), "the same, paired seeds"]
+        if d["policy"] == "correction" or (d["policy"], d["against"]) == ("teacher", "base"):
+            yield [f"{d['policy']} minus {d['against']}", _gain(d), "the same, paired seeds"]
 
 
 def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:

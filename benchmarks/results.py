@@ -5,8 +5,8 @@
     python benchmarks/results.py
 
 Inputs: all outputs in results/ (a benchmark's or a command's, whose last line or whole content is JSON, and the
-report.json of a command's --out), and the corrections in corrections/ (their report is in correction.json). Each kind
-has its renderer; one without makes a table of its rows as they are.
+report.json of a command's --out), and the correction.json, which holds the report, of what ships (corrections/) and of
+what does not (results/). Each kind has its renderer; one without makes a table of its rows as they are.
 """
 
 import argparse
@@ -42,7 +42,10 @@ def main() -> None:
     args = parser.parse_args()
     found = [path for pattern in ("*.txt", "*.json", "*/report.json") for path in (ROOT / "results").glob(pattern)]
     paths = args.outputs or sorted(found)
-    folders = args.correction or sorted(path.parent for path in (ROOT / "corrections").glob("*/correction.json"))
+    fitted = [
+        path for pattern in ("corrections", "results") for path in sorted((ROOT / pattern).glob("*/correction.json"))
+    ]
+    folders = args.correction or [path.parent for path in fitted]
     runs = [read(path) for path in paths]
     fits = [json.loads((folder / "correction.json").read_text()) for folder in folders]
     sections = [HEAD, *(write_fit(fit, folder) for fit, folder in zip(fits, folders, strict=True))]
@@ -94,8 +97,7 @@ def write_eval(run: dict[str, Any], path: Path) -> str:
     known = run["problems_of_the_fits_report"]
     which = f"problems, {known} of them in the fit's own report" if known else "further problems"
     title = f"The correction {run['correction']} on {run['problems']} {which}"
-    stopped = "the run was stopped before these rows: " + ", ".join(run["missing"]) if "missing" in run else None
-    facts = {"base": run["model"], "seed": run["sampling"]["seed"], "missing": stopped}
+    facts = {"base": run["model"], "seed": run["sampling"]["seed"]}
     return _section(title, facts, run, to_markdown(run) + _text(run))
 
 

@@ -69,9 +69,16 @@ def test_a_beginning_is_read_once(tmp_path: Path) -> None:
     }
 
 
-def test_gates_and_variants_of_a_finished_fit(tmp_path: Path) -> None:
+def test_gates_variants_and_answers_of_a_finished_fit(tmp_path: Path) -> None:
     prepare(tmp_path)
     call("-m", "trimtab.cli", *FIT.split(), "--out", "fit", folder=tmp_path)
+    (tmp_path / "fit/run/report/teacher/00000.jsonl").rename(tmp_path / "fit/run/report/teacher/00000.journal")
+    told = ["fit/run/report", "--timings", "fit/run/timings.json", "--tokens"]
+    for tokens, share in (("5", 1.0), ("0", 0.0)):
+        direct = run("direct.py", *told, tokens, folder=tmp_path)
+        assert {row["policy"] for row in direct["results"]} >= {"base", "correction", "shuffled-rewards"}
+        assert {row["at_once"] for row in direct["results"]} == {share}
+        assert direct["left out"] == "teacher"
     few = ["fit", "--problems", "3", "--samples", "2"]
     gates = run("gates.py", *few, "--taus", "0.5", "2.5", "--kl", "0.01", folder=tmp_path)["results"]
     assert [row["tau"] for row in gates] == [0.5, 2.5]
