@@ -6,8 +6,8 @@ DIR is a finished `trimtab fit --via lora` (or distill) with an entropy gate. Fo
 positions above it alone and answers validation problems, at the strength at which the whole of its divergence from the
 base is the same on the run's held-out completions: --kl nats a position where the run's own gate opens, at the run's
 temperature, so one that acts less often may push harder. What it then diverges on its own text is `kl_token`. `at
-random` is the same head at the same strength, acting at as many steps drawn by chance. That moves the base less, for a
-push does less where the base is sure: it is what comes of not knowing where, not a control that pushes as far.
+random` is the same head acting at as many steps drawn by chance, and stronger: a push does less where the base is sure,
+so it is brought to as many nats a step on the base's own text (match.py).
 """
 
 import argparse
@@ -32,7 +32,9 @@ from trimtab.steering.features import gate_of
 from trimtab.steering.fit import STRENGTH_LIMIT, match_strength
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
+from trimtab.steering.match import match_kl
 from trimtab.steering.problem import Problem
+from trimtab.steering.report import Exam
 from trimtab.steering.rollouts import Sampling, open_core
 from trimtab.steering.tasks import Task, load_task
 
@@ -125,10 +127,12 @@ def online(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "gates"
         found = answer(core, task, problems, sampling, [Policy("base"), *gated], folder)
-        chance = []
+        chance, exam = [], Exam(task, problems, sampling, config.slots, args.threads)
         for policy, tau in zip(gated, heads, strict=True):
             rate = sum(r.fired for r in found[policy.name]) / sum(len(r.tokens) for r in found[policy.name])
-            chance.append(policy._replace(name=f"random {tau:g}", gate="random", tau=1 - rate))
+            control = policy._replace(name=f"random {tau:g}", gate="random", tau=1 - rate)
+            strength = match_kl(core, exam, policy, control, folder / "matching").strength
+            chance.append(control._replace(strength=strength))
         found |= answer(core, task, problems, sampling, chance, folder)
     return found, {tau: strength for tau, (_, _, strength) in heads.items()}
 
@@ -147,6 +151,7 @@ def line(
         "fired": round(told.fired, 4),
         "flips": round(told.flips, 4),
         "kl_token": round(told.kl_token, 4),
+        "kl_token_at_random": round(summarise(chance, problems, found[chance], task.extract).kl_token, 4),
         "pass_at_1": round(told.pass_at_1, 4),
         **spread,
     }
