@@ -6,8 +6,8 @@ DIR is a finished `trimtab fit --via lora` (or distill) with an entropy gate. Fo
 positions above it alone and answers validation problems, at the strength at which the whole of its divergence from the
 base is the same on the run's held-out completions: --kl nats a position where the run's own gate opens, at the run's
 temperature, so one that acts less often may push harder. What it then diverges on its own text is `kl_token`. `at
-random` is the same head acting at as many steps drawn by chance, and stronger: a push does less where the base is sure,
-so it is brought to as many nats a step on the base's own text (match.py).
+random` is the same head acting at as many steps drawn by chance, and stronger, as a push does less where the base is
+sure: it is brought to as many nats a step at which it acts, on the base's own text (match.py).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from trimtab.steering.features import gate_of
 from trimtab.steering.fit import STRENGTH_LIMIT, match_strength
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
-from trimtab.steering.match import match_kl
+from trimtab.steering.match import Matched, match_kl
 from trimtab.steering.problem import Problem
 from trimtab.steering.report import Exam
 from trimtab.steering.rollouts import Sampling, open_core
@@ -61,9 +61,9 @@ def main() -> None:
     entropy = entropies(base, watched.features.h)
     heads = {tau: learn(base, watched, entropy, tau, config, args.kl) for tau in args.taus}
     task = load_task(config.task, config.verifier, config.held_out, config.seed)
-    found, strengths = online(base, task, config, heads, args)
+    found, matched = online(base, task, config, heads, args)
     problems = task.problems("validation", args.problems)
-    results = [line(task, problems, found, tau, strengths[tau]) for tau in args.taus]
+    results = [line(task, problems, found, tau, heads[tau][2], matched[tau]) for tau in args.taus]
     here = machine.describe()
     mean = sum(rollout.reward for rollout in found["base"]) / len(found["base"])
     facts: dict[str, Any] = {
@@ -115,8 +115,8 @@ def online(
     config: FitConfig,
     heads: dict[float, tuple[FitConfig, Head, float]],
     args: argparse.Namespace,
-) -> tuple[dict[str, list[Rollout]], dict[float, float]]:
-    """What each policy answered, by its name, and the strengths by tau."""
+) -> tuple[dict[str, list[Rollout]], dict[float, Matched]]:
+    """What each policy answered, by its name, and by tau how the one at random was matched."""
     problems = task.problems("validation", args.problems)
     bank = Bank(base.hidden, base.device)
     for i, (told, head, strength) in enumerate(heads.values()):
@@ -127,18 +127,23 @@ def online(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "gates"
         found = answer(core, task, problems, sampling, [Policy("base"), *gated], folder)
-        chance, exam = [], Exam(task, problems, sampling, config.slots, args.threads)
+        chance, matched, exam = [], {}, Exam(task, problems, sampling, config.slots, args.threads)
         for policy, tau in zip(gated, heads, strict=True):
             rate = sum(r.fired for r in found[policy.name]) / sum(len(r.tokens) for r in found[policy.name])
             control = policy._replace(name=f"random {tau:g}", gate="random", tau=1 - rate)
-            strength = match_kl(core, exam, policy, control, folder / "matching").strength
-            chance.append(control._replace(strength=strength))
+            matched[tau] = match_kl(core, exam, policy, control, folder / "matching")
+            chance.append(control._replace(strength=matched[tau].strength))
         found |= answer(core, task, problems, sampling, chance, folder)
-    return found, {tau: strength for tau, (_, _, strength) in heads.items()}
+    return found, matched
 
 
 def line(
-    task: Task, problems: Sequence[Problem], found: dict[str, list[Rollout]], tau: float, strength: float
+    task: Task,
+    problems: Sequence[Problem],
+    found: dict[str, list[Rollout]],
+    tau: float,
+    strength: float,
+    matched: Matched,
 ) -> dict[str, Any]:
     """The figures of one gate."""
     name, chance = f"above {tau:g}", f"random {tau:g}"
@@ -148,6 +153,10 @@ def line(
     return {
         "tau": tau,
         "strength": strength,
+        "strength_at_random": matched.strength,
+        "as_far_at_random": matched.near,
+        "kl_a_fired_step": round(matched.wanted, 4),
+        "kl_a_fired_step_at_random": round(matched.kl, 4),
         "fired": round(told.fired, 4),
         "flips": round(told.flips, 4),
         "kl_token": round(told.kl_token, 4),

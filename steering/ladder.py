@@ -107,7 +107,7 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
             return
         matched = match_kl(core, exam, first, control, folder / "matching")
         climbed.matched.append(matched)
-        far = "as far from the base" if matched.measured else "not matched"
+        far = "as far from the base" if matched.near else "not matched"
         add([Row(control._replace(strength=matched.strength), "control", f"{what}, {far}", first.name)])
 
     for control in entrants.controls:

@@ -33,6 +33,11 @@ class Matched(NamedTuple):
         """Both are far enough from the base to be told from it: rollouts keep a completion's KL to 0.01 nats."""
         return self.kl > 0 and self.wanted > 0
 
+    @property
+    def near(self) -> bool:
+        """The control is as far from the base as it was to be."""
+        return self.measured and abs(self.kl / self.wanted - 1) < NEAR
+
 
 def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Path) -> Matched:
     """policy: the correction's; control: its control, which starts at its strength. KL grows about as a strength's
@@ -45,7 +50,7 @@ def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Pa
     for turn in range(ROUNDS):
         tried = control._replace(name=f"{control.name}-{turn}", strength=strength)
         kl = _divergence(core, exam, tried, folder)
-        if kl == 0 or wanted == 0 or abs(kl / wanted - 1) < NEAR or turn == ROUNDS - 1:
+        if Matched(control.name, strength, kl, wanted).near or kl == 0 or wanted == 0 or turn == ROUNDS - 1:
             break
         strength = max(-LIMIT, min(LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
     matched = Matched(control.name, strength, kl, wanted)
