@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="GSM8K's JSONL: question, answer ending in #### N")
     parser.add_argument("--shots-from", type=Path, help="the training file of the examples (default: the source)")
     parser.add_argument("--shots", type=int, default=3, help="worked examples before the problem (default: 3)")
-    parser.add_argument(
-        "--system", default="", help="a system message before all, so that a gain is none over its lack"
-    )
+    parser.add_argument("--system", default="", help="a system message before every problem")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples, and of the problems' order")
     parser.add_argument("--out", type=Path, required=True, help="the task file to write")
     args = parser.parse_args()

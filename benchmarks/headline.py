@@ -79,7 +79,7 @@ def _of_gates(run: Mapping[str, Any]) -> Iterator[Row]:
     """What heads gain under higher and higher gates, and over acting as often by chance."""
     on = f"{run['model']}, {run['answered']}"
     for r in run["results"]:
-        far = "" if r["as_far_at_random"] else " (which moves the base less)"
+        far = "" if r.get("as_far_at_random") else " (which moves the base less)"
         shown = f"{_gain(r['over_base'])} at {r['fired']:.1%} of steps; over chance{far} {_gain(r['over_random'])}"
         yield [f"a head learned and acting above {r['tau']:g} nats", shown, on]
         on = "the same, paired seeds"

@@ -36,7 +36,7 @@ CASES = {  # gate open, temperature, top_p
     "open, sampled": (True, 0.8, 1.0),
     "open, top_p": (True, 0.8, 0.95),
 }
-PARTS = "shut, sampled"  # the case whose kernels are also timed apart
+PARTS = {"stats": "shut, sampled", "finish": "shut, sampled", "tilt": "open, sampled", "resolve": "shut, sampled"}
 DEVICE = torch.device("cuda")
 REPLAYS, BUDGET = 15, 0.3  # of a graph, and seconds after which five are enough
 KEPT = 20  # most likely tokens that the torch paths report
@@ -100,8 +100,7 @@ def measure(vocab: int, batch: int, rate: float, compiled: bool) -> dict[str, An
     took: dict[str, Any] = {"vocab": vocab, "batch": batch, "read": 1e6 * size / rate}
     took["copy"] = time_calls([lambda a=a, b=b: b.copy_(a) for a, b in zip(logits, spare, strict=True)])
     del spare
-    parts = inputs(PARTS)
-    took |= time_parts(parts)
+    took |= {part: time_part(part, inputs(case)) for part, case in PARTS.items()}
     took["of copy"] = took["copy"] / 2 / took["stats"]
     took["of big"] = took["read"] / took["stats"]
     for case in CASES:
@@ -116,17 +115,19 @@ def measure(vocab: int, batch: int, rate: float, compiled: bool) -> dict[str, An
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in took.items()}
 
 
-def time_parts(steps: list[StepInputs]) -> dict[str, float]:
-    """The step's kernels apart, each in a graph of calls of its own over the same logits."""
-    took = {"stats": time_calls([lambda i=i: measure_groups(i.logits, i.params) for i in steps])}
+def time_part(part: str, steps: list[StepInputs]) -> float:
+    """One of the step's kernels, in a graph of calls of its own over the same logits; resolve has nothing to do."""
     done = []
     for inputs in steps:
         groups, record = measure_groups(inputs.logits, inputs.params), new_record(len(inputs.logits), 0, DEVICE)
         done.append((inputs, groups, record, *finish_rows(inputs, groups, record)))
-    took["finish"] = time_calls([lambda i=i, g=g, r=r: finish_rows(i, g, r) for i, g, r, *_ in done])
-    took["tilt"] = time_calls([lambda i=i, g=g, r=r, t=t, s=s: tilt_rows(i, g, t, s, r) for i, g, r, t, s in done])
-    took["resolve"] = time_calls([lambda i=i, r=r, t=t: resolve_rows(i, t, r) for i, _, r, t, _ in done])
-    return took
+    calls: dict[str, list[Call]] = {
+        "stats": [lambda i=i: measure_groups(i.logits, i.params) for i in steps],
+        "finish": [lambda i=i, g=g, r=r: finish_rows(i, g, r) for i, g, r, *_ in done],
+        "tilt": [lambda i=i, g=g, r=r, t=t, s=s: tilt_rows(i, g, t, s, r) for i, g, r, t, s in done],
+        "resolve": [lambda i=i, r=r, t=t: resolve_rows(i, t, r) for i, _, r, t, _ in done],
+    }
+    return time_calls(calls[part])
 
 
 def time_calls(calls: list[Call]) -> float:

@@ -17,6 +17,8 @@ from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
 from trimtab.kernels.record import RowParams
 
 CHUNK = 1024  # tokens a program: one warp, which waits for no other
+PADDED = 16  # a row has a multiple of so many groups: whole chunks, and rows begin where wide reads may
+assert PADDED * GROUP.value % CHUNK == 0
 LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
 VARENTROPY = tl.constexpr(rules.GATE_VARENTROPY)
@@ -24,7 +26,7 @@ FLOOR = tl.constexpr(-200.0)  # exp is 0 there; 0 * FLOOR is 0 where 0 * -inf is
 
 
 class Groups(NamedTuple):
-    """What `measure_groups` leaves for the later kernels: float32 [rows, groups padded to a multiple of 16]."""
+    """What `measure_groups` leaves for the later kernels: float32 [rows, groups padded to a multiple of PADDED]."""
 
     peak: Tensor  # the maximum; +inf where the group holds a NaN or +inf
     mass: Tensor  # sum of exp(z - peak)
@@ -70,7 +72,7 @@ def measure_groups(logits: Tensor, params: RowParams) -> Groups:
     """logits [rows, vocab]; of params the temperature and the gate."""
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
-    stride = triton.cdiv(vocab, 16 * GROUP.value) * 16  # whole chunks, and rows that begin where wide reads may
+    stride = triton.cdiv(vocab, PADDED * GROUP.value) * PADDED
     groups = Groups(*logits.new_empty(5, rows, stride, dtype=torch.float32).unbind(0))
     stats_kernel[chunks, rows](
         logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride, CHUNK=CHUNK, **LAUNCH

@@ -48,7 +48,7 @@ def add_eval(subparsers: Subparsers) -> None:
     ladder.add_argument("--also", type=Path, action="append", default=[], metavar="DIR", help="a further correction")
     ladder.add_argument("--control-prompt", default="", metavar="TEXT", help="a system message for the base")
     ladder.add_argument("--few-shot", type=count, default=0, metavar="N", help="solved examples for the base")
-    ladder.add_argument("--without", nargs="+", default=[], metavar="ROW", help="rows to leave out")
+    ladder.add_argument("--without", nargs="+", default=[], metavar="ROW", help="rows to leave out, by name")
     parser.set_defaults(func=run_eval)
 
 

@@ -43,7 +43,8 @@ from trimtab.steering.teacher import without_peft_warnings
 RECENT = 8  # steps whose mean distance from the base is watched: one step says little
 CHECKPOINT_EVERY = 10  # steps
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # padded tokens a forward pass; a step of more takes several
+# Padded tokens a forward pass; a step of more takes several: what is kept for the backward pass grows with them.
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
 BLOCK = 1024  # positions whose logits exist at once
 LEAST_REST = 1e-7  # probability beyond the candidates: rounding may leave less than none
 
@@ -217,7 +218,7 @@ def objective(tuned: Any, batch: Sequence[Lesson]) -> Objective:
 def _in_blocks(part: Callable[[slice], Tensor], count: int) -> Tensor:
     """The sum of `part` over `count` positions. Several blocks are computed again in the backward pass.
 
-    So the logits of one exist at a time: of a thousand positions and 150,000 tokens they are 0.6 GB, several times."""
+    So the logits of two at most exist at a time: of a thousand positions and 150,000 tokens, 0.6 GB several times."""
     blocks = [slice(start, start + BLOCK) for start in range(0, max(count, 1), BLOCK)]
     if len(blocks) == 1:
         return part(blocks[0])

@@ -78,7 +78,12 @@ def test_gates_variants_and_answers_of_a_finished_fit(tmp_path: Path) -> None:
         direct = run("direct.py", *told, tokens, folder=tmp_path)
         assert {row["policy"] for row in direct["results"]} >= {"base", "correction", "shuffled-rewards"}
         assert {row["at_once"] for row in direct["results"]} == {share}
-        assert direct["left out"] == "teacher"
+        assert direct["not answered whole"] == "teacher"
+        (greedy,) = (row for row in direct["results"] if row["policy"] == "correction-greedy")
+        assert greedy["against"] == "base-greedy"
+        empty = "gain_where_it_reasoned" if share else "gain_where_that_was_at_once"
+        assert greedy[empty] is None
+        assert greedy["gain"] is not None
     few = ["fit", "--problems", "3", "--samples", "2"]
     gates = run("gates.py", *few, "--taus", "0.5", "2.5", "--kl", "0.01", folder=tmp_path)["results"]
     assert [row["tau"] for row in gates] == [0.5, 2.5]
