@@ -58,7 +58,7 @@ def test_a_ladder_is_printed_and_kept(capsys: pytest.CaptureFixture[str], monkey
     assert run(f"{LADDER} --json --text other.txt") == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(Path("kept/report.json").read_text())
-    assert (report["benchmark"], report["model"], len(report["rows"])) == ("ladder", "tiny-llama", 13)
+    assert (report["benchmark"], report["model"], len(report["rows"])) == ("ladder", "tiny-llama", 14)
     assert report["text"]["file"] == "other.txt"
     assert len(report["text"]["sha256"]) == 64
     assert report["machine"]["command"] == f"trimtab {LADDER} --json --text other.txt"
