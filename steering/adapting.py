@@ -20,6 +20,7 @@ from trimtab.steering.controls import SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.features import Features, gate_of
 from trimtab.steering.fit import STRENGTH_LIMIT, bisect
+from trimtab.steering.lora_loss import LEAST_REST
 from trimtab.steering.progress import say
 from trimtab.steering.routes import shuffled
 from trimtab.steering.study import Seen, Study, held_out_of, watch
@@ -148,7 +149,7 @@ def mixed_kl(features: Features, targets: Targets, temperature: float, strength:
     """Mean KL(base || (1 - s) z + s z_companion) at a temperature; tokens beyond the candidates count as one."""
 
     def with_rest(log_p: Tensor) -> Tensor:
-        rest = (1 - log_p.exp().sum(1)).clamp(min=lora.LEAST_REST).log()
+        rest = (1 - log_p.exp().sum(1)).clamp(min=LEAST_REST).log()
         return torch.cat([log_p, rest[:, None]], 1)
 
     base = with_rest(features.logits / temperature - features.lse[:, None])

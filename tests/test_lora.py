@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from tiny import tiny_base, tiny_model
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import lora
+from trimtab.steering import lora, lora_loss
 from trimtab.steering.adapter import WEIGHTS_FILE
 from trimtab.steering.config import FitConfig
 from trimtab.steering.features import cache_features
-from trimtab.steering.lora import Lesson, Target
+from trimtab.steering.lora_loss import Lesson, Target
 from trimtab.steering.problem import Problem
 from trimtab.steering.selection import Item
 from trimtab.steering.teacher import adapt, without_peft_warnings
@@ -98,7 +98,7 @@ def digest(folder: Path) -> dict[str, str]:
 def test_the_loss_is_the_written_one(base: Base) -> None:
     tuned, batch = with_effect(base), random_lessons(7)
     expected = [plain_loss(tuned, lesson) for lesson in batch]
-    found = lora.objective(tuned, batch)
+    found = lora_loss.objective(tuned, batch)
     assert float(found.likelihood) == pytest.approx(sum(one[0] for one in expected), rel=1e-4)
     assert float(found.anchor) == pytest.approx(sum(one[1] for one in expected), rel=1e-4)
     assert expected[0][1] == 0
@@ -112,11 +112,11 @@ def test_closed_positions_feel_the_anchor_alone(base: Base) -> None:
     lesson = random_lessons(3)[2]
     closed = lesson._replace(open=[*lesson.open[:-1], False])
     other = closed._replace(tokens=[*lesson.tokens[:-1], (lesson.tokens[-1] + 1) % 256])
-    one, changed = (torch.stack(lora.objective(tuned, [lesson])) for lesson in (closed, other))
+    one, changed = (torch.stack(lora_loss.objective(tuned, [lesson])) for lesson in (closed, other))
     assert torch.equal(one, changed), "the last token is input to nothing"
     silent = lesson._replace(open=[False] * len(lesson.tokens))
     for advantage in (2.0, -2.0):
-        found = lora.objective(tuned, [silent._replace(advantage=advantage)])
+        found = lora_loss.objective(tuned, [silent._replace(advantage=advantage)])
         assert float(found.likelihood) == 0
         assert float(found.anchor) > 0
 
@@ -134,7 +134,7 @@ def test_an_imitation_is_judged_by_its_divergence_from_the_teacher(base: Base, c
     tuned, teacher = with_effect(base), tiny_model(seed=1)
     teacher.set_attn_implementation("sdpa")
     batch = random_lessons(5)[2:]
-    found = lora.objective(tuned, [taught_by(teacher, lesson, candidates) for lesson in batch])
+    found = lora_loss.objective(tuned, [taught_by(teacher, lesson, candidates) for lesson in batch])
     expected = 0.0
     for lesson in batch:
         is_open = torch.tensor(lesson.open)
@@ -152,7 +152,7 @@ def test_an_imitation_is_judged_by_its_divergence_from_the_teacher(base: Base, c
 
 def test_an_adapter_without_effect_is_at_the_anchors_minimum(base: Base) -> None:
     tuned = lora.put_on(base, CONFIG)
-    found = lora.objective(tuned, [lesson._replace(advantage=0.0) for lesson in random_lessons(4)])
+    found = lora_loss.objective(tuned, [lesson._replace(advantage=0.0) for lesson in random_lessons(4)])
     (found.likelihood + found.anchor).backward()
     assert float(found.anchor.detach()) == 0
     assert all(p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in tuned.parameters())
@@ -170,12 +170,12 @@ def test_blocks_of_positions_change_neither_loss_nor_gradient(
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
 
     def differentiate() -> list[Tensor]:
-        found = lora.objective(tuned, batch)
+        found = lora_loss.objective(tuned, batch)
         loss = found.likelihood + 0.2 * found.anchor
         return [torch.stack(found).detach(), *torch.autograd.grad(loss, list(named.values()))]
 
     whole = differentiate()
-    monkeypatch.setattr(lora, "BLOCK", 5)
+    monkeypatch.setattr(lora_loss, "BLOCK", 5)
     blocked = differentiate()
     assert all(p.requires_grad for p in named.values())
     assert max(float(one.abs().max()) for one in whole[1:]) > 0.01
@@ -229,9 +229,9 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     train(base, tmp_path / "undisturbed")
-    objective, made = lora.objective, []
+    objective, made = lora_loss.objective, []
 
-    def objective_until_killed(tuned: PeftModel, batch: Sequence[Lesson]) -> lora.Objective:
+    def objective_until_killed(tuned: PeftModel, batch: Sequence[Lesson]) -> lora_loss.Objective:
         if len(made) == calls - 1:
             raise Killed
         made.append(batch)
@@ -286,9 +286,9 @@ def test_lessons_come_by_what_they_say_and_without_the_held_out(base: Base, tmp_
 def test_a_loss_that_diverges_ends_in_words_and_leaves_no_adapter(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objective, made = lora.objective, []
+    objective, made = lora_loss.objective, []
 
-    def objective_until_lost(tuned: PeftModel, batch: Sequence[Lesson]) -> lora.Objective:
+    def objective_until_lost(tuned: PeftModel, batch: Sequence[Lesson]) -> lora_loss.Objective:
         made.append(batch)
         found = objective(tuned, batch)
         return found if len(made) < 3 else found._replace(likelihood=found.likelihood * float("nan"))
