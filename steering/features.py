@@ -24,7 +24,7 @@ from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 
 SHARD = 64  # completions a file
-READ_AT_ONCE = {"cpu": 8, "cuda": 64}  # completions a forward pass, by the device's type
+READ_AT_ONCE = {"cpu": 16, "cuda": 64}  # completions a forward pass, by the device's type
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at a time
 
 
@@ -111,8 +111,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
 def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:
     """Each completion's final hidden states [tokens, hidden]: row t is what token t was drawn from."""
     prompts = [encode(base, problems[item.problem]) for item in items]
-    states = base.states([[*prompt, *item.tokens] for prompt, item in zip(prompts, items, strict=True)])
-    return [sequence[len(prompt) - 1 : -1] for prompt, sequence in zip(prompts, states, strict=True)]
+    return base.drawn_from(prompts, [item.tokens for item in items])
 
 
 @torch.inference_mode()

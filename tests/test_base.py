@@ -1,17 +1,22 @@
 """Loading: where weights come from, and that what is not served right is not served."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from tiny import tiny_base, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest, UnsupportedModel
 from trimtab.server.model import attention
 from trimtab.server.model.attention import KVBatch, Span
-from trimtab.server.model.base import load_base, prepare
+from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.server.model.linear import PackedLinear, pack_linears
+
+SHARED = [(7,), (7, 8), (9, 8, 7), tuple(range(20))]  # prompts: the longest is beyond a window of 8
 
 
 def test_a_local_folder_loads_and_identifies_itself_alike_at_any_dtype(tmp_path: Path) -> None:
@@ -79,6 +84,27 @@ def test_states_are_those_of_transformers() -> None:
     for ids, states in zip(sequences, ours, strict=True):
         plain = base.model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Base:
+    return tiny_base("gemma3_text")
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(SHARED), st.lists(st.integers(0, 99), min_size=1)), min_size=1, max_size=6))
+def test_a_shared_prompt_is_read_once_and_changes_no_state(
+    windowed: Base, pairs: list[tuple[tuple[int, ...], list[int]]]
+) -> None:
+    base = windowed
+    prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
+    with mock.patch.object(base, "forward", wraps=base.forward) as forward:
+        found = base.drawn_from(prompts, completions)
+    read = [token for call in forward.call_args_list for token in call.args[0]]
+    assert len(read) == sum(map(len, set(prompts))) + sum(len(c) - 1 for c in completions)
+    for states, prompt, tokens in zip(found, prompts, completions, strict=True):
+        whole = base.states([[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
+        torch.testing.assert_close(states, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_packing_keeps_the_layers_result_and_leaves_float32_alone() -> None:

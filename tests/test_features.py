@@ -102,7 +102,7 @@ def test_a_finished_file_is_read_and_not_computed_again(
     items, _ = sample(base)
     config = FitConfig(tau=TAU)
     before = cache_features(base, PROMPTS, items, config, tmp_path)
-    monkeypatch.setattr(base, "states", None)
+    monkeypatch.setattr(base, "drawn_from", None)
     after = cache_features(base, PROMPTS, items, config, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

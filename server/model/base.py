@@ -10,7 +10,7 @@ loaded, so that a family our attention does not cover is refused instead of serv
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,12 +103,37 @@ class Base:
 
     def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced h of whole sequences, [length, hidden] each: position t's h predicts token t + 1."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # single tokens first, as KVBatch asks
-        spans = [Span(slot, 0, len(sequences[i])) for slot, i in enumerate(order)]
         cache = self.new_cache(len(sequences), max(map(len, sequences)))
-        packed = self.forward([t for i in order for t in sequences[i]], KVBatch(cache, spans))
-        parts = torch.split(packed, [span.end for span in spans])
-        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+        found = self._read(cache, {slot: (0, sequence) for slot, sequence in enumerate(sequences)})
+        return [found[slot] for slot in range(len(sequences))]
+
+    def drawn_from(self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The h that each completion's tokens were drawn from, [tokens, hidden] each. Neither may be empty.
+
+        A prompt that several completions share is read once."""
+        ends = [len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, completions, strict=True)]
+        cache = self.new_cache(len(prompts), max(ends))
+        first: dict[tuple[int, ...], int] = {}
+        for slot, prompt in enumerate(prompts):
+            first.setdefault(prompt, slot)
+        read = self._read(cache, {slot: (0, prompt) for prompt, slot in first.items()})
+        for slot, prompt in enumerate(prompts):
+            if first[prompt] != slot:
+                cache.copy(first[prompt], slot, len(prompt))
+        pairs = enumerate(zip(prompts, completions, strict=True))
+        rest = self._read(cache, {slot: (len(p), tokens[:-1]) for slot, (p, tokens) in pairs if len(tokens) > 1})
+        last = [read[first[prompt]][-1:] for prompt in prompts]
+        return [torch.cat([h, rest[slot]]) if slot in rest else h for slot, h in enumerate(last)]
+
+    def _read(self, cache: KVCache, new: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, Tensor]:
+        """new: a slot's tokens, and how many came before them -> their h, [tokens, hidden] a slot."""
+        # single tokens first, each kind by slot, as KVBatch asks
+        order = sorted(new, key=lambda slot: (len(new[slot][1]) > 1, slot))
+        if not order:
+            return {}
+        spans = [Span(slot, start, start + len(tokens)) for slot in order for start, tokens in [new[slot]]]
+        packed = self.forward([token for slot in order for token in new[slot][1]], KVBatch(cache, spans))
+        return dict(zip(order, torch.split(packed, [len(new[slot][1]) for slot in order]), strict=True))
 
 
 def read_logits(model: Any, states: Tensor) -> Tensor:
