@@ -1,10 +1,10 @@
 """How long fitting takes: a head from cached features, again and here, beside the stages that the fit itself timed.
 
-    python benchmarks/fit_time.py DIR [--threads 2] [--lora]
+    python benchmarks/fit_time.py DIR [--threads 2] [--network]
 
 DIR is a finished `trimtab fit --via lora`. Timed here: the direct fit and the distilled one, from the same rollouts'
-features; with --lora the paper's LoRA on the same completions too, from its first step to its last. The other seconds
-are the fit's own, from DIR/run/timings.json, on the hardware that it names.
+features; with --network what runs the model too: those features, and the paper's LoRA on the same completions, from its
+first step to its last. The other seconds are the fit's own, from DIR/run/timings.json, on the hardware that it names.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from trimtab.server.model.base import load_base
 from trimtab.steering import lora
 from trimtab.steering.config import ROUTES
 from trimtab.steering.distil import distil
-from trimtab.steering.features import Features
+from trimtab.steering.features import Features, cache_features
 from trimtab.steering.fit import fit
 from trimtab.steering.journal import Journal
 from trimtab.steering.selection import select
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a finished trimtab fit --via lora")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--lora", action="store_true", help="time the LoRA here too: minutes on a CPU")
+    parser.add_argument("--network", action="store_true", help="time what runs the model here too: minutes on a CPU")
     args = parser.parse_args()
     run = args.folder / "run"
     config = read_config(run)
@@ -53,14 +53,17 @@ def main() -> None:
     fitted, budgets = learned(features), direct.kl_budgets
     measure("head, fitted directly", fitted, lambda: fit(features, base.head_weight, budgets, direct))
     measure("head, distilled", learned(watched.features), lambda: distil(watched, base.head_weight, config))
-    if args.lora:
+    if args.network:
         task = load_task(config.task, config.verifier, config.held_out, config.seed)
         problems = {problem.id: problem for problem in task.problems("train", config.problems)}
         paths = sorted((run / "rollouts").glob("*.jsonl"))
         items = select([rollout for path in paths for rollout in Journal(path).read()], config)
         taught = lora.lessons(base, problems, items, features)
-        with tempfile.TemporaryDirectory() as scratch:
-            measure("the paper's LoRA", fitted, lambda: lora.train(base, taught, config, Path(scratch)))
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            read = len(features.h)
+            measure("features", read, lambda: cache_features(base, problems, items, config, scratch / "features"))
+            measure("the paper's LoRA", fitted, lambda: lora.train(base, taught, config, scratch / "lora"))
     told = json.loads((run / "timings.json").read_text())
     here = machine.describe()
     facts = {
