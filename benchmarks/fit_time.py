@@ -26,6 +26,7 @@ from trimtab.steering.distil import distil
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.fit import fit
 from trimtab.steering.journal import Journal
+from trimtab.steering.machine import device_of
 from trimtab.steering.selection import select
 from trimtab.steering.tasks import load_task
 
@@ -68,7 +69,7 @@ def main() -> None:
     here = machine.describe()
     facts = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "head": f"direct: rank {direct.rank}, top {direct.top_k}; distilled: rank {config.rank}, top {config.top_k}",
         "lora": f"rank {config.lora_rank} on {', '.join(config.lora_targets)}, {config.lora_epochs:g} epochs",
     }

@@ -25,17 +25,18 @@ from torch import Tensor
 
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
-from trimtab.steering.config import FitConfig
+from trimtab.steering.config import STRENGTH_LIMIT, FitConfig
 from trimtab.steering.distil import Watched, distil
 from trimtab.steering.evaluate import Policy, answer, compare, summarise
 from trimtab.steering.features import gate_of
-from trimtab.steering.fit import STRENGTH_LIMIT, match_strength
+from trimtab.steering.fit import divergence_of
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
+from trimtab.steering.machine import device_of
 from trimtab.steering.match import Matched, match_kl
 from trimtab.steering.problem import Problem
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling, open_core
+from trimtab.steering.rollouts import Exam, Sampling
+from trimtab.steering.strength import bisect
 from trimtab.steering.tasks import Task, load_task
 
 ROWS = 512  # of [rows, vocab] logits held at a time
@@ -68,7 +69,7 @@ def main() -> None:
     mean = sum(rollout.reward for rollout in found["base"]) / len(found["base"])
     facts: dict[str, Any] = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "run": f"{config.task}, via {config.via}, gate {gate_of(config)}, seed {config.seed}",
         "answered": f"{args.problems} validation problems x {args.samples}",
         "base": f"pass@1 {mean:.3f}",
@@ -103,7 +104,7 @@ def learn(
     narrowed = features._replace(gated=features.gated & above, acts=features.acts & above)
     head = distil(watched._replace(features=narrowed), base.head_weight, told, stage=f"tau {tau:g}").head
     before, after = (int((one.acts & one.held_out).sum()) for one in (features, narrowed))
-    strength = match_strength(head, narrowed, base.head_weight, kl * before / after, told)
+    strength = bisect(divergence_of(head, narrowed, base.head_weight, told), kl * before / after)
     if strength >= STRENGTH_LIMIT:
         raise SystemExit(f"a head above {tau:g} nats cannot be brought so far from the base: lower --kl")
     return told, head, strength
@@ -121,19 +122,20 @@ def online(
     bank = Bank(base.hidden, base.device)
     for i, (told, head, strength) in enumerate(heads.values()):
         bank.add(head.correction(f"c{i}", told.top_k, gate_of(told), base.identity, strength))
-    core = open_core(base, bank, problems, config.max_tokens, config.slots, args.threads)
     sampling = Sampling(args.samples, config.seed, config.temperature, config.top_p, config.max_tokens)
+    exam = Exam(task, problems, sampling, config.slots, args.threads)
+    core = exam.open(base, bank)
     gated = [Policy(f"above {tau:g}", f"c{i}") for i, tau in enumerate(heads)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "gates"
-        found = answer(core, task, problems, sampling, [Policy("base"), *gated], folder)
-        chance, matched, exam = [], {}, Exam(task, problems, sampling, config.slots, args.threads)
+        found = answer(core, exam, [Policy("base"), *gated], folder)
+        chance, matched = [], {}
         for policy, tau in zip(gated, heads, strict=True):
             rate = sum(r.fired for r in found[policy.name]) / sum(len(r.tokens) for r in found[policy.name])
             control = policy._replace(name=f"random {tau:g}", gate="random", tau=1 - rate)
             matched[tau] = match_kl(core, exam, policy, control, folder / "matching")
             chance.append(control._replace(strength=matched[tau].strength))
-        found |= answer(core, task, problems, sampling, chance, folder)
+        found |= answer(core, exam, chance, folder)
     return found, matched
 
 

@@ -23,6 +23,7 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.model.base import Base, load_base
+from trimtab.steering.machine import device_of
 
 TURN = 32  # tokens that a turn adds to the chat, or that follow a beginning
 
@@ -46,7 +47,7 @@ def main() -> None:
     here = machine.describe()
     facts = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "at_once": f"{args.step_tokens} tokens a step",
         "seed": args.seed,
     }

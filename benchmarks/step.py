@@ -30,6 +30,7 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.correction import HeadCorrection, check
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
+from trimtab.steering.machine import device_of
 
 WARM_UP = 5  # rounds that are not counted
 STRENGTH = 1e-6  # not 0, so that the correction fires; too small to change what is drawn
@@ -49,7 +50,7 @@ def main() -> None:
     here = machine.describe()
     facts: dict[str, Any] = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "correction": f"{correction.name}: rank {correction.rank}, {correction.top_k} candidates",
         "prompt": f"{args.prompt} tokens",
         "steps": args.steps,

@@ -27,6 +27,7 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection, LoraCorrection, check
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
+from trimtab.steering.machine import device_of
 
 OPEN = -1e6  # a tau below every statistic
 RANK, LAYER = 8, "o_proj"  # of the LoRA that stands in for a learned one
@@ -47,7 +48,7 @@ def main() -> None:
     here = machine.describe()
     facts: dict[str, Any] = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "head": f"{head.name}: rank {head.rank}, {head.top_k} candidates",
         "lora": f"{lora.name}: rank {lora.adapter.rank} on {', '.join(lora.facts['layers'])}",
         "prompt": f"{args.prompt} tokens",

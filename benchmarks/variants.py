@@ -28,10 +28,12 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.distil import Distilled, distil
 from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.features import Features, gate_of
-from trimtab.steering.fit import match_strength, start
+from trimtab.steering.fit import divergence_of, start
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
-from trimtab.steering.rollouts import Sampling, open_core
+from trimtab.steering.machine import device_of
+from trimtab.steering.rollouts import Exam, Sampling
+from trimtab.steering.strength import bisect
 from trimtab.steering.tasks import load_task
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -99,7 +101,7 @@ def main() -> None:
     base_kl = next(iter(found.values()))[1].base_kl
     facts: dict[str, Any] = {
         "model": base.name,
-        "device": f"{base.device.type}, {base.dtype}, {args.threads} threads".replace("torch.", ""),
+        "device": device_of(base, args.threads),
         "run": f"{config.task}, via {config.via}, gate {gate_of(config)}, seed {config.seed}",
         "positions": len(watched.targets),
         "base": f"KL(teacher || base) {base_kl:.4f}" + (f", pass@1 {rates['base']['pass_at_1']:.3f}" if rates else ""),
@@ -127,13 +129,13 @@ def online(
     for number, (name, (told, one, _)) in enumerate(found.items()):
         if name == PAIR:
             continue
-        strengths[name] = match_strength(one.head, features, base.head_weight, args.kl, told)
+        strengths[name] = bisect(divergence_of(one.head, features, base.head_weight, told), args.kl)
         bank.add(one.head.correction(f"v{number}", told.top_k, gate_of(told), base.identity, strengths[name]))
         policies.append(Policy(name, f"v{number}"))
-    core = open_core(base, bank, problems, config.max_tokens, config.slots, args.threads)
     sampling = Sampling(args.samples, config.seed, config.temperature, config.top_p, config.max_tokens)
+    exam = Exam(task, problems, sampling, config.slots, args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        answers = answer(core, task, problems, sampling, policies, Path(scratch) / "variants")
+        answers = answer(exam.open(base, bank), exam, policies, Path(scratch) / "variants")
     return {
         name: {"strength": strengths[name], "pass_at_1": round(mean_reward(rollouts), 4)}
         for name, rollouts in answers.items()

@@ -19,11 +19,9 @@ from trimtab.steering.adapter import read_adapter
 from trimtab.steering.controls import SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.features import Features, gate_of
-from trimtab.steering.fit import STRENGTH_LIMIT, bisect
 from trimtab.steering.lora_loss import LEAST_REST
-from trimtab.steering.progress import say
-from trimtab.steering.routes import shuffled
-from trimtab.steering.study import Seen, Study, held_out_of, watch
+from trimtab.steering.strength import Divergence, bring_to, within_limit
+from trimtab.steering.study import Seen, Study, held_out_of, shuffled, watch
 from trimtab.steering.teacher import Targets, adapt, cache_targets
 
 
@@ -98,27 +96,15 @@ class Imitation:
 
 
 def _candidates(study: Study, folder: Path) -> list[Correction]:
-    config, divergence = study.config, _divergence(study, folder)
-    kls = {strength: divergence(strength) for strength in config.strengths}
-    within = {s: kl for s, kl in kls.items() if not config.kl_limit or kl <= config.kl_limit}
-    if not within:
-        strength = bisect(divergence, config.kl_limit)
-        within = {strength: divergence(strength)}
-    shown = ", ".join(f"x{s:g} {kl:.3f}{'' if s in within else ' (too far)'}" for s, kl in (kls | within).items())
-    say("strengths", f"held-out KL from the base: {shown}; the limit is {config.kl_limit or 'off'}")
     return [
         _correction(study, folder, f"x{strength:g}", strength, {"kl": kl, "strength": strength})
-        for strength, kl in within.items()
+        for strength, kl in within_limit(_divergence(study, folder), study.config).items()
     ]
 
 
 def _match(study: Study, folder: Path, kind: str, kl: float) -> Correction:
     """The control, at the strength that brings it to `kl`."""
-    divergence = _divergence(study, folder)
-    strength = bisect(divergence, kl)
-    reached = divergence(strength)
-    words = f"held-out KL {divergence(1.0):.3f}, at strength {strength:g} {reached:.3f} (the correction's: {kl:.3f})"
-    say(kind, words + (", the limit: it pushes less than the correction" if strength >= STRENGTH_LIMIT else ""))
+    strength, reached = bring_to(_divergence(study, folder), kl, kind)
     return _correction(study, folder, kind, strength, {"kl": reached, "kl_wanted": kl})
 
 
@@ -133,7 +119,7 @@ def _correction(study: Study, folder: Path, name: str, strength: float, facts: d
     )
 
 
-def _divergence(study: Study, folder: Path) -> Callable[[float], float]:
+def _divergence(study: Study, folder: Path) -> Divergence:
     """Held-out KL(base || mixed) in nats a position, of a strength."""
     items, features = held_out_of(study)
     stage = f"{study.label}lora on held-out"

@@ -15,7 +15,7 @@ Invariant: every rule answers the same problems with the same random numbers.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +24,15 @@ from trimtab.kernels import philox
 from trimtab.server.engine.request import Request, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorrection
 from trimtab.steering.evaluate import compare, kept, summarise
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
-from trimtab.steering.lockstep import Choose, Turn, Written, rollout_of, watched, write
-from trimtab.steering.machine import describe, hardware
+from trimtab.steering.lockstep import Choose, Turn, Written, answer_in_turns, watched
+from trimtab.steering.machine import ran_on
 from trimtab.steering.problem import Problem
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import gather, open_core, request_for
+from trimtab.steering.rollouts import Exam, request_for
 from trimtab.steering.tasks import fingerprint
 
 NEAR = 5  # a token among the base's best so many is reranked, not shifted
@@ -81,13 +79,12 @@ def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[flo
         for name, rollouts in found.items()
     ]
     shares = [kept(found, name, TUNED, BASE) for name in found if name not in (BASE, TUNED)]
-    ran = f"{base.device.type}, {base.dtype}, {exam.threads} threads".replace("torch.", "")
     return {
         "task": exam.task.name,
         "problems": len(exam.problems),
         "problems_sha256": fingerprint(exam.problems),
         "sampling": exam.sampling._asdict(),
-        "hardware": f"{hardware(describe())} ({ran})",
+        "hardware": ran_on(base, exam.threads),
         "model": base.name,
         "tuned": tuned.name,
         "tokens": {name: count(found[name]) for name in (BASE, TUNED)},
@@ -153,11 +150,10 @@ class _Pair:
     """Both engines, and a folder for what each rule writes."""
 
     def __init__(self, exam: Exam, base: Base, tuned: Tuned, gate: Gate, folder: Path) -> None:
-        self._exam, self._tuned, self._gate, self._folder = exam, tuned, gate, folder
+        self._exam, self._tuned, self._folder = exam, tuned, folder
         bank, self._watch = watched(base, gate)
         its, self._steer = _steered(tuned)
-        room = (exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
-        self._first, self._second = open_core(base, bank, *room), open_core(tuned.model, its, *room)
+        self._cores = exam.open(base, bank), exam.open(tuned.model, its)
 
     def acts(self, turn: Turn) -> bool:
         """Whether the tuned model is heeded at this position at all."""
@@ -169,34 +165,25 @@ class _Pair:
         return lambda turn: self.acts(turn) and turn.own.statistic > tau
 
     def run(self, rule: str, choose: Choose) -> list[Rollout]:
-        exam, folder = self._exam, self._folder / rule
-        claim(folder, self._facts() | {"rule": rule})
-        score_again(exam.task, exam.problems, folder)
-        by_id = {problem.id: problem for problem in exam.problems}
+        facts = self._facts | {"rule": rule}
+        folder, stage = self._folder / rule, f"analyze {rule}"
+        return answer_in_turns(self._exam, self._cores, self._ask, choose, folder, facts, stage, self._mark)
 
-        def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
-            known = {(rollout.problem, rollout.sample) for rollout in finished}
-            for written in write(self._first, self._second, [self._requests(p) for p in group], choose):
-                if (written.problem, written.sample) not in known:
-                    yield [self._rollout(by_id[written.problem], written)]
+    def _ask(self, problem: Problem) -> tuple[Request, Request]:
+        first, second = self._cores
+        own = request_for(first, problem, self._exam.sampling, self._watch, RANKED)
+        return own, request_for(second, problem, self._exam.sampling, self._steer)
 
-        return gather(exam.problems, exam.sampling.samples, exam.slots, folder, f"analyze {rule}", draw)
+    def _mark(self, written: Written) -> dict[str, float]:
+        return mark(written.turns, self.acts)
 
-    def _requests(self, problem: Problem) -> tuple[Request, Request]:
-        sampling = self._exam.sampling
-        own = request_for(self._first, problem, sampling, self._watch, RANKED)
-        return own, request_for(self._second, problem, sampling, self._steer)
-
-    def _rollout(self, problem: Problem, written: Written) -> Rollout:
-        found = rollout_of(self._first.base, self._exam.task, problem, written)
-        return found._replace(marks=mark(written.turns, self.acts))
-
+    @property
     def _facts(self) -> dict[str, Any]:
         correction = self._tuned.correction
-        facts = describe_run(self._first, self._exam.problems, self._exam.sampling) | {"marks": _MARKS}
         learned = None if correction is None else digest(correction)
         acts = None if self._tuned.gate is None else str(self._tuned.gate)
-        return facts | {"tuned": self._tuned.model.identity.fingerprint, "correction": learned, "acts": acts}
+        fingerprint = self._tuned.model.identity.fingerprint
+        return {"marks": _MARKS, "tuned": fingerprint, "correction": learned, "acts": acts}
 
 
 def _steered(tuned: Tuned) -> tuple[Bank, Steering]:

@@ -59,6 +59,7 @@ GATES = {"entropy": 0.5, "varentropy": 0.5, "margin": -0.8, "always": 0.5}  # ki
 
 FEWEST = 4  # problems of mixed success that can be learned from
 MAX_SAMPLES = 128  # that one request to the engine may ask for
+STRENGTH_LIMIT = 32.0  # cap * tanh saturates long before
 
 
 def option(default: Any, help: str) -> Any:
@@ -192,7 +193,9 @@ class FitConfig:
             self._require(name, math.isfinite(value) and value >= 0, "must be at least 0")
         self._require("lora_targets", len(self.lora_targets) > 0, "must name at least one layer")
         self._require("strengths", len(self.strengths) > 0, "must name at least one strength")
-        self._require("strengths", all(0 < s <= 32 for s in self.strengths), "must be above 0 and at most 32")
+        self._require(
+            "strengths", all(0 < s <= STRENGTH_LIMIT for s in self.strengths), "must be above 0 and at most 32"
+        )
         self._require("strengths", sorted(set(self.strengths)) == list(self.strengths), "must rise")
         self._require("kl_budgets", len(self.kl_budgets) > 0, "must name at least one budget")
         self._require("kl_budgets", all(0 < b < math.inf for b in self.kl_budgets), "must be above 0")

@@ -19,9 +19,9 @@ from torch import Tensor
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import BaseIdentity, Correction
 from trimtab.steering.features import Features, gate_of
-from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
+from trimtab.steering.fit import divergence_of, fit
 from trimtab.steering.head import Head
-from trimtab.steering.progress import say
+from trimtab.steering.strength import bring_to
 
 SHUFFLED, SHUFFLED_TEACHER, RANDOM = "shuffled-rewards", "shuffled-teacher", "random-positions"
 CONTROLS = (SHUFFLED, SHUFFLED_TEACHER, RANDOM)
@@ -42,11 +42,7 @@ def match(
     kind: str, head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig, base: BaseIdentity
 ) -> Correction:
     """The control that this head makes at the strength which brings it to `kl`, or as near as the limit lets it."""
-    strength = match_strength(head, features, rows, kl, config)
-    measured = features.at(features.acts & features.held_out)
-    plain, reached = (measure(head, measured, rows, config, s) for s in (1.0, strength))
-    words = f"held-out KL {plain:.3f}, brought to {reached:.3f} (the correction's: {kl:.3f}) by strength {strength:.2f}"
-    say(kind, words + (", the limit: it pushes less than the correction" if strength >= STRENGTH_LIMIT else ""))
+    strength, reached = bring_to(divergence_of(head, features, rows, config), kl, kind)
     correction = head.correction(kind, config.top_k, gate_of(config), base, strength)
     return dataclasses.replace(correction, provenance={"kl": reached, "kl_wanted": kl})
 

@@ -3,7 +3,7 @@
 Invariant: sample i of a problem draws with the same seed under every policy, so what differs between two policies is
 the policy. Intervals are over problems (the samples of one problem are no independent evidence).
 
-    found = answer(core, task, problems, sampling, policies, folder)
+    found = answer(core, Exam(task, problems, sampling, slots, threads), policies, folder)
     figures = summarise("base", problems, found["base"], task.extract);  compare(found, "head", "base")
 """
 
@@ -25,8 +25,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
-from trimtab.steering.rollouts import Sampling, collect
-from trimtab.steering.tasks import Task
+from trimtab.steering.rollouts import Exam, Sampling, collect
 from trimtab.steering.verifiers import SOLVED, Extract
 
 RESAMPLES = 10_000
@@ -105,24 +104,23 @@ class Figures(NamedTuple):
     kl_token: float  # the same over all steps
 
 
-def answer(
-    core: Core, task: Task, problems: Sequence[Problem], sampling: Sampling, policies: Sequence[Policy], folder: Path
-) -> dict[str, list[Rollout]]:
+def answer(core: Core, exam: Exam, policies: Sequence[Policy], folder: Path) -> dict[str, list[Rollout]]:
     """Each policy's completions, by its name. Finished files in the folder are kept, and scored again."""
     found = {}
     for policy in policies:
-        drawn = sampling if policy.temperature is None else sampling._replace(temperature=policy.temperature)
+        drawn = exam.sampling
+        drawn = drawn if policy.temperature is None else drawn._replace(temperature=policy.temperature)
         drawn = drawn._replace(temperature=0.0, samples=1) if policy.greedy else drawn
-        asked = [preface(problem, policy.preface) for problem in problems]
+        asked = [preface(problem, policy.preface) for problem in exam.problems]
         stage = f"{folder.name} {policy.name}"
         claim(folder / policy.name, describe(core, asked, drawn, policy))
-        score_again(task, asked, folder / policy.name)
-        found[policy.name] = collect(core, task, asked, drawn, folder / policy.name, stage, policy.steering)
+        score_again(exam.task, asked, folder / policy.name)
+        found[policy.name] = collect(core, exam.task, asked, drawn, folder / policy.name, stage, policy.steering)
     return found
 
 
 def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: Policy) -> dict[str, Any]:
-    """The same of a policy's completions."""
+    """What decides a policy's completions, as JSON values. asked: the problems as they are put to it."""
     facts = describe_run(core, asked, sampling)
     if policy.preface.system:  # the options' names: told apart from other problems, where a folder refuses
         facts["control_prompt"] = policy.preface.system

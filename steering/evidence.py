@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trimtab.steering.correction import Correction
     from trimtab.steering.gate import Gate
     from trimtab.steering.ladder import Entrants
-    from trimtab.steering.report import Exam
+    from trimtab.steering.rollouts import Exam
 
 Subparsers = Any  # argparse's own type is private
 

@@ -6,7 +6,7 @@ below its budget (but see `overshoot`). Equal features, config and seed give equ
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ from trimtab.steering.features import Features
 from trimtab.steering.head import Head
 from trimtab.steering.objective import Change, change_by, loss
 from trimtab.steering.progress import Progress, say
+from trimtab.steering.strength import Divergence
 
 CHECK_EVERY = 8  # steps between measurements of held-out KL, or a 32nd of those done; the first steps are all measured
 MEASURE_ROWS = 1024  # positions at a time: their candidates' rows are [positions, top_k, hidden]
-STRENGTH_LIMIT = 32.0
 
 
 class Snapshot(NamedTuple):
@@ -103,26 +103,10 @@ def measure(head: Head, measured: Features, rows: Tensor, config: FitConfig, str
     return float(torch.cat(kl).mean())
 
 
-def match_strength(head: Head, features: Features, rows: Tensor, kl: float, config: FitConfig) -> float:
-    """The strength at which the head's held-out KL is `kl`: controls must push as hard as what they control.
-
-    STRENGTH_LIMIT where even that is less."""
+def divergence_of(head: Head, features: Features, rows: Tensor, config: FitConfig) -> Divergence:
+    """`measure` at the held-out positions where the head acts, of a strength."""
     measured = features.at(features.acts & features.held_out)
-    return bisect(lambda strength: measure(head, measured, rows, config, strength), kl)
-
-
-def bisect(kl_at: Callable[[float], float], kl: float) -> float:
-    """The strength up to STRENGTH_LIMIT at which a divergence that grows with it is `kl`, or just below."""
-    if kl_at(STRENGTH_LIMIT) < kl:
-        return STRENGTH_LIMIT
-    low, high = 0.0, STRENGTH_LIMIT
-    for _ in range(20):
-        middle = (low + high) / 2
-        if kl_at(middle) < kl:
-            low = middle
-        else:
-            high = middle
-    return math.floor(low * 1e4) / 1e4
+    return lambda strength: measure(head, measured, rows, config, strength)
 
 
 def start(training: Features, rows: Tensor, config: FitConfig) -> Head:

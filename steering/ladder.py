@@ -10,7 +10,7 @@ Invariant: every row answers the same held-out problems with the same random num
 brought to the correction's own KL from the base, at the base's own open steps. Rows are kept in the folder as they end,
 so a killed ladder goes on, and one that is asked for more rows makes only those.
 
-    report = climb(base, exam, Entrants(correction, controls, lora), folder);  ladder_report.to_markdown(report)
+    climbed = climb(base, exam, Entrants(correction, controls, lora), folder)    # ladder_report.py tells it
 """
 
 import dataclasses
@@ -29,8 +29,7 @@ from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import answer_sharpened
 from trimtab.steering.match import Matched, match_kl
 from trimtab.steering.prompted import Example, Preface, examples, preface
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import open_core
+from trimtab.steering.rollouts import Exam
 
 Role = Literal["base", "sharpening", "format", "tier", "control"]
 
@@ -85,7 +84,7 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
     def add(made: Sequence[Row]) -> None:
         rows = [row for row in made if row.policy.name not in entrants.without]
         policies = [row.policy for row in rows]
-        climbed.found.update(answer(core, exam.task, exam.problems, exam.sampling, policies, folder))
+        climbed.found.update(answer(core, exam, policies, folder))
         climbed.rows.extend(rows)
 
     add(_of_the_base(exam, entrants, shots))
@@ -144,7 +143,7 @@ def _open(base: Base, exam: Exam, entrants: Entrants, *prefaces: Preface) -> Cor
     bank.add(*_corrections(entrants))
     befores = (Preface(), Preface(entrants.system), *prefaces)
     problems = [preface(problem, before) for before in befores for problem in exam.problems]
-    return open_core(base, bank, problems, exam.sampling.max_tokens, exam.slots, exam.threads)
+    return exam._replace(problems=problems).open(base, bank)
 
 
 def _corrections(entrants: Entrants) -> Iterator[Correction]:

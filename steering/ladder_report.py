@@ -14,10 +14,10 @@ from trimtab.server.model.base import Base
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, compare, kept, summarise
 from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row, common_gate
-from trimtab.steering.machine import describe, hardware
+from trimtab.steering.machine import ran_on
 from trimtab.steering.match import Matched
 from trimtab.steering.plot import Bar, gains_svg
-from trimtab.steering.report import Exam
+from trimtab.steering.rollouts import Exam
 from trimtab.steering.tasks import fingerprint
 
 NOTE = (
@@ -36,14 +36,13 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
     tiers = [row.policy.name for row in climbed.rows if row.role == "tier" and not row.policy.greedy]
     shares = [kept(climbed.found, tier, of, BASE) for of in whole for tier in tiers if tier != of]
     corrections = (entrants.correction, *([entrants.lora] if entrants.lora else []), *entrants.others)
-    ran = f"{base.device.type}, {base.dtype}, {exam.threads} threads".replace("torch.", "")
     return {
         "task": exam.task.name,
         "split": "held-out",
         "problems": len(exam.problems),
         "problems_sha256": fingerprint(exam.problems),
         "sampling": exam.sampling._asdict(),
-        "hardware": f"{hardware(describe())} ({ran})",
+        "hardware": ran_on(base, exam.threads),
         "model": base.name,
         "gate": str(common_gate(entrants)),
         "corrections": [_describe(c) for c in corrections],

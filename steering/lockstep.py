@@ -6,13 +6,13 @@ gives the interventions of the paper's causal test (analyze.py), and a base that
 Invariant: sample i of a problem draws with the same random number at a position in both, as under any other policy. So
 a rule that always takes the first's token writes what the first engine alone would.
 
-    for written in write(first, second, pairs, lambda turn: turn.own.receipt.open): ...
+    for written in write(first, second, pairs, lambda turn: turn.own.open): ...
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trimtab.errors import EngineFailure
 from trimtab.server.engine.core import Core
@@ -24,8 +24,7 @@ from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling, gather, open_core, request_for
+from trimtab.steering.rollouts import Exam, gather, request_for
 from trimtab.steering.tasks import Task
 
 
@@ -138,26 +137,45 @@ def watched(base: Base, gate: Gate) -> tuple[Bank, Steering]:
     return bank, Steering(bank.names[0], mode="shadow")
 
 
-def answer_sharpened(exam: Exam, base: Base, gate: Gate, temperature: float, folder: Path) -> list[Rollout]:
-    """The base at another temperature where the gate opens. Finished files in the folder are kept."""
-    bank, steering = watched(base, gate)
-    cores = [open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads) for _ in range(2)]
-    cooler = exam.sampling._replace(temperature=temperature)
-    facts = describe_run(cores[0], exam.problems, exam.sampling)
-    claim(folder, facts | {"open_temperature": temperature, "gate": str(gate)})
+def answer_in_turns(
+    exam: Exam,
+    cores: tuple[Core, Core],
+    ask: Callable[[Problem], tuple[Request, Request]],
+    choose: Choose,
+    folder: Path,
+    facts: Mapping[str, Any],
+    stage: str,
+    mark: Callable[[Written], Mapping[str, float] | None] = lambda written: None,
+) -> list[Rollout]:
+    """The exam's completions, written by both. Finished files in the folder are kept, and scored again.
+
+    ask: a problem's samples, of each engine; facts: what else decides the completions; mark: what a rollout keeps."""
+    claim(folder, describe_run(cores[0], exam.problems, exam.sampling) | dict(facts))
     score_again(exam.task, exam.problems, folder)
     by_id = {problem.id: problem for problem in exam.problems}
 
     def draw(group: Sequence[Problem], finished: Sequence[Rollout]) -> Iterator[list[Rollout]]:
         known = {(rollout.problem, rollout.sample) for rollout in finished}
-        samplings: tuple[Sampling, Sampling] = (exam.sampling, cooler)
-        pairs = [
-            (request_for(cores[0], p, samplings[0], steering), request_for(cores[1], p, samplings[1], steering))
-            for p in group
-        ]
-        for written in write(cores[0], cores[1], pairs, lambda turn: turn.own.open):
+        for written in write(*cores, [ask(problem) for problem in group], choose):
             if (written.problem, written.sample) not in known:
-                yield [rollout_of(base, exam.task, by_id[written.problem], written)]
+                found = rollout_of(cores[0].base, exam.task, by_id[written.problem], written)
+                yield [found._replace(marks=mark(written))]
 
-    stage = f"{folder.parent.name} {folder.name}"
     return gather(exam.problems, exam.sampling.samples, exam.slots, folder, stage, draw)
+
+
+def answer_sharpened(exam: Exam, base: Base, gate: Gate, temperature: float, folder: Path) -> list[Rollout]:
+    """The base at another temperature where the gate opens. Finished files in the folder are kept."""
+    bank, steering = watched(base, gate)
+    cores = exam.open(base, bank), exam.open(base, bank)
+    cooler = exam.sampling._replace(temperature=temperature)
+
+    def ask(problem: Problem) -> tuple[Request, Request]:
+        return (
+            request_for(cores[0], problem, exam.sampling, steering),
+            request_for(cores[1], problem, cooler, steering),
+        )
+
+    facts = {"open_temperature": temperature, "gate": str(gate)}
+    stage = f"{folder.parent.name} {folder.name}"
+    return answer_in_turns(exam, cores, ask, lambda turn: turn.own.open, folder, facts, stage)

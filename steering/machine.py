@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.server.model.base import Base
 
 PACKAGES = ("trimtab", "torch", "transformers", "triton", "httpx")
 
@@ -42,6 +45,16 @@ def hardware(machine: Mapping[str, Any]) -> str:
     """In a few words."""
     parts = [machine["cpu"], machine["architecture"], f"{machine['cores']} cores"]
     return ", ".join(parts) + (f"; {machine['gpu']}" if machine["gpu"] else "")
+
+
+def device_of(base: "Base", threads: int) -> str:
+    """What a model runs on: "cpu, float32, 1 threads"."""
+    return f"{base.device.type}, {base.dtype}, {threads} threads".replace("torch.", "")
+
+
+def ran_on(base: "Base", threads: int) -> str:
+    """This machine, and what the model runs on."""
+    return f"{hardware(describe())} ({device_of(base, threads)})"
 
 
 def versions(machine: Mapping[str, Any]) -> str:

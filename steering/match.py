@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.server.engine.core import Core
+from trimtab.steering.config import STRENGTH_LIMIT
 from trimtab.steering.evaluate import Policy, answer
 from trimtab.steering.progress import say
-from trimtab.steering.report import Exam
+from trimtab.steering.rollouts import Exam
 
 PROBLEMS = 32  # of the exam's, with a completion each
 ROUNDS = 5
 NEAR = 0.03  # relative
-LIMIT = 32.0  # of a strength: cap * tanh saturates long before
 
 
 class Matched(NamedTuple):
@@ -45,14 +45,14 @@ def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Pa
     wanted = _divergence(core, exam, policy, folder)
     assert control.correction is not None
     strength = core.bank.get(control.correction).strength if control.strength is None else control.strength
-    strength = max(-LIMIT, min(LIMIT, strength))
+    strength = max(-STRENGTH_LIMIT, min(STRENGTH_LIMIT, strength))
     kl = 0.0
     for turn in range(ROUNDS):
         tried = control._replace(name=f"{control.name}-{turn}", strength=strength)
         kl = _divergence(core, exam, tried, folder)
         if Matched(control.name, strength, kl, wanted).near or kl == 0 or wanted == 0 or turn == ROUNDS - 1:
             break
-        strength = max(-LIMIT, min(LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
+        strength = max(-STRENGTH_LIMIT, min(STRENGTH_LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
     matched = Matched(control.name, strength, kl, wanted)
     found = "" if matched.measured else ": too little to match by, so its strength stays"
     say("matching", f"{control.name}: {kl:.3f} nats a fired step at strength {strength:g}; wanted {wanted:.3f}{found}")
@@ -61,6 +61,6 @@ def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Pa
 
 def _divergence(core: Core, exam: Exam, policy: Policy, folder: Path) -> float:
     shadow = policy._replace(mode="shadow")
-    sampling = exam.sampling._replace(samples=1)
-    found = answer(core, exam.task, exam.problems[:PROBLEMS], sampling, [shadow], folder)[policy.name]
+    short = exam._replace(problems=exam.problems[:PROBLEMS], sampling=exam.sampling._replace(samples=1))
+    found = answer(core, short, [shadow], folder)[policy.name]
     return sum(r.kl for r in found) / max(1, sum(r.fired for r in found))

@@ -35,10 +35,10 @@ from trimtab.steering.features import Features, cache_features
 from trimtab.steering.folder import JSON_FILE, is_saved, load, save
 from trimtab.steering.journal import Rollout
 from trimtab.steering.lock import hold
-from trimtab.steering.machine import describe, hardware
+from trimtab.steering.machine import describe, ran_on
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
-from trimtab.steering.rollouts import Sampling, collect, open_core
+from trimtab.steering.rollouts import Exam, Sampling, collect, open_core
 from trimtab.steering.routes import SELECT, Route, choose_route
 from trimtab.steering.selection import Item
 from trimtab.steering.study import Study
@@ -62,7 +62,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     if is_saved(out):  # written last; since then it may have been calibrated
         say("fit", f"{out} holds the finished correction; delete its {JSON_FILE} to have it judged and written again")
         return load(out)
-    clock = Clock(work / "timings.json", where(base, config.threads))
+    clock = Clock(work / "timings.json", ran_on(base, config.threads))
     with clock.time("rollouts"):
         rollouts = _roll_out(work, config, base, task, problems.training)
     items = SELECT[config.via](rollouts, config)
@@ -76,7 +76,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
         chosen = _choose(work, config, base, task, problems.validation, candidates)
     controls = _fit_controls(work, route, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
-    exam = reports.Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
+    exam = Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
     with clock.time("report"):
         report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
     provenance = _provenance(route, config, base, task, problems.digest, rollouts, features, chosen)
@@ -88,7 +88,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             write_bytes(out / "lora" / name, (work / "lora" / name).read_bytes())
     save(shipped, out)
-    say("timings", f"{clock}; on {where(base, config.threads)}")
+    say("timings", f"{clock}; on {ran_on(base, config.threads)}")
     say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
     return shipped
 
@@ -127,12 +127,10 @@ def _choose(
     if len(candidates) == 1:
         return candidates[0]
     bank = Bank(base.hidden, base.device)
-    for candidate in candidates:
-        bank.add(candidate)
-    core = open_core(base, bank, problems, config.max_tokens, config.slots, config.threads)
+    bank.add(*candidates)
+    exam = Exam(task, problems, _sampling(config, config.validation_samples), config.slots, config.threads)
     policies = [Policy("base"), *(Policy(candidate.name, candidate.name) for candidate in candidates)]
-    sampling = _sampling(config, config.validation_samples)
-    found = answer(core, task, problems, sampling, policies, work / "validation")
+    found = answer(exam.open(base, bank), exam, policies, work / "validation")
     rates = {name: summarise(name, problems, rollouts).pass_at_1 for name, rollouts in found.items()}
     chosen = max(candidates, key=lambda c: (rates[c.name], -c.provenance["kl"]))
     shown = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
@@ -152,11 +150,6 @@ def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correcti
 
 def _sampling(config: FitConfig, samples: int) -> Sampling:
     return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
-
-
-def where(base: Base, threads: int) -> str:
-    """What a run's seconds were spent on."""
-    return f"{hardware(describe())} ({base.device.type}, {base.dtype}, {threads} threads)".replace("torch.", "")
 
 
 def _provenance(

@@ -4,7 +4,7 @@ A system message asks for the form; examples show it: training problems with a c
 written by the base itself. No weights, no gate: if a preface does as much, the correction taught no more than a form.
 Invariant: a prefaced problem keeps its id, hence its random numbers, and its answer.
 
-    preface(problem, Preface("End with #### and the number.", examples(core, task, sampling, 3)))
+    preface(problem, Preface("End with #### and the number.", examples(core, task, sampling, 3, folder)))
 """
 
 from pathlib import Path

@@ -4,7 +4,6 @@ Invariant: the verdict follows from the intervals alone. `better` needs the whol
 (`ship`) only when it is better than the base and better than a shuffled control. What it does not beat is said in
 words, in the verdict. Strengths and the gate are those that were used, and are in the report.
 
-    exam = Exam(task, problems, sampling, slots, threads)
     report = make(base, exam, Judged(correction, controls), Path("run/report"));  print(to_markdown(report))
 """
 
@@ -21,10 +20,8 @@ from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
-from trimtab.steering.machine import describe, hardware
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Sampling, open_core
-from trimtab.steering.tasks import Task
+from trimtab.steering.machine import ran_on
+from trimtab.steering.rollouts import Exam
 
 BASE, BASE_GREEDY, CORRECTION, CORRECTION_GREEDY = "base", "base-greedy", "correction", "correction-greedy"
 ALWAYS = "correction-always"  # a gated LoRA at every step: the paper's form
@@ -51,16 +48,6 @@ _PAIRS = (
     (SHUFFLED_TEACHER, BASE),
     (RANDOM, BASE),
 )
-
-
-class Exam(NamedTuple):
-    """What every policy is asked, and how it answers."""
-
-    task: Task
-    problems: Sequence[Problem]  # held out
-    sampling: Sampling
-    slots: int
-    threads: int
 
 
 class Judged(NamedTuple):
@@ -116,19 +103,15 @@ def policies(judged: Judged) -> list[Policy]:
 def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]:
     """Let every policy answer the problems, and report. Finished files in the folder are kept."""
     bank = Bank(base.hidden, base.device)
-    for one in (judged.correction, *judged.controls):
-        bank.add(one)
-    core = open_core(base, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
-    found = answer(core, exam.task, exam.problems, exam.sampling, policies(judged), folder)
+    bank.add(judged.correction, *judged.controls)
+    found = answer(exam.open(base, bank), exam, policies(judged), folder)
     if judged.teacher is not None:
-        bank = Bank(judged.teacher.hidden, judged.teacher.device)
-        core = open_core(judged.teacher, bank, exam.problems, exam.sampling.max_tokens, exam.slots, exam.threads)
-        found |= answer(core, exam.task, exam.problems, exam.sampling, [Policy(TEACHER)], folder)
-    ran = f"{base.device.type}, {base.dtype}, {exam.threads} threads".replace("torch.", "")
-    return build(exam, judged, found, f"{hardware(describe())} ({ran})")
+        nothing = Bank(judged.teacher.hidden, judged.teacher.device)
+        found |= answer(exam.open(judged.teacher, nothing), exam, [Policy(TEACHER)], folder)
+    return build(exam, judged, found, ran_on(base, exam.threads))
 
 
-def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ran_on: str) -> dict[str, Any]:
+def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], where: str) -> dict[str, Any]:
     """The report as JSON values."""
     differences = [compare(found, one, other) for one, other in _PAIRS if one in found and other in found]
     return {
@@ -137,7 +120,7 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], ra
         "problems": len(exam.problems),
         "sampling": exam.sampling._asdict(),
         "interval": "95 %, paired bootstrap over problems",
-        "hardware": ran_on,
+        "hardware": where,
         "correction": judged.correction.name,
         "strengths": strengths(judged),
         "tau": judged.gate.tau,

@@ -6,7 +6,7 @@ with them. In bfloat16 that depends on the rounding of what else is in the batch
 completion: so a file is sampled from an empty engine, and a resumed one again as a whole; there those that were
 finished stay what they were, and merely keep the others company.
 
-    rollouts = collect(core, task, problems, Sampling(samples=8, seed=1), Path("run/rollouts"), "rollouts")
+    rollouts = collect(core, task, problems, Sampling(8, 0, 0.6, 0.95, 96), Path("run/rollouts"), "rollouts")
 """
 
 import dataclasses
@@ -44,6 +44,20 @@ class Sampling(NamedTuple):
     temperature: float  # 0 is greedy
     top_p: float
     max_tokens: int
+
+
+class Exam(NamedTuple):
+    """What is asked, and how it is answered."""
+
+    task: Task
+    problems: Sequence[Problem]
+    sampling: Sampling
+    slots: int
+    threads: int
+
+    def open(self, base: Base, bank: Bank) -> Core:
+        """An engine with room for the problems."""
+        return open_core(base, bank, self.problems, self.sampling.max_tokens, self.slots, self.threads)
 
 
 def collect(

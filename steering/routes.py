@@ -19,15 +19,15 @@ import torch
 
 from trimtab.errors import TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER, fit_control, match, shuffle
+from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER, fit_control, match
 from trimtab.steering.correction import Correction
 from trimtab.steering.distil import Distilled, Watched, distil, merge
 from trimtab.steering.features import gate_of
-from trimtab.steering.fit import fit, match_strength, measure
+from trimtab.steering.fit import divergence_of, fit
 from trimtab.steering.head import Head
-from trimtab.steering.progress import say
 from trimtab.steering.selection import Item, select, take_all
-from trimtab.steering.study import Study, watch
+from trimtab.steering.strength import within_limit
+from trimtab.steering.study import Study, shuffled, watch
 from trimtab.steering.teacher import adapt
 
 
@@ -121,14 +121,7 @@ class ViaTeacher:
                 f"no epoch brought the head nearer to the teacher: held-out KL {found.kl:.4f}, the base's own is "
                 f"{found.base_kl:.4f}; lower --learning-rate, or give a teacher that differs more from the base"
             )
-        measured = features.at(features.acts & features.held_out)
-        kls = {strength: measure(found.head, measured, rows, config, strength) for strength in config.strengths}
-        within = {s: kl for s, kl in kls.items() if not config.kl_limit or kl <= config.kl_limit}
-        if not within:
-            strength = match_strength(found.head, features, rows, config.kl_limit, config)
-            within = {strength: measure(found.head, measured, rows, config, strength)}
-        shown = ", ".join(f"x{s:g} {kl:.3f}{'' if s in within else ' (too far)'}" for s, kl in (kls | within).items())
-        say("strengths", f"held-out KL from the base: {shown}; the limit is {config.kl_limit or 'off'}")
+        within = within_limit(divergence_of(found.head, features, rows, config), config)
         return [self._at(found, strength, kl) for strength, kl in within.items()]
 
     def _at(self, found: Distilled, strength: float, kl: float) -> Correction:
@@ -183,12 +176,6 @@ class ViaLora(ViaTeacher):
         if kind != SHUFFLED:
             return super().control(kind, kl)
         return self._match(kind, ViaLora(shuffled(self._study))._distil("shuffled distil").head, kl)
-
-
-def shuffled(study: Study) -> Study:
-    """The same study of advantages dealt anew, with its work in a folder of its own."""
-    features = shuffle(study.features, study.config.seed)
-    return study._replace(features=features, folder=study.folder / "shuffled", label="shuffled ")
 
 
 def _describe(found: Distilled) -> dict[str, Any]:

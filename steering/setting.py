@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from trimtab.server.model.base import Base
     from trimtab.steering.correction import Correction
     from trimtab.steering.problem import Problem
-    from trimtab.steering.report import Exam
-    from trimtab.steering.rollouts import Sampling
+    from trimtab.steering.rollouts import Exam, Sampling
     from trimtab.steering.tasks import Task
 
 
@@ -35,7 +34,7 @@ class Setting(NamedTuple):
 
     def exam(self, problems: "Sequence[Problem]", samples: int) -> "Exam":
         """These problems, so many completions each."""
-        from trimtab.steering.report import Exam
+        from trimtab.steering.rollouts import Exam
 
         return Exam(self.task, problems, self.sampling._replace(samples=samples), self.slots, self.threads)
 

@@ -13,6 +13,7 @@ from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.clock import Clock
 from trimtab.steering.config import FitConfig
+from trimtab.steering.controls import shuffle
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Sampling, collect, open_core
@@ -70,6 +71,12 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
             targets = cache_targets(teacher, study.by_id, items, rows, config.temperature, folder / f"on-{what}", stage)
         seen.append(Seen(items, rows, targets))
     return seen
+
+
+def shuffled(study: Study) -> Study:
+    """The same study of advantages dealt anew, with its work in a folder of its own."""
+    features = shuffle(study.features, study.config.seed)
+    return study._replace(features=features, folder=study.folder / "shuffled", label="shuffled ")
 
 
 def held_out_of(study: Study) -> tuple[list[Item], Features]:

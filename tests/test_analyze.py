@@ -20,8 +20,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.lockstep import Turn
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling, collect, open_core
+from trimtab.steering.rollouts import Exam, Sampling, collect, open_core
 
 
 class Odd:

@@ -17,8 +17,8 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.head import Head
 from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.report import Exam, Judged, build, judge, policies, strengths, to_markdown
-from trimtab.steering.rollouts import Sampling
+from trimtab.steering.report import Judged, build, judge, policies, strengths, to_markdown
+from trimtab.steering.rollouts import Exam, Sampling
 from trimtab.steering.verifiers import Extract
 
 PROBLEMS = [Problem(f"p{i}", None, prompt="x", kind="ab"[i % 2]) for i in range(200)]

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TaskError
-from trimtab.steering.config import CANDIDATES, FitConfig
+from trimtab.steering.config import CANDIDATES, STRENGTH_LIMIT, FitConfig
 from trimtab.steering.controls import RANDOM, SHUFFLED, fit_control, match, shuffle
 from trimtab.steering.correction import BaseIdentity
 from trimtab.steering.features import Features, rank
-from trimtab.steering.fit import STRENGTH_LIMIT, fit, match_strength, measure
+from trimtab.steering.fit import divergence_of, fit, measure
 from trimtab.steering.head import Head
 from trimtab.steering.objective import change_by
+from trimtab.steering.strength import bisect
 
 VOCAB, HIDDEN, POSITIONS, ITEMS = 64, 8, 2400, 240
 T = 0.7
@@ -168,7 +169,7 @@ def test_shuffling_moves_advantages_within_problems_only(features: Features) -> 
 
 def test_matching_strength_reaches_the_kl(features: Features, rows: Tensor) -> None:
     head = fit(features, rows, [0.02], CONFIG)[0].head
-    strength = match_strength(head, features, rows, 0.1, CONFIG)
+    strength = bisect(divergence_of(head, features, rows, CONFIG), 0.1)
     assert strength > 1
     kl = measure(head, features.at(features.gated & features.held_out), rows, CONFIG, strength)
     assert kl == pytest.approx(0.1, rel=0.02)

@@ -18,8 +18,7 @@ from trimtab.steering.ladder import Climbed, Entrants, Row, climb
 from trimtab.steering.ladder_report import build, judge, to_markdown, to_svg
 from trimtab.steering.match import match_kl
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling, open_core
+from trimtab.steering.rollouts import Exam, Sampling, open_core
 from trimtab.steering.verifiers import Extract
 
 

@@ -21,8 +21,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
 from trimtab.steering.problem import Problem, Split
-from trimtab.steering.report import Exam
-from trimtab.steering.rollouts import Sampling, collect, open_core, request_for
+from trimtab.steering.rollouts import Exam, Sampling, collect, open_core, request_for
 
 REFERENCE = LayerKernels(
     slot_attention_reference.attend,
