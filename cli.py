@@ -16,6 +16,8 @@ from trimtab.steering.commands import add_distill, add_fit, add_inspect
 from trimtab.steering.evidence import add_eval
 from trimtab.steering.studies import add_analyze, add_calibrate
 
+LESS_MEMORY = "lower --slots or --max-tokens (serve: --max-num-seqs or --max-model-len)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. -> the exit code."""
@@ -35,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(f"trimtab: out of memory: {str(error).partition('. ')[0]}; {LESS_MEMORY}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader has seen enough, as in `trimtab inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -72,6 +72,8 @@ def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
             yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]
         elif row["role"] in ("tier", "control"):
             shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
+            against = [d for d in run["differences"] if d["against"] == row["policy"] and row["role"] == "control"]
+            shown += "".join(f"; {d['policy']} minus it {_gain(d)}" for d in against)
             yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
 
 

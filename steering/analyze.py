@@ -50,9 +50,8 @@ class Tuned(NamedTuple):
 
     @property
     def gate(self) -> Gate | None:
-        """Where it acts, if that is not everywhere. A head's engine sees to it; a LoRA runs on, and is not heeded."""
-        lora = isinstance(self.correction, LoraCorrection) and self.correction.gate.kind != "always"
-        return self.correction.gate if lora and self.correction else None
+        """Where it acts, if that is not everywhere."""
+        return None if self.correction is None or self.correction.gate.kind == "always" else self.correction.gate
 
 
 def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[float], folder: Path) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[flo
         raise InvalidRequest(f"gate must be entropy, varentropy or margin: {gate.kind} has no threshold", "gate")
     if not all(math.isfinite(tau) for tau in taus):
         raise InvalidRequest(f"taus must be finite numbers, not {', '.join(map(str, taus))}", "taus")
-    if own is not None and own.kind != gate.kind:
+    if own is not None and own.kind != gate.kind and isinstance(tuned.correction, LoraCorrection):
         raise InvalidRequest(f"{tuned.name} has a gate of the kind {own.kind}: the study's must be the same", "gate")
     pair = _Pair(exam, base, tuned, gate, folder)
     found = {BASE: pair.run(BASE, lambda turn: False), TUNED: pair.run(TUNED, pair.acts)}
@@ -156,9 +155,13 @@ class _Pair:
         self._cores = exam.open(base, bank), exam.open(tuned.model, its)
 
     def acts(self, turn: Turn) -> bool:
-        """Whether the tuned model is heeded at this position at all."""
+        """Whether the tuned model is heeded at this position at all. A head's own engine gates it; a LoRA runs on."""
         gate = self._tuned.gate
-        return gate is None or gate.tau < turn.own.statistic <= gate.ceiling
+        if gate is None:
+            return True
+        if isinstance(self._tuned.correction, LoraCorrection):
+            return gate.tau < turn.own.statistic <= gate.ceiling
+        return turn.its.open
 
     def above(self, tau: float) -> Choose:
         """A rule: where the statistic is above tau."""

@@ -111,6 +111,12 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
                         f"{problem.label}, to {purpose}, has {length} tokens; {model.name} takes {model.max_len}: "
                         "shorten it"
                     )
+                if model is teacher and model.max_len < min(base.max_len, length + config.max_tokens):
+                    raise InvalidRequest(
+                        f"max_tokens {config.max_tokens} is more than the teacher {model.name} can read after "
+                        f"{problem.label}, which has {length} tokens: it takes {model.max_len}",
+                        "max_tokens",
+                    )
 
 
 def _refuse_repeats(task: Task, problems: Problems) -> None:

@@ -163,6 +163,7 @@ class FitConfig:
         self._require("rank", self.rank is None or self.rank <= 1024, "must be at most 1024")
         self._require("activation", self.activation in ACTIVATIONS, f"must be one of {', '.join(ACTIVATIONS)}")
         self._require("activation", self.activation == "none" or self.rank != 0, "must be none for a head of rank 0")
+        self._require("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2**63")
         for name in ("problems", "max_tokens", "batch", "slots", "threads"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lora_rank", "lora_warmup", "lora_batch", "teacher_samples"):
@@ -198,8 +199,11 @@ class FitConfig:
         )
         self._require("strengths", sorted(set(self.strengths)) == list(self.strengths), "must rise")
         self._require("kl_budgets", len(self.kl_budgets) > 0, "must name at least one budget")
-        self._require("kl_budgets", all(0 < b < math.inf for b in self.kl_budgets), "must be above 0")
+        self._require("kl_budgets", all(0 < b <= 1000 for b in self.kl_budgets), "must be above 0 and at most 1000")
         self._require("kl_budgets", sorted(set(self.kl_budgets)) == list(self.kl_budgets), "must rise")
+        for name in ("strengths", "kl_budgets"):  # which name the candidates
+            shown = {f"{value:g}" for value in getattr(self, name)}
+            self._require(name, len(shown) == len(getattr(self, name)), "must differ within six digits")
         wrong_name = self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name)
         self._require("name", not wrong_name, "must be 1 to 64 of A-Z a-z 0-9 . _ -")
 

@@ -6,7 +6,7 @@ the token at it; candidates stand in the step kernel's order (logit descending, 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 
 SHARD = 64  # completions a file
-READ_AT_ONCE = {"cpu": 16, "cuda": 64}  # completions a forward pass, by the device's type
+READ_AT_ONCE = {"cpu": 16, "cuda": 64}  # completions a forward pass, by the device's type; fewer where they are long
+PLACES_AT_ONCE = {"cpu": 16_384, "cuda": 65_536}  # in its cache
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at a time
 
 
@@ -110,8 +111,23 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
 
 def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:
     """Each completion's final hidden states [tokens, hidden]: row t is what token t was drawn from."""
+    found: list[Tensor] = []
     prompts = [encode(base, problems[item.problem]) for item in items]
-    return base.drawn_from(prompts, [item.tokens for item in items])
+    for few in _fitting(
+        [len(prompt) + len(item.tokens) for prompt, item in zip(prompts, items, strict=True)],
+        PLACES_AT_ONCE[base.device.type],
+    ):
+        found += base.drawn_from(prompts[few], [item.tokens for item in items[few]])
+    return found
+
+
+def _fitting(lengths: Sequence[int], places: int) -> Iterator[slice]:
+    """Consecutive parts that fit when each sequence is given as many places as the longest; of one at least."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - start) * max(lengths[start : end + 1]) > places:
+            yield slice(start, end)
+            start = end
 
 
 @torch.inference_mode()

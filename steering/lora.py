@@ -34,7 +34,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.features import Features, bounds
 from trimtab.steering.lora_loss import Lesson, Target, objective
 from trimtab.steering.problem import Problem
-from trimtab.steering.progress import Progress
+from trimtab.steering.progress import Progress, say
 from trimtab.steering.rollouts import encode
 from trimtab.steering.selection import Item
 from trimtab.steering.teacher import without_peft_warnings
@@ -96,6 +96,8 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
     optimizer = torch.optim.AdamW(list(named.values()), lr=config.lora_rate, weight_decay=0.0)
     done, recent = checkpoint.resume(path, named, optimizer) if path.exists() else (0, [])
     steps = max(1, round(config.lora_epochs * len(taught) / config.lora_batch))
+    if all(all(lesson.open) for lesson in taught):
+        say(stage, "every position is open: no KL holds the LoRA near its base, and nothing tells when it runs away")
     with Progress(stage, steps, "steps", done) as progress:
         for step in range(done, steps):
             start = step * config.lora_batch
@@ -130,9 +132,8 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
 
 def put_on(base: Base, config: FitConfig) -> Any:
     """A PeftModel on a copy of the base, its adapter in float32 and without effect yet."""
-    model = copy_unpacked(base.model)
-    if base.dtype == torch.float16:
-        model = model.float()  # gradients underflow in float16
+    # gradients underflow in float16
+    model = copy_unpacked(base.model, torch.float32 if base.dtype == torch.float16 else base.dtype)
     fused = model._supports_sdpa and base.device.type == "cpu"  # on CUDA its gradients differ from run to run
     model.set_attn_implementation("sdpa" if fused else "eager")
     shape = LoraConfig(

@@ -8,13 +8,16 @@ words, in the verdict. Strengths and the gate are those that were used, and are 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.config import STRENGTH_LIMIT
 from trimtab.steering.controls import RANDOM, SHUFFLED, SHUFFLED_TEACHER
 from trimtab.steering.correction import Correction, LoraCorrection
 from trimtab.steering.evaluate import Difference, Policy, answer, compare, summarise
@@ -31,6 +34,7 @@ SHIP_MEANS = (
     "It is true when the correction beats the base and its shuffled control, that is, when both intervals lie wholly "
     "above 0; no other comparison decides it."
 )
+NEAR = 0.05  # relative: a control whose held-out KL is further below its correction's pushes less, and controls nothing
 
 _PAIRS = (
     (CORRECTION, BASE),
@@ -83,7 +87,16 @@ def strengths(judged: Judged) -> dict[str, float]:
     if judged.strength is not None and own == 0:
         raise InvalidRequest(f"strength cannot be set: {judged.correction.name}'s own is 0", "strength")
     asked, factor = (own, 1.0) if judged.strength is None else (judged.strength, judged.strength / own)
-    return {CORRECTION: asked} | {control.name: control.strength * factor for control in judged.controls}
+    found = {CORRECTION: asked} | {control.name: control.strength * factor for control in judged.controls}
+    name = max(found, key=lambda one: abs(found[one]))
+    if judged.strength is not None and abs(found[name]) > STRENGTH_LIMIT:
+        most = abs(STRENGTH_LIMIT / found[name] * asked)
+        raise InvalidRequest(
+            f"strength {asked:g} would bring {name}, which must push as hard, to {found[name]:.3g}, beyond "
+            f"{STRENGTH_LIMIT:g}: ask for {math.floor(most * 100) / 100:g} or less",
+            "strength",
+        )
+    return found
 
 
 def policies(judged: Judged) -> list[Policy]:
@@ -129,13 +142,25 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], wh
             summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
         ],
         "differences": [difference._asdict() for difference in differences],
-        "verdict": judge(differences, found[CORRECTION]),
+        "verdict": judge(differences, found[CORRECTION], weak(judged.controls)),
     }
 
 
-def judge(differences: Sequence[Difference], rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """ship, what was beaten, and a sentence for people."""
-    of = {d.against: d for d in differences if d.policy == CORRECTION}
+def weak(controls: Sequence[Correction]) -> dict[str, str]:
+    """Controls that no strength within the limit brought to their correction's KL, and how far each came."""
+    known = [(c.name, c.provenance.get("kl"), c.provenance.get("kl_wanted")) for c in controls]
+    return {
+        name: f"held-out KL {kl:.3g} of {wanted:.3g}"
+        for name, kl, wanted in known
+        if kl is not None and wanted is not None and kl < (1 - NEAR) * wanted
+    }
+
+
+def judge(
+    differences: Sequence[Difference], rollouts: Sequence[Rollout], weak: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """ship, what was beaten, and a sentence for people. weak: controls that push too little to be compared with."""
+    of = {d.against: d for d in differences if d.policy == CORRECTION and d.against not in weak}
     beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, SHUFFLED_TEACHER, RANDOM) if name in of}
     shuffled = [beats[name] for name in (SHUFFLED, SHUFFLED_TEACHER) if name in beats]
     ship = beats.get(BASE, False) and bool(shuffled) and all(shuffled)
@@ -145,6 +170,7 @@ def judge(differences: Sequence[Difference], rollouts: Sequence[Rollout]) -> dic
     beaten = [name for name, better in beats.items() if better and name != BASE]
     if beaten:
         words.append(f"beats {', '.join(beaten)}")
+    words += [f"{name} pushes less ({how}), and controls nothing" for name, how in weak.items()]
     if not shuffled:
         words.append("no shuffled control was compared")
     if missed:

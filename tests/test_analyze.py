@@ -98,9 +98,11 @@ def test_rules_take_what_they_say(base: Base, tmp_path: Path, kind: str) -> None
         assert words in shown
 
 
-def test_as_many_are_drawn_at_random_of_the_steps_at_which_it_acts(base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "head"])
+def test_as_many_are_drawn_at_random_of_the_steps_at_which_it_acts(base: Base, tmp_path: Path, kind: str) -> None:
     gate = Gate(tau=3.0)
-    tuned = Tuned("lora", base, tiny_lora(base, gate=gate, size=0.1))
+    made = tiny_lora(base, gate=gate, size=0.1) if kind == "lora" else tiny_correction(base, "mine", tau=3.0)
+    tuned = Tuned(made.name, base, made)
     analyze(EXAM._replace(problems=PROBLEMS[:3]), base, tuned, gate, [], tmp_path)
     oracle = Journal(tmp_path / "oracle" / "00000.jsonl").read()
     opened = sum(r.open for r in oracle)

@@ -212,6 +212,8 @@ def test_another_strength_scales_the_controls_with_the_correction() -> None:
     assert strengths(idle)["shuffled-rewards"] == 0.5
     with pytest.raises(InvalidRequest, match="strength cannot be set"):
         strengths(idle._replace(strength=1.0))
+    with pytest.raises(InvalidRequest, match=r"random-positions, .*, to 33, beyond 32: ask for 21\.33 or less"):
+        strengths(judged._replace(strength=22.0))
 
 
 def test_controls_are_served_by_the_gate_of_the_correction_whatever_their_own() -> None:
@@ -229,6 +231,21 @@ def test_controls_are_served_by_the_gate_of_the_correction_whatever_their_own() 
         assert {(rule.gate, rule.tau, rule.ceiling) for rule in rules} == {wanted}
     with pytest.raises(InvalidRequest, match="tau cannot be set: mine's gate is always open"):
         policies(judged._replace(tau=0.5))
+
+
+def test_a_control_that_pushes_less_is_not_beaten() -> None:
+    base = answers(0.5, 1)
+    found = {"base": base, "correction": shifted(base, 0.3, 2), "shuffled-rewards": base, "random-positions": base}
+    control = tiny("shuffled-rewards", 32.0)
+    far, near = (
+        dataclasses.replace(one, provenance={"kl": kl, "kl_wanted": 0.25})
+        for one, kl in ((control, 0.001), (tiny("random-positions", 2.0), 0.249))
+    )
+    exam = Exam(Demo(), PROBLEMS, Sampling(2, 0, 0.6, 0.95, 64), 1, 1)
+    verdict = build(exam, Judged(tiny("mine", 1.0), [far, near]), found, "a box")["verdict"]
+    assert verdict["beats"] == {"base": True, "random-positions": True}
+    assert not verdict["ship"]
+    assert "shuffled-rewards pushes less (held-out KL 0.001 of 0.25), and controls nothing" in verdict["summary"]
 
 
 def test_without_a_shuffled_control_nothing_ships() -> None:

@@ -1,4 +1,4 @@
-"""A model whose layers were packed gives a plain copy back, weight for weight, and stays as it is."""
+"""A model gives a plain copy for adapters: weight for weight, without a second set of weights, and stays as it is."""
 
 import pytest
 import torch
@@ -17,10 +17,18 @@ def test_the_copy_is_the_model_as_it_was_loaded() -> None:
     found = copy.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_frozen_weights_are_shared_but_for_another_dtype() -> None:
+    base = tiny_base(dtype=torch.float16)
+    assert {id(p) for p in copy_unpacked(base.model).parameters()} == {id(p) for p in base.model.parameters()}
     before = base.states([[1, 2, 3]])[0]
-    for parameter in copy.parameters():
+    other = copy_unpacked(base.model, torch.float32)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    for parameter in other.parameters():
         parameter.data.zero_()
     assert torch.equal(base.states([[1, 2, 3]])[0], before)
+    assert base.model.dtype == torch.float16
 
 
 def test_tied_heads_stay_tied() -> None:

@@ -36,12 +36,17 @@ class PackedLinear(nn.Module):
         return plain
 
 
-def copy_unpacked(model: Any) -> Any:
-    """A copy of a transformers model with plain linear layers: adapters can be put on it and gradients pass through."""
+def copy_unpacked(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of a transformers model with plain linear layers: adapters can be put on it and gradients pass through.
+
+    It shares the frozen weights, but for packed ones, or all of them where another dtype is asked for."""
     plain: dict[int, Any] = {id(m): m.unpack() for m in model.modules() if isinstance(m, PackedLinear)}
+    dtype = dtype or model.dtype
+    if dtype == model.dtype:
+        plain |= {id(parameter): parameter for parameter in model.parameters()}
     duplicate = copy.deepcopy(model, plain)  # deepcopy takes what it finds in its memo for the copy
     duplicate.tie_weights()
-    return duplicate
+    return duplicate if dtype == model.dtype else duplicate.to(dtype)
 
 
 @torch.inference_mode()
