@@ -1,8 +1,8 @@
 """Controls: corrections made the same way from data that should teach nothing, or teach less.
 
     shuffled-rewards   each completion gets the advantage of another one of its problem
-    random-positions   learned at positions drawn at random, as many as the gate opens, and served at open ones; from the
-                       same LoRA or teacher, where there is one. The more the gate opens, the less it differs
+    random-positions   learned at positions drawn at random, as many as the gate opens, and served at open ones; from
+                       the same LoRA or teacher, where there is one. The more the gate opens, the less it differs
     shuffled-teacher   where a tuned model was given: what it changes at a position is learned at another one
 
 Any push at the head shortens and sharpens what a model writes, which alone may gain some points. So a control pushes
