@@ -20,7 +20,7 @@ from trimtab.errors import InvalidRequest, TaskError
 from trimtab.kernels import philox
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
-from trimtab.kernels.record import FIRED, RowParams, StepInputs
+from trimtab.kernels.record import FIRED, Corrections, RowParams, StepInputs
 from trimtab.server.engine.request import GateKind
 from trimtab.server.engine.rule import GATES
 from trimtab.server.model.base import Base
@@ -61,10 +61,13 @@ def read_text(
     if len(windows) < 2:
         raise TaskError(f"the text has {len(ids)} tokens: give {length + 2} or more, for an interval over windows")
     strength = correction.strength if strength is None else strength
+    bank = Bank(base.hidden, base.device)
+    bank.add(correction)
+    heads = bank.tensors()  # none of a LoRA
     found = []
     with Progress("text", len(windows), "windows") as progress:
         for number, window in enumerate(windows):
-            found.append(_read(base, correction, window, number, lora, strength, gate or correction.gate))
+            found.append(_read(base, heads, window, number, lora, strength, gate or correction.gate))
             progress.add(1)
     return _sum_up(found, correction.name)
 
@@ -72,16 +75,15 @@ def read_text(
 @torch.inference_mode()
 def _read(
     base: Base,
-    correction: Correction,
+    heads: Corrections | None,
     window: Sequence[int],
     number: int,
     lora: Base | None,
     strength: float,
     gate: Gate,
 ) -> _Read:
+    """heads: the correction's tensors, if it is one."""
     step = step_for(base.device)
-    bank = Bank(base.hidden, base.device)
-    bank.add(correction)
     states = base.states([window])[0][:-1]
     beside = lora.states([window])[0][:-1] if lora is not None else None
     following = torch.tensor(window[1:], dtype=torch.int32, device=base.device)
@@ -91,9 +93,9 @@ def _read(
             logits=base.logits(states[at]),
             hidden=states[at],
             head=base.head_weight,
-            params=_params(following[at], at, number, isinstance(correction, HeadCorrection), strength, gate),
+            params=_params(following[at], at, number, heads is not None, strength, gate),
             edits=None,
-            corrections=bank.tensors() if isinstance(correction, HeadCorrection) else None,
+            corrections=heads,
             alternatives=0,
         )
         companions = None

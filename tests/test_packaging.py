@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,19 @@ def test_data_flows_one_way_through_the_server(folder: str, knows: set[str]) -> 
     files = [*(ROOT / "server" / folder).glob("*.py")]
     imported = {name for file in files for name in re.findall(r"trimtab\.server(?:\.(\w+))?", file.read_text())}
     assert imported == knows
+
+
+def test_the_server_reads_the_artefact_and_knows_no_trainer() -> None:
+    """artefact -> server -> trainer: the trainer runs on the engine, so nothing below may know it."""
+    artefact = {"adapter", "atomic", "bank", "correction", "folder", "gate", "identity"}
+
+    def read(files: Iterable[Path], package: str) -> set[str]:
+        return {name for file in files for name in re.findall(rf"trimtab\.{package}\.(\w+)", file.read_text())}
+
+    below = [ROOT / "steering" / f"{name}.py" for name in artefact]
+    assert read((ROOT / "server").rglob("*.py"), "steering") <= artefact
+    assert read(below, "steering") <= artefact
+    assert read(below, "server") == set()
 
 
 def test_the_base_import_is_light() -> None:
