@@ -122,6 +122,17 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("_inside")
+def test_a_teacher_that_reads_less_than_the_base_writes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tiny_base(seed=1, max_position_embeddings=20)
+    monkeypatch.setattr(teacher_module, "load_base", lambda *_: short)
+    assert run(f"distill tiny another {TASK} --out from-short {SMALL} --max-tokens 16") == 1
+    assert "max_tokens 16 is more than the teacher tiny-llama can read after" in capsys.readouterr().err
+    assert not Path("from-short/run").exists()
+
+
+@pytest.mark.usefixtures("_inside")
 def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
     lora = "--lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --teacher-samples 2"
     options = f"{SMALL} --tier lora {lora} --gate always"

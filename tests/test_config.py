@@ -54,6 +54,10 @@ def test_slots_are_part_of_a_run_as_they_change_rounding() -> None:
         ("strengths", ()),
         ("strengths", (2.0, 1.0)),
         ("strengths", (0.0,)),
+        ("strengths", (0.5, 0.50000001)),
+        ("kl_budgets", (0.01, 1e20)),
+        ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Receipt, Request, SamplingParams
 from trimtab.server.model.base import Base
+from trimtab.steering import features as features_module
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FitConfig
-from trimtab.steering.features import Features, cache_features, from_columns
+from trimtab.steering.features import Features, cache_features, from_columns, states_of
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import encode, open_core
 from trimtab.steering.selection import Item
@@ -87,6 +89,17 @@ def test_a_gate_that_is_always_open_is_measured_at_every_held_out_position(base:
     assert held_out.position.tolist() == [t for item in items if item.held_out for t in range(len(item.tokens))]
     for mask in ("gated", "random"):
         assert torch.equal(always.at(getattr(always, mask)).chosen, gated.at(getattr(gated, mask)).chosen)
+
+
+def test_long_completions_are_read_fewer_at_a_time(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, _ = sample(base)
+    together = states_of(base, PROMPTS, items)
+    monkeypatch.setattr(features_module, "PLACES_AT_ONCE", {"cpu": 2 * 14})  # two after the shorter prompt
+    with mock.patch.object(base, "drawn_from", wraps=base.drawn_from) as read:
+        alone = states_of(base, PROMPTS, items)
+    assert [len(call.args[0]) for call in read.call_args_list] == [2, 1, 1]
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_features_of_a_run_begun_before_act_where_the_gate_opens(base: Base, tmp_path: Path) -> None:
