@@ -82,11 +82,7 @@ class NotFound(TrimtabError):
 
 
 class RateLimited(TrimtabError):
-    """The key has as many requests under way as it may. retry_after: seconds to wait before trying again."""
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    """The key has as many requests under way as it may."""
 
 
 class Overloaded(TrimtabError):

@@ -101,12 +101,12 @@ class Generation:
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
 
-    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+    async def constrain(self, structure: Structure | None = None) -> None:
         """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
 
-        structure: takes the place of the body's own; field: what says so.
+        structure: that of tools, which takes the place of the body's own.
         """
-        asked = self._body.structure() if structure is None else (structure, field)
+        asked = self._body.structure() if structure is None else (structure, "tools")
         if asked is not None:
             await self._service.tickets.compile(*asked)
             self._requests = [replace(request, structure=asked[0]) for request in self._requests]

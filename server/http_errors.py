@@ -75,7 +75,7 @@ def failure(error: BaseException) -> Failure:
         case Forbidden():
             return Failure(403, str(error), code="forbidden")
         case RateLimited():
-            headers = {"Retry-After": str(error.retry_after)}
+            headers = {"Retry-After": "1"}
             return Failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
