@@ -97,6 +97,9 @@ class EngineFailure(TrimtabError):
     """One request failed inside the engine (NaN logits, an internal error)."""
 
 
+SHUTTING_DOWN = "the server is shutting down: send the request to another, or again in a moment"
+
+
 class EngineStopped(TrimtabError):
     """The engine ended before the answer did: the server is shutting down, or its log says why."""
 

@@ -8,7 +8,6 @@ told with a status is raised before the first byte; later failures are an event,
         async for frame in generation.frames(ticket): ...
 """
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,7 +25,7 @@ from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.schema import Body
 from trimtab.server.service import Service
 from trimtab.server.stream import Update
-from trimtab.server.telling import Shape, Telling
+from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
 from trimtab.server.visit import current
@@ -144,25 +143,25 @@ class Generation:
         choices = [self._telling.whole(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
         answer |= self._telling.prompt_logprobs("messages", self._first)
-        return _dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
+        return dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
-        head = _dumps(self._head(self._shape.chunk_object))[:-1]
+        head = dumps(self._head(self._shape.chunk_object))[:-1]
         ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
-        once = "".join(f',"{key}":{_dumps(told)}' for key, told in ids.items())
+        once = "".join(f',"{key}":{dumps(told)}' for key, told in ids.items())
         try:
             async for news in self._updates(ticket, streamed=True):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 tail = self._tail()
-                events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
+                events = [f'data: {head},"choices":[{dumps(chunk)}]{tail}' for chunk in chunks]
                 if once and chunks:
-                    events[0] = f'data: {head},"choices":[{_dumps(chunks[0])}]{once}{tail}'
+                    events[0] = f'data: {head},"choices":[{dumps(chunks[0])}]{once}{tail}'
                     once = ""
                 if sent := self._or_keep_alive("".join(events).encode()):
                     yield sent
             if self._body.include_usage:
-                yield f'data: {head},"choices":[],"usage":{_dumps(self._usage())}}}\n\n'.encode()
+                yield f'data: {head},"choices":[],"usage":{dumps(self._usage())}}}\n\n'.encode()
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield error_event(error)
         yield DONE
@@ -208,7 +207,7 @@ class Generation:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""
         if not self._body.include_usage:
             return "}\n\n"
-        return f',"usage":{_dumps(self._usage() if self._body.continuous_usage else None)}}}\n\n'
+        return f',"usage":{dumps(self._usage() if self._body.continuous_usage else None)}}}\n\n'
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -236,7 +235,3 @@ class Generation:
             "total_tokens": self._prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": self._cached},
         }
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

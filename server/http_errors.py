@@ -35,8 +35,6 @@ log = logging.getLogger("trimtab.server")
 
 B = TypeVar("B", bound=BaseModel)
 
-CLIENT_CLOSED = 499  # nginx's word, for the log: nobody reads it
-
 _INVALID = "invalid_request_error"
 
 
@@ -80,7 +78,7 @@ def failure(error: BaseException) -> Failure:
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case ClientDisconnect():
-            return Failure(CLIENT_CLOSED, "the client left before its body had come")
+            return Failure(499, "the client left")  # nginx's word, for the log: nobody reads it
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():
