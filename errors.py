@@ -1,7 +1,8 @@
-"""Every error a caller of this package can meet.
+"""Every error a caller of this package can meet; the client adds its own (clients/errors.py).
 
     TrimtabError
     |-- InvalidRequest        a value in a request is wrong: names the field and the fix       (HTTP 400)
+    |   |-- Unfollowable      a schema, or another structure, that no text can be held to      (HTTP 400)
     |   `-- ContextOverflow   the prompt alone does not fit the model's context                (HTTP 400)
     |-- Unauthorized          the API key is missing or wrong                                  (HTTP 401)
     |-- Forbidden             this server was not told to let anybody do that                  (HTTP 403)
