@@ -77,7 +77,7 @@ class Generation:
         ]
         self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
         if negatives:
-            self._requests = list(map(self._beside, self._requests, negatives))
+            self._requests = list(map(self._with_companion, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
         service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
@@ -94,7 +94,7 @@ class Generation:
             kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
             self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
-    def _beside(self, request: Request, negative: Ids) -> Request:
+    def _with_companion(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")

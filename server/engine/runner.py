@@ -113,7 +113,7 @@ class Runner:
         self._slate.note(list(dict.fromkeys(piece.choices)))
         slots = np.array([choice.row.slot for choice in piece.choices])
         sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
-        logits = self.base.logits(torch.cat([piece.states, piece.beside]))
+        logits = self.base.logits(torch.cat([piece.states, piece.companions]))
         record = self._report(sampling, piece.states, logits)
         allowed = allow(piece, record)
         if overruled(allowed, record):
@@ -146,10 +146,9 @@ class Runner:
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
         """logits: [companions, vocab], in the order of their sequences."""
-        beside = [(row, s.rule.beside.share) for row, s in enumerate(sequences) if s.rule.beside is not None]
-        if not beside:
+        mixes = {row: s.rule.companion.mix for row, s in enumerate(sequences) if s.rule.companion is not None}
+        if not mixes:
             return None
-        rows, shares = zip(*beside, strict=True)
-        device = logits.device
-        capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
-        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)
+        rows, mix = torch.tensor(list(mixes)), torch.tensor(list(mixes.values()))
+        capped = any(sequences[row].request.steering.budget.kl is not None for row in mixes)
+        return Companions(rows.to(logits.device), logits, mix.to(logits.device), capped)
