@@ -1,7 +1,8 @@
-"""Every error a caller of this package can meet.
+"""Every error a caller of this package can meet; the client adds its own (clients/errors.py).
 
     TrimtabError
     |-- InvalidRequest        a value in a request is wrong: names the field and the fix       (HTTP 400)
+    |   |-- Unfollowable      a schema, or another structure, that no text can be held to      (HTTP 400)
     |   `-- ContextOverflow   the prompt alone does not fit the model's context                (HTTP 400)
     |-- Unauthorized          the API key is missing or wrong                                  (HTTP 401)
     |-- Forbidden             this server was not told to let anybody do that                  (HTTP 403)
@@ -82,11 +83,7 @@ class NotFound(TrimtabError):
 
 
 class RateLimited(TrimtabError):
-    """The key has as many requests under way as it may. retry_after: seconds to wait before trying again."""
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    """The key has as many requests under way as it may."""
 
 
 class Overloaded(TrimtabError):
@@ -99,6 +96,9 @@ class Overloaded(TrimtabError):
 
 class EngineFailure(TrimtabError):
     """One request failed inside the engine (NaN logits, an internal error)."""
+
+
+SHUTTING_DOWN = "the server is shutting down: send the request to another, or again in a moment"
 
 
 class EngineStopped(TrimtabError):

@@ -23,6 +23,8 @@ from triton.compiler import ASTSource
 from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, tilt
 
 TARGETS = (80, 90)
+_GROUPS = 2048  # of 128 tokens: a vocabulary of up to 262144
+_RANK = 16  # of the bank's corrections
 _BIN = Path(nvidia.__file__).parent / "bin"
 _INT32 = (
     "top_k gate correction state chosen edit_spans edit_token edit_count mask_row mask_words correction_top_k task "
@@ -93,8 +95,8 @@ class Compiled(NamedTuple):
     instructions: int
 
 
-def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
-    """The launches of a model with up to groups * 128 tokens: usual banks, and the largest with most alternatives."""
+def builds() -> list[Build]:
+    """The launches of a model with up to _GROUPS * 128 tokens: usual banks, and the largest with most alternatives."""
     chunk = {"CHUNK": stats.CHUNK}
     result = []
     for d, itemsize in (("bf16", 2), ("fp32", 4)):
@@ -102,9 +104,9 @@ def builds(groups: int = 2048, rank: int = 16) -> list[Build]:
         for most in (32, finish.MAX_CANDIDATES):
             slots = finish.slots_for(most)
             shape = {"HAS_EDITS": True, "HAS_MASKS": True, "SLOTS": slots}
-            sizes = shape | {"GROUPS": groups, "SHIFT": 32 - 8 * itemsize, "ROWS": finish.ROWS}
+            sizes = shape | {"GROUPS": _GROUPS, "SHIFT": 32 - 8 * itemsize, "ROWS": finish.ROWS}
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
-            sizes = shape | {"GROUPS": groups, "ROWS": tilt.ROWS} | tilt.tiles(most, rank, itemsize)
+            sizes = shape | {"GROUPS": _GROUPS, "ROWS": tilt.ROWS} | tilt.tiles(most, _RANK, itemsize)
             result.append(Build(f"tilt {d}, {slots} slots", tilt.tilt_kernel, d, sizes, tilt.LAUNCH))
         sizes = shape | {"BLOCK": resolve.BLOCK}
         result.append(Build(f"resolve {d}", resolve.resolve_kernel, d, sizes, resolve.LAUNCH))

@@ -39,7 +39,7 @@ from trimtab.server.service import Service
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
 from trimtab.server.visit import Observer
-from trimtab.server.wire import ClientGone, EventStream, or_gone
+from trimtab.server.wire import EventStream, or_gone
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,7 @@ def create_app(
         log_unknown(body)
         if body.stream:
             return EventStream(generation)
-        try:
-            content = await or_gone(request.receive, generation.whole())
-        except ClientGone:
-            return Response(status_code=http_errors.CLIENT_CLOSED)
+        content = await or_gone(request.receive, generation.whole())
         return Response(content, media_type="application/json")
 
     @app.post("/v1/chat/completions", response_model=None, responses=openapi.CHATS)

@@ -75,7 +75,7 @@ class Catalogue:
                 message = f"steering.negative_prompt is for a contrast; {chosen.name} is of the tier {chosen.tier}"
                 raise InvalidRequest(message, "steering.negative_prompt")
             return None
-        if rule.beside is None:
+        if rule.companion is None:
             return None
         return chosen.prompt if asked.negative_prompt is None else asked.negative_prompt
 

@@ -44,17 +44,10 @@ class Choice:
         self._updates: list[Update] = []
 
     def take(self, event: Event) -> Update:
-        """Count an event and bring out its text.
-
-        Where there is no more, raises EngineFailure, EngineStopped, or InvalidRequest: what was asked left no token.
-        """
+        """Count an event and bring out its text. Raises what `check_event` does."""
         if event.finish == "error":
             self.end("error")
-            if event.refused:
-                raise InvalidRequest(event.error or "what was asked leaves no token")
-            raise EngineFailure(event.error or "the engine failed on this request")
-        if event.finish == "abort":
-            raise EngineStopped("the engine stopped before the answer was complete: send the request again")
+        check_event(event)
         self.cached += event.cached
         if event.token is None:  # max_tokens was 0
             self.end("length")
@@ -93,6 +86,16 @@ class Choice:
         said = reader.push(update.text, update.finish is not None)
         called = update.finish == "stop" and reader.calls and reader.complete
         return update._replace(text=said.content, calls=said.calls, finish="tool_calls" if called else update.finish)
+
+
+def check_event(event: Event) -> None:
+    """Raise EngineFailure or EngineStopped where there is no more; InvalidRequest: what was asked left no token."""
+    if event.finish == "error":
+        if event.refused:
+            raise InvalidRequest(event.error or "what was asked leaves no token")
+        raise EngineFailure(event.error or "the engine failed on this request")
+    if event.finish == "abort":
+        raise EngineStopped("the engine stopped before the answer was complete: send the request again")
 
 
 def outcome(choices: Collection[Choice]) -> dict[str, Any]:

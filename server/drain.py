@@ -16,7 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from trimtab.errors import EngineStopped
+from trimtab.errors import SHUTTING_DOWN, EngineStopped
 from trimtab.server.engine.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Lifecycle:
     def work(self) -> Iterator[None]:
         """A request is served in this block. Raises EngineStopped once the server drains."""
         if self.draining:
-            raise EngineStopped("the server is shutting down: send the request to another, or again in a moment")
+            raise EngineStopped(SHUTTING_DOWN)
         self.under_way += 1
         try:
             yield

@@ -8,7 +8,6 @@ told with a status is raised before the first byte; later failures are an event,
         async for frame in generation.frames(ticket): ...
 """
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,7 +25,7 @@ from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.schema import Body
 from trimtab.server.service import Service
 from trimtab.server.stream import Update
-from trimtab.server.telling import Shape, Telling
+from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
 from trimtab.server.visit import current
@@ -78,7 +77,7 @@ class Generation:
         ]
         self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
         if negatives:
-            self._requests = list(map(self._beside, self._requests, negatives))
+            self._requests = list(map(self._with_companion, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
         service.check_queue(prompts)
         self._choices: dict[tuple[str, int], Choice] = {}
@@ -95,18 +94,18 @@ class Generation:
             kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
             self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
-    def _beside(self, request: Request, negative: Ids) -> Request:
+    def _with_companion(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
             wanted = request.sampling.max_tokens or 1
             raise ContextOverflow(self._service.max_len, len(negative), wanted, "steering.negative_prompt")
         return replace(request, steering=replace(request.steering, companion_prompt=negative))
 
-    async def constrain(self, structure: Structure | None = None, field: str = "tools") -> None:
+    async def constrain(self, structure: Structure | None = None) -> None:
         """Hold every choice to a structure, and keep it from the body's bad words. Raises InvalidRequest.
 
-        structure: takes the place of the body's own; field: what says so.
+        structure: that of tools, which takes the place of the body's own.
         """
-        asked = self._body.structure() if structure is None else (structure, field)
+        asked = self._body.structure() if structure is None else (structure, "tools")
         if asked is not None:
             await self._service.tickets.compile(*asked)
             self._requests = [replace(request, structure=asked[0]) for request in self._requests]
@@ -144,25 +143,25 @@ class Generation:
         choices = [self._telling.whole(choice) for choice in self._choices.values()]
         answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
         answer |= self._telling.prompt_logprobs("messages", self._first)
-        return _dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
+        return dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
-        head = _dumps(self._head(self._shape.chunk_object))[:-1]
+        head = dumps(self._head(self._shape.chunk_object))[:-1]
         ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
-        once = "".join(f',"{key}":{_dumps(told)}' for key, told in ids.items())
+        once = "".join(f',"{key}":{dumps(told)}' for key, told in ids.items())
         try:
             async for news in self._updates(ticket, streamed=True):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 tail = self._tail()
-                events = [f'data: {head},"choices":[{_dumps(chunk)}]{tail}' for chunk in chunks]
+                events = [f'data: {head},"choices":[{dumps(chunk)}]{tail}' for chunk in chunks]
                 if once and chunks:
-                    events[0] = f'data: {head},"choices":[{_dumps(chunks[0])}]{once}{tail}'
+                    events[0] = f'data: {head},"choices":[{dumps(chunks[0])}]{once}{tail}'
                     once = ""
                 if sent := self._or_keep_alive("".join(events).encode()):
                     yield sent
             if self._body.include_usage:
-                yield f'data: {head},"choices":[],"usage":{_dumps(self._usage())}}}\n\n'.encode()
+                yield f'data: {head},"choices":[],"usage":{dumps(self._usage())}}}\n\n'.encode()
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield error_event(error)
         yield DONE
@@ -208,7 +207,7 @@ class Generation:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""
         if not self._body.include_usage:
             return "}\n\n"
-        return f',"usage":{_dumps(self._usage() if self._body.continuous_usage else None)}}}\n\n'
+        return f',"usage":{dumps(self._usage() if self._body.continuous_usage else None)}}}\n\n'
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -236,7 +235,3 @@ class Generation:
             "total_tokens": self._prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": self._cached},
         }
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -35,8 +35,6 @@ log = logging.getLogger("trimtab.server")
 
 B = TypeVar("B", bound=BaseModel)
 
-CLIENT_CLOSED = 499  # nginx's word, for the log: nobody reads it
-
 _INVALID = "invalid_request_error"
 
 
@@ -75,12 +73,12 @@ def failure(error: BaseException) -> Failure:
         case Forbidden():
             return Failure(403, str(error), code="forbidden")
         case RateLimited():
-            headers = {"Retry-After": str(error.retry_after)}
+            headers = {"Retry-After": "1"}
             return Failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case ClientDisconnect():
-            return Failure(CLIENT_CLOSED, "the client left before its body had come")
+            return Failure(499, "the client left")  # nginx's word, for the log: nobody reads it
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():

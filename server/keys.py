@@ -42,10 +42,6 @@ class Keys:
     def __init__(self, api: Sequence[str] = (), admin: Sequence[str] = ()) -> None:
         self._api, self._admin = ([_digest(key) for key in keys] for keys in (api, admin))
 
-    @property
-    def open(self) -> bool:
-        return not self._api
-
     def admit(self, authorization: str, admin: bool) -> bytes | None:
         """What stands for the API key that was sent; None where that is none. admin: whether it takes an admin key.
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
+from trimtab.errors import SHUTTING_DOWN, ContextOverflow, EngineStopped, InvalidRequest
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.tools.template import ToolTemplate
 
@@ -32,10 +32,6 @@ def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
     if last is None:
         raise InvalidRequest("messages has none of the user's, of which contrast replaces the last", "messages")
     return [{**message, "content": text} if i == last else dict(message) for i, message in enumerate(messages)]
-
-
-def _stopped() -> EngineStopped:
-    return EngineStopped("the server is shutting down: send the request to another, or again in a moment")
 
 
 class Prompter:
@@ -141,14 +137,14 @@ class Prompter:
         try:
             future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:  # after its shutdown
-            raise _stopped() from error
+            raise EngineStopped(SHUTTING_DOWN) from error
         try:
             return await future
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise _stopped() from None  # not the caller was cancelled, but the work
+            raise EngineStopped(SHUTTING_DOWN) from None  # not the caller was cancelled, but the work
 
     def _encode(self, text: str, special: bool, field: str, long: Long = "refuse") -> Ids:
         try:

@@ -27,7 +27,7 @@ def what_to_score(body: Body, rule: Rule) -> tuple[int | None, int]:
     wanted = body.prompt_alternatives()
     if wanted is None:
         return None, 0
-    if rule.beside is not None and rule.beside.own_prompt:
+    if rule.companion is not None and rule.companion.own_prompt:
         field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
         message = "a contrast has no log-probabilities of a prompt, in place of which its companion reads another: "
         raise InvalidRequest(f"{message}score a completion at /v1/steering/score", field)

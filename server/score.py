@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, InvalidRequest
+from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.catalogue import Chosen
+from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.many import Many
 from trimtab.server.messages import Message
@@ -25,9 +26,7 @@ from trimtab.server.service import Service
 from trimtab.server.steering_body import SteeringBody
 from trimtab.server.stream import Step
 from trimtab.server.visit import note
-from trimtab.server.wire import ClientGone, or_gone
-
-_CLIENT_CLOSED = 499
+from trimtab.server.wire import or_gone
 
 
 class ScoreBody(BaseModel):
@@ -59,10 +58,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/steering/score", response_model=None)
     async def score(request: HttpRequest, body: ScoreBody) -> Response:
         """What steering would have done at every token of a completion, had the model written it."""
-        try:
-            return JSONResponse(await or_gone(request.receive, _score(service, body)))
-        except ClientGone:
-            return Response(status_code=_CLIENT_CLOSED)
+        return JSONResponse(await or_gone(request.receive, _score(service, body)))
 
 
 async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
@@ -134,13 +130,9 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
         try:
             while True:
                 for event in await ticket.next(service.keep_alive):
-                    if event.finish == "error":
-                        reason = "error"
-                        raise EngineFailure(event.error or "the engine failed on this request")
-                    if event.finish == "abort":
-                        raise EngineStopped("the engine stopped before the answer was complete: send the request again")
+                    reason = event.finish or reason
+                    check_event(event)
                     if event.finish is not None:
-                        reason = event.finish
                         return found
                     assert event.token is not None
                     assert event.receipt is not None

@@ -5,6 +5,7 @@ Invariant: both ways tell the same updates in the same words, so that chunks add
     telling = Telling(body, shape, pieces);  telling.chunks(choice, update);  telling.whole(choice)
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,11 @@ from trimtab.server.engine.pieces import Pieces
 from trimtab.server.receipts import receipt_json
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
+
+
+def dumps(value: Any) -> str:
+    """JSON as answers are written."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class Shape(Protocol):

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,18 +21,17 @@ T = TypeVar("T")
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class ClientGone(Exception):
-    """Nobody is left to answer."""
-
-
 async def or_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; when the client leaves first, `work` is cancelled: ClientGone. The body was read before."""
+    """The result of `work`. When the client leaves first, `work` is cancelled: ClientDisconnect.
+
+    The body was read before.
+    """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        raise ClientDisconnect
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -52,7 +52,7 @@ class EventStream(Response):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):
+        with suppress(ClientDisconnect):
             await or_gone(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tiny import LORA_TARGETS, tiny_base, tiny_lora
+from tiny import LORA_TARGETS, place, tiny_base, tiny_lora
 from trimtab.errors import CorrectionError
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -57,7 +57,7 @@ def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, dtype: torch.dtyp
     judge.get_base_model().set_attn_implementation("sdpa")
     correction = load(tmp_path)
     assert isinstance(correction, LoraCorrection)
-    ours = forward(base, {0: base.adapted.place(correction.adapter)}, [0] * len(IDS))
+    ours = forward(base, {0: place(base, correction)}, [0] * len(IDS))
     plain = forward(base, {}, [-1] * len(IDS))
     for ids, got, unadapted in zip(IDS, ours, plain, strict=True):
         with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_tokens_without_an_adapter_come_out_bit_for_bit(base: Base) -> None:
-    placed = {seed: base.adapted.place(tiny_lora(base, seed=seed).adapter) for seed in (0, 1)}
+    placed = {seed: place(base, tiny_lora(base, seed=seed)) for seed in (0, 1)}
     plain = forward(base, {}, [-1] * 4)
     mixed = forward(base, placed, [-1, -1, 0, 1])
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], mixed[:2], strict=True))
@@ -82,7 +82,7 @@ def test_tokens_without_an_adapter_come_out_bit_for_bit(base: Base) -> None:
 
 def test_a_copy_of_the_model_knows_nothing_of_what_acts(base: Base) -> None:
     """The trainer puts peft on copies of a model that is being served."""
-    placed = base.adapted.place(tiny_lora(base).adapter)
+    placed = place(base, tiny_lora(base))
     duplicate = copy_unpacked(base.model)
     ids = torch.tensor([IDS[0]])
     spans = [Span(0, 0, len(IDS[0]))]

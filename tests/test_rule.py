@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, NotFound
 from trimtab.server.engine.request import Budget, GateKind, Steering
-from trimtab.server.engine.rule import Beside, Rule, rule_for
+from trimtab.server.engine.rule import Companion, Rule, rule_for
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.gate import KINDS, Gate
@@ -43,20 +43,23 @@ def test_without_a_correction_all_is_off(bank: Bank) -> None:
             Steering("h1", 2.0, weight=0.5, also={"h0": -1.0}),
             Rule(True, 2.0, "entropy", 1.0, heads=((1, 0.5), (0, -1.0))),
         ),
-        (Steering("gated"), Rule(True, 1.0, "entropy", 0.7, 2.0, beside=Beside(0, False, 1.0))),
+        (Steering("gated"), Rule(True, 1.0, "entropy", 0.7, 2.0, companion=Companion(0, False, 1.0))),
         (Steering("gated", 0.0), Rule(True, 0.0, "entropy", 0.7, 2.0)),
         (Steering("gated", gate="always"), Rule(True, 1.0, "always", adapter=0)),
         (Steering("always"), Rule(True, 1.0, "always", adapter=1)),
-        (Steering("always", 0.5), Rule(True, 0.5, "always", beside=Beside(1, False, 0.5))),
-        (Steering("always", mode="shadow"), Rule(True, 1.0, "always", beside=Beside(1, False, 1.0))),
-        (Steering("always", budget=Budget(max_steps=3)), Rule(True, 1.0, "always", beside=Beside(1, False, 1.0))),
-        (Steering("always", gate="entropy", tau=1.5), Rule(True, 1.0, "entropy", 1.5, beside=Beside(1, False, 1.0))),
-        (Steering("contrast"), Rule(True, 0.5, "entropy", 0.5, beside=Beside(-1, True, -0.5))),
+        (Steering("always", 0.5), Rule(True, 0.5, "always", companion=Companion(1, False, 0.5))),
+        (Steering("always", mode="shadow"), Rule(True, 1.0, "always", companion=Companion(1, False, 1.0))),
+        (Steering("always", budget=Budget(max_steps=3)), Rule(True, 1.0, "always", companion=Companion(1, False, 1.0))),
+        (
+            Steering("always", gate="entropy", tau=1.5),
+            Rule(True, 1.0, "entropy", 1.5, companion=Companion(1, False, 1.0)),
+        ),
+        (Steering("contrast"), Rule(True, 0.5, "entropy", 0.5, companion=Companion(-1, True, -0.5))),
     ],
 )
 def test_each_tier_has_its_rule(bank: Bank, steering: Steering, expected: Rule) -> None:
     assert rule_for(steering, bank) == expected
-    assert expected.rows == (1 if expected.beside is None else 2)
+    assert expected.rows == (1 if expected.companion is None else 2)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from scripted import ScriptedEngine, event, say
 from trimtab.errors import EngineStopped, Overloaded
 from trimtab.server.engine.request import Event, Request
 from trimtab.server.tickets import Ticket, Tickets
-from trimtab.server.wire import ClientGone, or_gone
+from trimtab.server.wire import or_gone
 
 
 def silence(request: Request, index: int) -> list[Any]:
@@ -111,7 +112,7 @@ def test_a_caller_who_leaves_as_an_event_arrives_is_gone(leaves_first: bool, tic
         done, _ = await asyncio.wait((caller,), timeout=1)
         caller.cancel()
         assert done, "it waits for the next event"
-        assert isinstance(caller.exception(), ClientGone)
+        assert isinstance(caller.exception(), ClientDisconnect)
 
     asyncio.run(main())
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny import tiny_base, tiny_correction, tiny_lora
+from tiny import place, tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -76,7 +76,7 @@ def answer(base: Base, bank: Bank, request: Request) -> list[Event]:
 def logits_of(base: Base, bank: Bank, ids: Sequence[int], lora: str | None = None) -> Tensor:
     """The last token's, float64, by one forward from scratch."""
     correction = None if lora is None else bank.get(lora)
-    placed = [base.adapted.place(correction.adapter)] if isinstance(correction, LoraCorrection) else []
+    placed = [place(base, correction)] if isinstance(correction, LoraCorrection) else []
     span = Span(0, 0, len(ids), len(placed) - 1)
     states = base.forward(list(ids), KVBatch(base.new_cache(1, len(ids)), [span], placed))
     return base.logits(states[-1:])[0].double()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from trimtab.server.model.adapters import Placed
 from trimtab.server.model.attention import IMPLEMENTATION
 from trimtab.server.model.base import Base, prepare
 from trimtab.steering.adapter import Adapter, LoraLayer
@@ -113,3 +114,10 @@ def tiny_lora(
         if path.rpartition(".")[2] in LORA_TARGETS
     }
     return LoraCorrection(name=name, base=base.identity, gate=gate or Gate(tau=1.0), adapter=Adapter(layers, config))
+
+
+def place(base: Base, lora: LoraCorrection) -> Placed:
+    """Its adapter, for forwards of the base's."""
+    placed = base.adapted.bring(lora.adapter)
+    base.adapted.attach(placed)
+    return placed

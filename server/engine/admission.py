@@ -9,7 +9,7 @@ from dataclasses import replace
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.request import Request
-from trimtab.server.engine.rule import Beside, rule_for
+from trimtab.server.engine.rule import Companion, rule_for
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.engine.structure import Grammars
 from trimtab.server.model.base import Base
@@ -52,11 +52,11 @@ class Admission:
         if request.structure is not None:
             self._grammars.compile(request.structure)
         rule = request.rule or rule_for(request.steering, self._bank)
-        if not all(map(self._has, (rule.adapter, rule.beside.adapter if rule.beside else NO_ADAPTER))):
+        if not all(map(self._has, (rule.adapter, rule.companion.adapter if rule.companion else NO_ADAPTER))):
             message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
             raise InvalidRequest(message, "steering.correction")
-        if rule.beside is not None:
-            self._check_companion(request, rule.beside)
+        if rule.companion is not None:
+            self._check_companion(request, rule.companion)
         return request if request.rule is not None else replace(request, rule=rule)
 
     def _check_ends(self, request: Request) -> None:
@@ -69,13 +69,13 @@ class Admission:
             message = "allowed_token_ids has only tokens that end the text, which min_tokens forbids: add others to it"
             raise InvalidRequest(message, "allowed_token_ids")
 
-    def _check_companion(self, request: Request, beside: Beside) -> None:
+    def _check_companion(self, request: Request, companion: Companion) -> None:
         if self._config.slots < 2:
             name = request.steering.correction
             message = f"{name} needs a companion row, so two slots a choice; this server has 1 (--max-num-seqs)"
             raise InvalidRequest(message, "steering.correction")
         prompt = request.steering.companion_prompt
-        if not beside.own_prompt:
+        if not companion.own_prompt:
             return
         field = "steering.companion_prompt"
         if prompt is None:

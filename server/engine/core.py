@@ -150,14 +150,11 @@ class Core:
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Offline: feed requests as slots free up, until all are done. Yields events as they come."""
-        pending = iter(requests)
-        exhausted = False
-        while not exhausted or self.busy:
-            while not exhausted and self.waiting < self.config.slots:
-                request = next(pending, None)
-                exhausted = request is None
-                if request is not None:
-                    self.submit(request)
+        for request in requests:
+            self.submit(request)
+            while self.waiting >= self.config.slots:
+                yield from self.step()
+        while self.busy:
             yield from self.step()
 
     def _warm_up(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from trimtab.errors import EngineFailure, EngineStopped, Overloaded
+from trimtab.errors import SHUTTING_DOWN, EngineFailure, EngineStopped, Overloaded
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Event, FinishReason, Request, Structure
@@ -160,7 +160,7 @@ class Engine:
 
     def _check_running(self) -> None:
         if self._closing:
-            raise EngineStopped("the server is shutting down: send the request to another, or again in a moment")
+            raise EngineStopped(SHUTTING_DOWN)
         if self._closed or not self._thread.is_alive():
             raise EngineFailure("the engine is not running")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
-GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/correction.py
+GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/gate.py
 
 MAX_MIX = 8  # corrections that act together in one request
 MAX_STOP_TOKENS = 256

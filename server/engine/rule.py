@@ -30,12 +30,12 @@ GATES: dict[GateKind, int] = {
 }
 
 
-class Beside(NamedTuple):
+class Companion(NamedTuple):
     """The companion of each choice: it reads what was sampled after a prompt of its own or the choice's."""
 
     adapter: int
     own_prompt: bool  # Steering.companion_prompt
-    share: float  # b in z' = (1 - b) z + b z_companion
+    mix: float  # b in z' = (1 - b) z + b z_companion
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rule:
     ceiling: float = math.inf
     heads: tuple[tuple[int, float], ...] = ()  # rows of the bank's tensors, and their weights
     adapter: int = NO_ADAPTER  # of the choice's own row
-    beside: Beside | None = None
+    companion: Companion | None = None
     entries: tuple[Entry, ...] = field(default=(), repr=False, compare=False)  # the one it is steered by, then others
 
     @property
@@ -65,7 +65,7 @@ class Rule:
     @property
     def rows(self) -> int:
         """Slots that a choice takes."""
-        return 1 if self.beside is None else 2
+        return 1 if self.companion is None else 2
 
 
 def rule_for(steering: Steering, bank: Bank) -> Rule:
@@ -82,7 +82,7 @@ def rule_for(steering: Steering, bank: Bank) -> Rule:
     if steering.mode == "off":
         return Rule(False, strength, kind, tau, ceiling, entries=entries)
     heads: tuple[tuple[int, float], ...] = ()
-    adapter, beside = NO_ADAPTER, None
+    adapter, companion = NO_ADAPTER, None
     if isinstance(chosen, HeadCorrection):
         entries = (entry, *(_find_head(name, bank) for name in steering.also))
         weights = (steering.weight, *steering.also.values())
@@ -90,10 +90,10 @@ def rule_for(steering: Steering, bank: Bank) -> Rule:
     elif isinstance(chosen, LoraCorrection) and kind == "always" and strength == 1 and _is_plain(steering):
         adapter = entry.index  # what a companion would give, at half the work
     elif strength != 0 and isinstance(chosen, LoraCorrection):
-        beside = Beside(entry.index, False, strength)
+        companion = Companion(entry.index, False, strength)
     elif strength != 0 and isinstance(chosen, ContrastCorrection):
-        beside = Beside(NO_ADAPTER, True, -strength)
-    return Rule(True, strength, kind, tau, ceiling, heads, adapter, beside, entries)
+        companion = Companion(NO_ADAPTER, True, -strength)
+    return Rule(True, strength, kind, tau, ceiling, heads, adapter, companion, entries)
 
 
 def slots_of(correction: Correction) -> int:

@@ -100,15 +100,9 @@ class Runner:
     def sample(self, forward: Forward) -> StepRecord | None:
         """Launch the step kernel and wait for what it reports; None if no row samples."""
         sampling, hidden, logits, _ = forward
-        own = len(sampling.sequences)
-        if not own:
+        if not sampling.sequences:
             return None
-        inputs = build_inputs(
-            sampling, self._slate, logits[:own], hidden[:own], self.base.head_weight, self.bank.tensors()
-        )
-        companions = self._companions(sampling.sequences, logits[own:])
-        record = step_with(self._step, inputs, companions)
-        return unpack(pack(record).cpu())  # the step's one copy and synchronisation
+        return self._report(sampling, hidden, logits)
 
     def score(self, work: list[Work]) -> list[tuple[Sampling, StepRecord]]:
         """The records of the prompts' tokens that this work, whose `forward` has run, made known."""
@@ -119,18 +113,20 @@ class Runner:
         self._slate.note(list(dict.fromkeys(piece.choices)))
         slots = np.array([choice.row.slot for choice in piece.choices])
         sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
-        logits = self.base.logits(torch.cat([piece.states, piece.beside]))
-        record = self._force(sampling, piece.states, logits)
+        logits = self.base.logits(torch.cat([piece.states, piece.companions]))
+        record = self._report(sampling, piece.states, logits)
         allowed = allow(piece, record)
         if overruled(allowed, record):
-            record = self._force(sampling._replace(allowed=allowed), piece.states, logits)
+            record = self._report(sampling._replace(allowed=allowed), piece.states, logits)
         return sampling, record
 
-    def _force(self, sampling: Sampling, states: Tensor, logits: Tensor) -> StepRecord:
-        own = len(states)
-        inputs = build_inputs(sampling, self._slate, logits[:own], states, self.base.head_weight, self.bank.tensors())
+    def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> StepRecord:
+        """What the step kernel reports of rows, after which their companions stand."""
+        own = len(sampling.sequences)
+        weight, bank = self.base.head_weight, self.bank.tensors()
+        inputs = build_inputs(sampling, self._slate, logits[:own], hidden[:own], weight, bank)
         record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
-        return unpack(pack(record).cpu())
+        return unpack(pack(record).cpu())  # the step's one copy and synchronisation
 
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
         """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.
@@ -150,10 +146,9 @@ class Runner:
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
         """logits: [companions, vocab], in the order of their sequences."""
-        beside = [(row, s.rule.beside.share) for row, s in enumerate(sequences) if s.rule.beside is not None]
-        if not beside:
+        mixes = {row: s.rule.companion.mix for row, s in enumerate(sequences) if s.rule.companion is not None}
+        if not mixes:
             return None
-        rows, shares = zip(*beside, strict=True)
-        device = logits.device
-        capped = any(s.request.steering.budget.kl is not None for s in sequences if s.rule.beside is not None)
-        return Companions(torch.tensor(rows).to(device), logits, torch.tensor(shares).to(device), capped)
+        rows, mix = torch.tensor(list(mixes)), torch.tensor(list(mixes.values()))
+        capped = any(sequences[row].request.steering.budget.kl is not None for row in mixes)
+        return Companions(rows.to(logits.device), logits, mix.to(logits.device), capped)

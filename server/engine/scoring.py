@@ -29,7 +29,7 @@ class Scored(NamedTuple):
     choices: list[Choice]  # a row each
     places: npt.NDArray[np.int64]  # of each row's token, among those that its choice scores
     states: Tensor  # [rows, hidden]: of the token before it
-    beside: Tensor  # [rows that have a companion, hidden]: of the companion's
+    companions: Tensor  # [rows that have a companion, hidden]: of the companion's
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:
@@ -58,7 +58,7 @@ def take_ready(choices: Sequence[Choice]) -> Scored | None:
     rows: list[Choice] = []
     places: list[range] = []
     own: list[Tensor] = []
-    beside: list[Tensor] = []
+    companions: list[Tensor] = []
     for choice in choices:
         ready = min(0 if row.states is None else len(row.states) for row in choice.rows)
         if not ready or choice.scores is None:
@@ -68,11 +68,11 @@ def take_ready(choices: Sequence[Choice]) -> Scored | None:
         choice.scores.done += ready
         own.append(_take(choice.row, ready))
         if choice.companion is not None:
-            beside.append(_take(choice.companion, ready))
+            companions.append(_take(choice.companion, ready))
     if not rows:
         return None
     states = torch.cat(own)
-    return Scored(rows, np.concatenate(places), states, torch.cat(beside) if beside else states[:0])
+    return Scored(rows, np.concatenate(places), states, torch.cat(companions) if companions else states[:0])
 
 
 def pieces(scored: Scored) -> Iterator[Scored]:
@@ -82,7 +82,7 @@ def pieces(scored: Scored) -> Iterator[Scored]:
         rows = slice(at, at + PIECE)
         choices = scored.choices[rows]
         paired = sum(choice.companion is not None for choice in choices)
-        yield Scored(choices, scored.places[rows], scored.states[rows], scored.beside[done : done + paired])
+        yield Scored(choices, scored.places[rows], scored.states[rows], scored.companions[done : done + paired])
         done += paired
 
 

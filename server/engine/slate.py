@@ -3,7 +3,7 @@
 Invariant: a step costs no work in Python for what no step changes; what may change (a budget's gate, edits, legal
 tokens, the draw) is asked of the few choices that have it.
 
-    slate.note(sequences);  columns = slate.gather(slots, sampled)
+    slate.note(sequences);  columns = slate.gather(slots)
 """
 
 import math

@@ -32,10 +32,10 @@ class Starter:
         scores = Scores(request.prompt[first:], Allowance(budget, self._pieces) if bounded else None)
         told = len(scores.tokens)
         companion = None
-        if rule.beside is not None:
-            read = request.steering.companion_prompt if rule.beside.own_prompt else None
+        if rule.companion is not None:
+            read = request.steering.companion_prompt if rule.companion.own_prompt else None
             before = list(read or request.prompt[:first])
-            companion = Row(before + list(scores.tokens), rule.beside.adapter, _before(len(before), told))
+            companion = Row(before + list(scores.tokens), rule.companion.adapter, _before(len(before), told))
         stops = sampling.stop_token_ids | self._base.eos
         if sampling.ignore_eos and request.structure is None:
             stops = sampling.stop_token_ids

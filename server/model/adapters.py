@@ -4,7 +4,7 @@ Invariant: the layers compute all tokens of a step together, as without adapters
 of its own tokens alone; so tokens without an adapter come out bit for bit as from a model that knows none. The model's
 modules stay as they are: a hook on each adapted layer reads what acts in this thread's forward, and is idle otherwise.
 
-    layers = AdaptedLayers(model);  placed = layers.place(adapter)
+    layers = AdaptedLayers(model);  placed = layers.bring(adapter);  layers.attach(placed)
     with layers.acting([Group(placed, slice(0, 4))]): decoder(...)
 """
 
@@ -42,18 +42,15 @@ class AdaptedLayers:
         self._lock = threading.Lock()
         self._now = threading.local()
 
-    def place(self, adapter: Adapter) -> Placed:
-        """Bring an adapter to the model's device and dtype. Raises CorrectionError for a layer that is not there."""
-        placed = self.bring(adapter)
-        self.attach(placed)
-        return placed
-
     def bring(self, adapter: Adapter) -> Placed:
-        """The part of `place` that takes time and changes nothing: any thread's, while forwards run."""
+        """An adapter on the model's device, in its dtype. Raises CorrectionError for a layer that is not there.
+
+        It takes time and changes nothing: any thread's, while forwards run.
+        """
         return {path: self._place(path, layer.A, layer.B, layer.scale) for path, layer in adapter.layers.items()}
 
     def attach(self, placed: Placed) -> None:
-        """The part of `place` that changes the modules: not while a forward runs."""
+        """Hook the layers that it acts on. This changes the modules: not while a forward runs."""
         with self._lock:
             for path in placed.keys() - self._hooked:
                 self._model.get_submodule(path).register_forward_hook(self._hook(path))

@@ -25,7 +25,6 @@ class KVCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.num_hidden_layers, slots, length, heads, head_dim)
-        self.length = length
         self.kernels = layers_for(device)  # what reads the cache, if not torch's own attention
         group = config.num_attention_heads // heads
         self.tokens_a_tile = self.kernels.tokens_a_tile(group, dtype.itemsize) if self.kernels else 0

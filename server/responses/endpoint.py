@@ -13,8 +13,9 @@ from trimtab.server import chat
 from trimtab.server.generation import Generation
 from trimtab.server.http_errors import failure
 from trimtab.server.responses.body import ResponseBody, field_of_response
-from trimtab.server.responses.events import Writer, dumps, encode
+from trimtab.server.responses.events import Writer, encode
 from trimtab.server.service import Service
+from trimtab.server.telling import dumps
 from trimtab.server.tickets import Ticket
 
 

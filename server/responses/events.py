@@ -6,11 +6,12 @@ answer are equal by construction. Every item that was added is done before the r
     writer = Writer(head);  writer.begin();  writer.take(chunk);  writer.end(usage)  ->  lists of events
 """
 
-import json
 import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
+
+from trimtab.server.telling import dumps
 
 Event = dict[str, Any]
 
@@ -18,10 +19,6 @@ Event = dict[str, Any]
 def encode(events: Iterable[Event]) -> bytes:
     """Server-sent events, with their names."""
     return "".join(f"event: {event['type']}\ndata: {dumps(event)}\n\n" for event in events).encode()
-
-
-def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class Writer:
