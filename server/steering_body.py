@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.engine.request import Budget, GateKind, Mode, Steering
+from trimtab.server.engine.request import Budget, Mode, Steering
 from trimtab.server.many import Many, Table
+from trimtab.steering.gate import GateKind
 
 Report = Literal["none", "summary", "tokens"]
 

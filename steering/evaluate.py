@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import GateKind, Mode, Steering
+from trimtab.server.engine.request import Mode, Steering
 from trimtab.server.engine.rule import rule_for
 from trimtab.steering.claim import claim, describe_run, score_again
 from trimtab.steering.folder import digest
-from trimtab.steering.gate import Gate
+from trimtab.steering.gate import Gate, GateKind
 from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.prompted import Preface, preface
@@ -55,10 +55,9 @@ class Policy(NamedTuple):
 
     def under(self, gate: Gate) -> "Policy":
         """The same, served by this gate and not by the correction's own."""
-        kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
-        if kind == "always":
-            return self._replace(gate=kind, tau=None, ceiling=None)
-        return self._replace(gate=kind, tau=gate.tau, ceiling=gate.ceiling)
+        if gate.kind == "always":
+            return self._replace(gate=gate.kind, tau=None, ceiling=None)
+        return self._replace(gate=gate.kind, tau=gate.tau, ceiling=gate.ceiling)
 
 
 class Difference(NamedTuple):

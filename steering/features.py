@@ -204,7 +204,7 @@ def statistic(z: Tensor, gate: str) -> Tensor:
 
 def gate_of(config: FitConfig) -> Gate:
     """The gate of the corrections that a fit makes."""
-    return Gate(config.gate, config.tau)
+    return Gate(config.gate, config.tau)  # type: ignore[arg-type]  # FitConfig knows no other kinds
 
 
 def rank(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

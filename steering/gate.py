@@ -9,24 +9,26 @@ import bisect
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from trimtab.errors import CorrectionError
 
 # The statistic of each kind, computed from the base's logits z at temperature 1 (kernels/record.py):
-KINDS = (
+GateKind = Literal[
     "entropy",  # of softmax(z), nats
     "varentropy",  # variance of -log p, nats^2: high where few tokens compete and many others linger
     "margin",  # -(p1 - p2): nearer to 0, the closer the two best tokens are
     "random",  # a uniform number of the step's own: a control that looks at nothing
     "always",  # open at every step: what an ordinary adapter does
-)
+]
+KINDS: tuple[GateKind, ...] = get_args(GateKind)
 
 
 @dataclass(frozen=True)
 class Gate:
     """Open at the steps where tau < statistic <= ceiling."""
 
-    kind: str = "entropy"
+    kind: GateKind = "entropy"
     tau: float = 0.5
     ceiling: float = math.inf  # finite: a band
     calibration: tuple[tuple[float, float], ...] = ()  # (firing rate, tau), by `trimtab calibrate`

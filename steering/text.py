@@ -21,7 +21,6 @@ from trimtab.kernels import philox
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import step_for
 from trimtab.kernels.record import FIRED, Corrections, RowParams, StepInputs
-from trimtab.server.engine.request import GateKind
 from trimtab.server.engine.rule import GATES
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
@@ -111,7 +110,6 @@ def _read(
 def _params(following: Tensor, at: Tensor, number: int, head: bool, strength: float, gate: Gate) -> RowParams:
     """Rows under the gate, whose tokens are known; number: the window's, which seeds a random gate."""
     n, device = len(at), at.device
-    kind: GateKind = gate.kind  # type: ignore[assignment]  # Gate checks its kind
 
     def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((n,), value, dtype=dtype, device=device)
@@ -127,7 +125,7 @@ def _params(following: Tensor, at: Tensor, number: int, head: bool, strength: fl
         presence=column(0.0),
         frequency=column(0.0),
         steered=column(1, torch.bool),
-        gate=column(GATES[kind], torch.int32),
+        gate=column(GATES[gate.kind], torch.int32),
         tau=column(gate.tau),
         ceiling=column(gate.ceiling),
         chance=chance,

@@ -1,17 +1,17 @@
 """Rules: what each tier makes of a request's steering, and what does not go together."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, NotFound
-from trimtab.server.engine.request import Budget, GateKind, Steering
+from trimtab.server.engine.request import Budget, Steering
 from trimtab.server.engine.rule import Companion, Rule, rule_for
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
-from trimtab.steering.gate import KINDS, Gate
+from trimtab.steering.gate import Gate
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,6 @@ def bank() -> Bank:
     bank.add(tiny_correction(base, "h1"))
     bank.add(ContrastCorrection(name="contrast"))
     return bank
-
-
-def test_the_kinds_of_gates_are_the_artefacts() -> None:
-    assert get_args(GateKind) == KINDS
 
 
 def test_without_a_correction_all_is_off(bank: Bank) -> None:

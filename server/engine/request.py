@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from trimtab.errors import InvalidRequest
+from trimtab.steering.gate import KINDS, GateKind
 
 if TYPE_CHECKING:
     from trimtab.server.engine.rule import Rule
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
-GateKind = Literal["entropy", "varentropy", "margin", "random", "always"]  # as in steering/gate.py
 
 MAX_MIX = 8  # corrections that act together in one request
 MAX_STOP_TOKENS = 256
@@ -133,8 +133,8 @@ class Steering:
             _within("steering.rate", self.rate, 0.0, 1.0)
             if self.tau is not None:
                 raise InvalidRequest("steering.rate stands for a tau: leave one of them out", "steering.rate")
-        if self.gate is not None and self.gate not in get_args(GateKind):
-            kinds = ", ".join(get_args(GateKind))
+        if self.gate is not None and self.gate not in KINDS:
+            kinds = ", ".join(KINDS)
             raise InvalidRequest(f"steering.gate must be one of {kinds}, not {self.gate!r}", "steering.gate")
         for name, weight in {str(self.correction): self.weight, **self.also}.items():
             _within(f"steering.corrections.{name}", weight, -100.0, 100.0)

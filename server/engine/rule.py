@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.kernels.record import GATE_ALWAYS, GATE_ENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_VARENTROPY
-from trimtab.server.engine.request import Budget, GateKind, Steering
+from trimtab.server.engine.request import Budget, Steering
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import ContrastCorrection, Correction, HeadCorrection, LoraCorrection
-from trimtab.steering.gate import Gate
+from trimtab.steering.gate import Gate, GateKind
 
 GATES: dict[GateKind, int] = {
     "entropy": GATE_ENTROPY,
@@ -118,7 +118,7 @@ def _find_head(name: str, bank: Bank) -> Entry:
 
 def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float]:
     """(kind, tau, ceiling): the correction's own, save what the request sets."""
-    kind: GateKind = steering.gate or gate.kind  # type: ignore[assignment]  # Gate checks its kind
+    kind = steering.gate or gate.kind
     asked = {"rate": steering.rate, "tau": steering.tau, "ceiling": steering.ceiling}
     field = next((name for name, value in asked.items() if value is not None), None)
     if kind == "always":
