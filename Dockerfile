@@ -1,5 +1,5 @@
-# Serves the embedded demo:        docker run -p 8000:8000 IMAGE
-# Another model:                   docker run -p 8000:8000 -v /my/models:/models:ro IMAGE /models/qwen
+# Serves the embedded demo:        docker run -p 127.0.0.1:8000:8000 IMAGE
+# Another model:                   docker run -p 127.0.0.1:8000:8000 -v /my/models:/models:ro IMAGE /models/qwen
 # TORCH_INDEX_URL names an index of torch's CPU builds, or of those for a CUDA release; without it pip takes what its own
 # index has, which may be gigabytes of CUDA. On a GPU, run with --gpus all.
 # It runs as uid 10001 and needs no right: --read-only --tmpfs /tmp --cap-drop ALL work. Weights that are unpacked at the

@@ -4,6 +4,7 @@ Invariant: what the caller did not set is not sent. Here is checked only what no
 the server.
 """
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,19 +47,21 @@ def get_model(name: str) -> Call:
 def chat(messages: Messages, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
     """A chat request. messages: a string, or OpenAI's list of {role, content}."""
     subject = {"messages": _list_messages(messages)}
-    return Call("POST", "/chat/completions", _streamed(stream, usage=True) | _body(subject, model, steering, options))
+    body = _body(subject, model, steering, _known(options, Options))
+    return Call("POST", "/chat/completions", _streamed(stream, usage=True) | body)
 
 
 def complete(prompt: Prompt, model: str | None, steering: Steer, options: Options, *, stream: bool) -> Call:
     """A completion request. prompt: text or token ids, or a batch of either."""
-    body = _body({"prompt": prompt}, model, steering, options)
+    body = _body({"prompt": prompt}, model, steering, _known(options, Options))
     return Call("POST", "/completions", _streamed(stream, usage=True) | body)
 
 
 def respond(asked: Messages, model: str | None, steering: Steer, options: ResponseOptions, *, stream: bool) -> Call:
     """A request to /v1/responses. asked: a string, or OpenAI's list of input items."""
     subject = {"input": asked if isinstance(asked, str) else _list_messages(asked, "input")}
-    return Call("POST", "/responses", _streamed(stream) | _body(subject, model, steering, options))
+    body = _body(subject, model, steering, _known(options, ResponseOptions))
+    return Call("POST", "/responses", _streamed(stream) | body)
 
 
 def score(prompt: Text, completion: Text, model: str | None, steering: Steer) -> Call:
@@ -131,6 +134,19 @@ def _list_messages(messages: Messages, field: str = "messages") -> list[dict[str
 def _streamed(stream: bool, usage: bool = False) -> dict[str, Any]:
     """usage: the endpoint tells it at a stream's end when asked to."""
     return {} if not stream else {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
+
+
+def _known(options: Options | ResponseOptions, kind: type) -> Options | ResponseOptions:
+    """The options, all of which are known: a server would ignore a misspelled one, and answer without it."""
+    known = list(kind.__annotations__)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f": did you mean {near[0]}?" if near else ":"
+            raise InvalidRequest(
+                f"{name} is no option here{meant} further keys of the body go into extra={{...}}", name
+            )
+    return options
 
 
 def _body(

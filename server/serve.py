@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,6 +115,7 @@ def serve(args: argparse.Namespace) -> None:
         raise InvalidRequest(f"--corrections-root: there is no folder {args.corrections_root}", "corrections_root")
     tracer = choose_tracer(args.otlp_traces_endpoint)
     folders = choose_corrections(args.model, args.correction)
+    try_port(args.host, args.port)
     base = load_base(args.model, args.dtype, args.device, args.threads)
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
@@ -150,6 +152,19 @@ def serve(args: argparse.Namespace) -> None:
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
     _end()
+
+
+def try_port(host: str, port: int) -> None:
+    """A port that is taken is found before the model is loaded. Raises InvalidRequest."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own will have
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise InvalidRequest(
+                f"port {port} of {host} cannot be opened ({why}): give another --port", "port"
+            ) from error
 
 
 def engine_config(given: Any) -> "EngineConfig":

@@ -75,7 +75,9 @@ class Bank:
         names = [*self._entries, *(correction.name for correction in corrections)]
         for at, name in enumerate(names):
             if name in names[:at]:
-                raise CorrectionError(f"two corrections are called {name!r}: rename one in its correction.json")
+                raise CorrectionError(
+                    f"two corrections are called {name!r}: rename one in its correction.json, or serve it as NAME=DIR"
+                )
         entries, tensors = self._place(corrections)
         for entry in entries:
             self.publish(Draft(entry, tensors))

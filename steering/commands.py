@@ -8,12 +8,12 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.arguments import HelpFormatter
-from trimtab.errors import CorrectionError
+from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.steering.config import FitConfig
 
 if TYPE_CHECKING:
@@ -89,7 +89,23 @@ def run_fit(args: argparse.Namespace) -> None:
 def _config_of(args: argparse.Namespace) -> FitConfig:
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(FitConfig) if f.name in args}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    _refuse_unused(values)
     return FitConfig(**values)
+
+
+def _refuse_unused(values: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for an option of another route: it would change nothing, and the run be another's."""
+    direct = (values["tier"], values["via"]) == ("head", "direct")
+    unused = {
+        "lora": (values["tier"] != "lora" and values["via"] != "lora", "is of a LoRA: add --via lora or --tier lora"),
+        "strengths": (direct, "is of what is distilled, or of a LoRA: add --via lora or --tier lora"),
+        "teacher_samples": (direct, "is of what is distilled: add --via lora"),
+        "kl_budgets": (not direct, "is of a head that is fitted directly: leave it out, or see --kl-limit"),
+    }
+    for field in dataclasses.fields(FitConfig):
+        idle, why = unused.get("lora" if field.name.startswith("lora_") else field.name, (False, ""))
+        if idle and values.get(field.name, field.default) != field.default:
+            raise InvalidRequest(f"{field.name} {why}", field.name)
 
 
 def add_inspect(subparsers: Subparsers) -> None:

@@ -32,11 +32,11 @@ def add_eval(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
     add_what(parser)
-    parser.add_argument("--problems", type=several, default=200, help="held-out problems (default: 200)")
+    parser.add_argument("--problems", type=several, help="held-out problems (default: as many as the fit's, or 200)")
     parser.add_argument(
         "--skip", type=count, default=0, help="leave out the first so many: others than the fit's report"
     )
-    parser.add_argument("--samples", type=positive, default=2, help="completions a problem and policy (default: 2)")
+    parser.add_argument("--samples", type=positive, help="completions a problem and policy (default: as many, or 2)")
     parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
     parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
@@ -60,6 +60,9 @@ def run_eval(args: argparse.Namespace) -> None:
 
     _check_ladder(args)
     correction = load(args.correction)
+    fitted = correction.provenance.get("config", {})
+    args.problems = args.problems or fitted.get("test_problems", 200)
+    args.samples = args.samples or fitted.get("test_samples", 2)
     text = None if args.text is None else _read_file(args.text)
     setting = settle(args, correction)
     problems = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]

@@ -56,11 +56,14 @@ def _describe(groups: Mapping[str, list[Rollout]], mixed: int) -> str:
     """Why nothing can be learned from these problems."""
     rates = [_mean(group) for group in groups.values()]
     never, always = sum(rate == 0 for rate in rates), sum(rate == 1 for rate in rates)
+    ends = [rollout.finish for group in groups.values() for rollout in group]
+    cut = ends.count("length")
+    hint = f"; {cut} of {len(ends)} completions were cut off: raise --max-tokens" if 2 * cut > len(ends) else ""
     return (
         f"{mixed} of {len(groups)} problems ({mixed / len(groups):.0%}) are usable, and fitting needs {FEWEST}: "
         f"{never} were never solved and {always} always, at a pass rate of {sum(rates) / len(rates):.2f}; a usable one "
         "is solved by some of its samples only, also without the longest. Give more problems or samples, or a task "
-        "nearer to what the model can do"
+        f"nearer to what the model can do{hint}"
     )
 
 

@@ -14,8 +14,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle, several
 
 if TYPE_CHECKING:
-    from trimtab.server.model.base import Base
-    from trimtab.steering.analyze import Tuned
+    from trimtab.steering.correction import Correction
 
 Subparsers = Any  # argparse's own type is private
 CALIBRATION_PROBLEMS = 64
@@ -31,7 +30,9 @@ def add_calibrate(subparsers: Subparsers) -> None:
     parser.add_argument("correction", type=Path, metavar="DIR", help="a correction's folder")
     add_what(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="instead of a task: a prompt a line, text or JSON")
-    parser.add_argument("--problems", type=positive, help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all)")
+    parser.add_argument(
+        "--problems", type=positive, help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all there are)"
+    )
     parser.add_argument("--samples", type=positive, default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
     parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
@@ -60,7 +61,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
             raise InvalidRequest(f"{name} must be above 0 and below 1, not {rates}", name)
     prompts = read_prompts(args.prompts) if args.prompts else None
     setting = settle(args, correction, needs_task=prompts is None)
-    count = args.problems or (len(prompts) if prompts else CALIBRATION_PROBLEMS)
+    learned = correction.provenance.get("config", {}).get("problems", CALIBRATION_PROBLEMS)  # the task has so many
+    count = args.problems or (len(prompts) if prompts else min(CALIBRATION_PROBLEMS, learned))
     problems = prompts[:count] if prompts else setting.task.problems("train", count)
     sampling = setting.sampling._replace(samples=args.samples)
     seen = watch(setting.base, gate, problems, sampling, args.slots, args.threads)
@@ -91,17 +93,21 @@ def add_analyze(subparsers: Subparsers) -> None:
 
 def run_analyze(args: argparse.Namespace) -> None:
     """Prints the study on stdout. With --out, FOLDER also holds it: report.json and report.md."""
-    from trimtab.steering.analyze import analyze
+    from trimtab.steering.analyze import Tuned, analyze
     from trimtab.steering.analyze_report import to_markdown
     from trimtab.steering.atomic import write_json, write_text
     from trimtab.steering.gate import Gate
     from trimtab.steering.machine import describe_run
+    from trimtab.steering.teacher import load_teacher
 
-    setting = settle(args, None)
+    correction = _correction(Path(args.tuned))
+    setting = settle(args, correction)
     exam = setting.exam(setting.task.problems("held-out", args.problems), args.samples)
-    tuned = _tuned(args, setting.base)
-    if tuned.correction is not None:
-        refuse_learned(tuned.correction, exam.problems)
+    if correction is None:
+        tuned = Tuned(args.tuned, load_teacher(args.tuned, setting.base, args.dtype, args.device, args.threads))
+    else:
+        tuned = Tuned(correction.name, setting.base, correction)
+        refuse_learned(correction, exam.problems)
     with keep_in(args.out) as folder:
         study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus, folder)
         study |= {"benchmark": "analyze", "machine": describe_run("trimtab")}
@@ -111,16 +117,9 @@ def run_analyze(args: argparse.Namespace) -> None:
     print(json.dumps(study) if args.json else to_markdown(study))
 
 
-def _tuned(args: argparse.Namespace, base: "Base") -> "Tuned":
+def _correction(folder: Path) -> "Correction | None":
+    """What lies there, a PEFT folder included; None where it is no correction's folder."""
     from trimtab.steering.adapter import CONFIG_FILE
-    from trimtab.steering.analyze import Tuned
-    from trimtab.steering.correction import check
     from trimtab.steering.folder import JSON_FILE, load
-    from trimtab.steering.teacher import load_teacher
 
-    folder = Path(args.tuned)
-    if any((folder / name).is_file() for name in (JSON_FILE, CONFIG_FILE)):
-        correction = load(folder)
-        check(correction, base.identity)
-        return Tuned(correction.name, base, correction)
-    return Tuned(args.tuned, load_teacher(args.tuned, base, args.dtype, args.device, args.threads))
+    return load(folder) if any((folder / name).is_file() for name in (JSON_FILE, CONFIG_FILE)) else None

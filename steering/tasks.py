@@ -78,7 +78,8 @@ class FileTask:
         found = self._splits[split]
         if count > len(found):
             raise TaskError(
-                f"{self.name} has {len(found)} {split} problems; {count} are needed: ask for fewer or add lines"
+                f"{self.name} has {len(found)} {split} problems; {count} are needed: ask for {len(found)} or fewer, "
+                "or add lines"
             )
         return found[:count]
 

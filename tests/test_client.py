@@ -130,6 +130,7 @@ def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
         ("Why?", {"stop": {"a"}}, "stop"),
         ("Why?", {"extra": {"a": object()}}, "a"),
         ("Why?", {"extra": [1]}, "extra"),
+        ("Why?", {"max_token": 3}, "max_token"),
         ("Why?", {"steering": 5}, "steering"),
         ("Why?", {"steering": Steering("brief", budget={"kl": 1})}, "steering"),  # type: ignore[arg-type]
         ("half a pair: \ud800", {}, "messages"),
@@ -139,6 +140,11 @@ def test_what_cannot_be_sent_is_named(both: Both, messages: Any, options: Any, f
     with pytest.raises(InvalidRequest) as caught:
         both.call(Server(), "chat", messages, **options)
     assert caught.value.field == field
+
+
+def test_a_misspelled_option_is_told_its_name(both: Both) -> None:
+    with pytest.raises(InvalidRequest, match="max_token is no option here: did you mean max_tokens"):
+        both.call(Server(), "chat", "Why?", max_token=3)
 
 
 # what is read

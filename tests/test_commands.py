@@ -145,6 +145,20 @@ def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFi
         assert words in card
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--lora-rank 64", "lora_rank is of a LoRA: add --via lora or --tier lora"),
+        ("--lora-preset paper", "lora_preset is of a LoRA"),
+        ("--strengths 2", "strengths is of what is distilled, or of a LoRA"),
+        ("--via lora --kl-budgets 0.5", "kl_budgets is of a head that is fitted directly"),
+    ],
+)
+def test_an_option_of_another_route_is_refused(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"fit --out nowhere {options}") == 1
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_inside")
 def test_inspect_shows_base_gate_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect odd") == 0

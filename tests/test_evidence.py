@@ -150,6 +150,8 @@ def test_analyze_takes_a_correction_a_peft_folder_or_a_model(capsys: pytest.Capt
     for tuned in ("mine", "another"):
         assert run(f"analyze tiny {tuned} {what}") == 0
         assert f"{tuned} against tiny-llama: 3 held-out problems of task.jsonl" in capsys.readouterr().out
+    assert run("analyze tiny mine --problems 2 --samples 1 --taus 3") == 0
+    assert "mine against tiny-llama: 2 held-out problems of task.jsonl" in capsys.readouterr().out, "as fitted"
 
 
 @pytest.mark.usefixtures("folder")

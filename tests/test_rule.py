@@ -83,6 +83,8 @@ def test_a_request_may_set_the_gate(bank: Bank, steering: Steering, gate: Any) -
         (Steering("always", tau=1.0), "tau", "leave tau out"),
         (Steering("always", rate=0.5), "rate", "leave rate out"),
         (Steering("gated", tau=3.0), "tau", r"up to its ceiling \(2\)"),
+        (Steering("gated", gate="margin", tau=0.2), "tau", r"must be -1 to 0 for the gate margin, not 0\.2"),
+        (Steering("h0", gate="random", tau=2.0), "tau", "must be 0 to 1 for the gate random"),
         (Steering("h0", ceiling=0.5), "ceiling", r"above tau \(1\)"),
         (Steering("gated", also={"h0": 1.0}), "corrections", "gated is of the tier lora, and only heads"),
         (Steering("h0", also={"contrast": 1.0}), "corrections", "contrast is of the tier contrast"),

@@ -74,3 +74,9 @@ def test_too_few_mixed_problems_is_an_error_that_says_how_many_are_usable() -> N
     words = r"1 of 3 problems \(33%\) are usable, .* 1 were never solved and 1 always, at a pass rate of 0\.50"
     with pytest.raises(TaskError, match=words):
         select(rollouts({"a": [1.0, 1.0], "b": [0.0, 0.0], "c": [0.0, 1.0]}), FitConfig())
+
+
+def test_completions_that_were_cut_off_are_named_as_the_cause() -> None:
+    cut = [r._replace(finish="length") for r in rollouts({"a": [0.0, 0.0], "b": [0.0, 0.0]})]
+    with pytest.raises(TaskError, match="4 of 4 completions were cut off: raise --max-tokens"):
+        select(cut, FitConfig())

@@ -1,6 +1,7 @@
 """`trimtab serve`: what is chosen from flags, and one real start and stop."""
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import uvicorn
 
 from served import serving
 from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokenizer
-from trimtab.cli import build_parser
+from trimtab.cli import build_parser, main
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
 from trimtab.server.card import describe
@@ -48,6 +49,15 @@ def test_a_size_that_is_too_small_names_the_flag_that_was_typed(flag: str, capsy
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "demo", flag, "0"])
     assert f"argument {flag}: must be at least" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "no-such-model", "--port", str(port)]) == 1
+    assert f"trimtab: port {port} of 127.0.0.1 cannot be opened (Address already in use)" in capsys.readouterr().err
+    assert main(["serve", "no-such-model", "--port", "99999"]) == 1
+    assert "port 99999 of 127.0.0.1 cannot be opened" in capsys.readouterr().err
 
 
 def test_every_flag_of_the_engine_reaches_it() -> None:

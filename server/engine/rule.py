@@ -30,6 +30,9 @@ GATES: dict[GateKind, int] = {
 }
 
 
+RANGES: dict[GateKind, tuple[float, float]] = {"margin": (-1.0, 0.0), "random": (0.0, 1.0)}  # that a tau may be of
+
+
 class Companion(NamedTuple):
     """The companion of each choice: it reads what was sampled after a prompt of its own or the choice's."""
 
@@ -131,6 +134,10 @@ def _choose_gate(gate: Gate, steering: Steering) -> tuple[GateKind, float, float
         tau = _tau_for(gate if own else Gate(kind), steering.rate)
     elif steering.tau is not None:
         tau = steering.tau
+        low, high = RANGES.get(kind, (-math.inf, math.inf))
+        if not low <= tau <= high:
+            message = f"must be {low:g} to {high:g} for the gate {kind}, not {tau:g}; steering.rate is simpler"
+            raise InvalidRequest(f"steering.tau {message}", "steering.tau")
     elif own:
         tau = gate.tau
     else:
