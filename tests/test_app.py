@@ -451,6 +451,8 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"n": 129}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty"),
+        ({"repetition_penalty": 0.009}, "repetition_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"stop": ["a"] * 17}, "stop"),
