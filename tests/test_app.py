@@ -495,6 +495,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"steering": {"correction": "brief", "budget": {"max_share": 2}}}, "steering.budget.max_share"),
         ({"steering": {"correction": "brief", "budget": {"max_stpes": 2}}}, "steering.budget.max_stpes"),
         ({"steering": {"correction": "brief", "budget": {"spans": [["a"]]}}}, "steering.budget.spans[0][1]"),
+        ({"steering": {"correction": "brief", "budget": {"spans": [["a", "b"]] * 65}}}, "steering.budget.spans"),
         ({"steering": {"correction": "brief", "corrections": {"polite": 1}}}, "steering.corrections"),
         ({"steering": {"corrections": {}}}, "steering.corrections"),
         ({"steering": {"corrections": {"polite": 101}}}, "steering.corrections.polite"),
