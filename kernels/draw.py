@@ -14,14 +14,14 @@ _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of m
 
 
 def draw_token(z: Tensor, maxima: Tensor, inputs: StepInputs, row: int) -> int:
-    """The sampled token of one row (record.py, 6 and 7), or -1 when no token is left. maxima [groups]: z's."""
+    """The sampled token of one row (record.py, 6 and 7), or -1 when there is none (9). maxima [groups]: z's."""
     params = inputs.params
     vocab = inputs.logits.shape[1]
     temperature = float(params.temperature[row])
     top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
     uniform = float(params.uniform[row])
     best = maxima.amax()
-    if best == float("-inf"):
+    if not best.isfinite():  # no token is left; or an edit made +inf, next to which nothing has any mass
         return -1
     if temperature == 0:
         return best_token(z, maxima)

@@ -27,7 +27,8 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
     tokens in ascending id order (as an unfiltered row's always are where vocab > RANK_ORDER). Where the row's `forced`
     is a token, that is the record's: 5 to 7 are not done, everything else is
 8.  log-probabilities and the divergence are of z (base) and z' (steered), at temperature 1, before edits and filters
-9.  a row whose edits or mask forbid every token is DEAD too: it keeps what the gate saw and did, and reports no token
+9.  a row whose edits or mask forbid every token, or whose edits make a legal one infinite, is DEAD too: it keeps what
+    the gate saw and did, and reports no token
 
 A row that is steered by no correction of the bank (all of its `correction` are -1) has z' = z: so it is with the tiers
 whose correction acts inside the network, before the step (companion.py).

@@ -109,7 +109,7 @@ def _finish(
         final = z if inputs.edits is None else _edit(z, inputs, row)
         final = final if inputs.mask is None else _mask(final, inputs.mask, row)
         token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
-    if token < 0:  # the edits or the mask forbade every token
+    if token < 0:  # the edits or the mask forbade every token, or the edits made one infinite
         return _Drawn()
     if inputs.alternatives:
         k = min(inputs.alternatives, inputs.logits.shape[1])

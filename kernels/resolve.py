@@ -17,6 +17,7 @@ from trimtab.kernels.chance import RANK_ORDER
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
+    INF,
     LOWEST,
     NEG_INF,
     inverse_temperature,
@@ -170,7 +171,7 @@ def resolve_kernel(
         highest = tl.maximum(highest, row_keys(z, start, vocab, BLOCK))
     first = tl.max(highest, axis=0)
     best = key_value(first)
-    if best == NEG_INF:  # the edits or the mask forbade every token
+    if (tl.abs(best) < INF) == 0:  # the edits or the mask forbade every token, or the edits made one infinite
         tl.store(status_out + row, tl.load(status_out + row) | DEAD)
         tl.store(base_token_out + row, -1)
         tl.store(steered_token_out + row, -1)

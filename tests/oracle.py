@@ -86,7 +86,7 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
     if p.forced >= 0:
         return Expected(*seen, [p.forced], torch.ones(1).double())
     order = [i for i in rank(final) if final[i] > float("-inf")]
-    if not order:
+    if not order or final[order[0]].float().isinf():
         return None
     if p.temperature == 0:
         return Expected(*seen, order[:1], torch.ones(1).double())

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiny import LORA_TARGETS, place, tiny_base, tiny_lora
 from trimtab.errors import CorrectionError
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model import linear
 from trimtab.server.model.adapters import Placed, group_tokens
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base
-from trimtab.server.model.linear import copy_unpacked
+from trimtab.server.model.linear import PackedLinear, copy_unpacked
 from trimtab.steering.adapter import LoraLayer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import LoraCorrection
@@ -44,10 +45,30 @@ def forward(base: Base, placed: Mapping[int, Placed], adapters: Sequence[int]) -
     return [parts[order.index(i)] for i in range(len(IDS))]
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 1.0)])
+class CopiedLinear(PackedLinear):
+    """A layer that is packed on any CPU, in a layout that is none."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.packed = linear.bias, linear.weight.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.packed, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close", "packs"),
+    [(torch.float32, 1e-4, False), (torch.bfloat16, 1.0, False), (torch.bfloat16, 1.0, True)],
+)
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_peft_folder_computes_what_peft_does(tmp_path: Path, dtype: torch.dtype, close: float, rslora: bool) -> None:
+def test_a_peft_folder_computes_what_peft_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, close: float, packs: bool, rslora: bool
+) -> None:
+    if packs:
+        monkeypatch.setattr(linear, "PackedLinear", CopiedLinear)
     base = tiny_base(dtype=dtype)
+    assert not packs or any(isinstance(module, CopiedLinear) for module in base.model.modules())
     config = LoraConfig(r=4, lora_alpha=6, target_modules=LORA_TARGETS, init_lora_weights=False, use_rslora=rslora)
     with without_peft_warnings():
         torch.manual_seed(3)

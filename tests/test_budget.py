@@ -117,12 +117,20 @@ def test_what_is_seen_does_not_depend_on_how_tokens_divide_the_text(text: str, c
         ({"kl": float("inf")}, "kl"),
         ({"until": ""}, "until"),
         ({"spans": (("<a>", ""),)}, "spans"),
+        ({"spans": (("<a>", "</a>"),) * 65}, "spans"),
+        ({"spans": (("<a>", "é" * 257),)}, "spans"),
+        ({"until": "é" * 257}, "until"),
     ],
 )
 def test_a_bad_value_names_its_field(values: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Budget(**values)
     assert caught.value.field == f"steering.budget.{field}"
+
+
+def test_the_most_and_longest_markers_are_taken() -> None:
+    long = "é" * 256
+    assert opens(Budget(until=long, spans=((long, long),) * 64), [b"a"]) == [True] * 2
 
 
 @pytest.mark.parametrize("budget", [{"until": "\ud800"}, {"spans": (("<a>", "\udfff"),)}])

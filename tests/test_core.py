@@ -269,6 +269,32 @@ def test_a_dead_row_fails_its_own_request_only(base: Base) -> None:
     assert core.free_slots == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_makes_logits_infinite_ends_its_own_request_only(base: Base, temperature: float) -> None:
+    draws = SamplingParams(temperature, seed=3, max_tokens=12, ignore_eos=True)
+    good = Request("good", prompts([10])[0], draws)
+    expected = tokens(run(base, [good])["good", 0])
+    core = Core(base, bank_for(base), EngineConfig(slots=2))
+    forward = base.logits
+
+    def huge(states: torch.Tensor) -> torch.Tensor:
+        logits = forward(states).clone()
+        logits[0] = 1e38
+        return logits
+
+    core.submit(Request("bad", (1, 2, 3), dataclasses.replace(draws, repetition_penalty=0.01)))
+    core.submit(good)
+    base.logits = huge  # type: ignore[method-assign]
+    try:
+        first = core.step()
+    finally:
+        del base.logits
+    assert [(e.request_id, e.finish) for e in first] == [("bad", "error"), ("good", None)]
+    assert "infinite" in str(first[0].error)
+    rest = [event for event in core.run([]) if event.request_id == "good"]
+    assert tokens([e for e in first if e.request_id == "good"] + rest) == expected
+
+
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(base: Base) -> None:
     core = Core(base, bank_for(base), EngineConfig(slots=2))
     core.submit(Request("doomed", (1, 2, 3)))

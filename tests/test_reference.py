@@ -266,6 +266,22 @@ def test_dead_rows_are_marked_and_touch_nobody() -> None:
         assert torch.equal(pack(record)[row], pack(alive)[row])
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"top_k": 100, "min_p": 0.1}, {"repetition": 1e-38}],
+)
+@pytest.mark.parametrize("vocab", [5, 300])
+def test_a_row_whose_edits_make_a_logit_infinite_dies_alone(vocab: int, params: dict[str, Any]) -> None:
+    seen, biased = (0, 0.0), (-1, math.inf)
+    edits = [dict.fromkeys(range(vocab), seen) if "repetition" in params else {3: biased}, {}, {3: biased}]
+    legal = [None, None, set(range(vocab)) - {3}]  # a token that is not legal kills nobody
+    inputs = make_inputs([params, {}, {}], vocab, edits=edits, masks=legal)
+    inputs.logits[0] *= 1e3
+    record = step(inputs)
+    check_against_oracle(inputs, record)
+    assert [bool(s & DEAD) for s in record.status] == [True, False, False]
+
+
 def test_a_mask_leaves_everything_but_the_token_and_every_other_row_as_they_are() -> None:
     """A mask of all tokens draws as none does; one that leaves none kills its own row alone."""
     rows: list[dict[str, Any]] = [

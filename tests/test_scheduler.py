@@ -223,6 +223,30 @@ def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, s
         assert leaves is not None or sequences[i].sampled == 3
 
 
+@pytest.mark.parametrize(
+    ("own", "slots", "cached", "copied"),
+    [
+        (WORTH + 1, 3, [0, 20, 20 + WORTH + 1, 20 + WORTH + 1], [(0, 1, 20)]),
+        (WORTH - 1, 3, [0, 20, 20, 20], []),  # too little to keep
+        (WORTH + 1, 1, [0, 20, 20, 20], []),  # no other slot
+    ],
+)
+def test_who_shares_only_a_header_does_not_take_a_conversations_slot(
+    own: int, slots: int, cached: list[int], copied: list[tuple[int, int, int]]
+) -> None:
+    copies: list[tuple[int, int, int]] = []
+    scheduler = Scheduler(slots, step_tokens=512, copy=lambda *args: copies.append(args))
+    header = list(range(20))
+    first, second = ([*header, *range(start, start + own)] for start in (1000, 2000))
+    turns = [first, second, [*first, 1], [*second, 1]]
+    for prompt, found in zip(turns, cached, strict=True):
+        one = sequence("turn", prompt)
+        scheduler.add(one)
+        assert run_step(scheduler) == [("turn", found, len(prompt))]
+        scheduler.remove(one)
+    assert copies == copied
+
+
 def test_a_removed_sequence_frees_its_slot_and_the_next_takes_it() -> None:
     scheduler = Scheduler(slots=1, step_tokens=8, copy=lambda *_: None)
     first, second = sequence("a", [1, 2]), sequence("b", [1, 2, 3])

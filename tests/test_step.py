@@ -271,20 +271,23 @@ def test_a_forced_token_may_have_no_mass_and_a_dead_row_has_none(step: Step) -> 
 
 
 def test_a_dead_row_harms_nobody(step: Step) -> None:
-    rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)]
+    rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)] + [{"temperature": 0.0}, {}, {}]
     edits: list[dict[int, tuple[int, float]]] = [{} for _ in rows]
     edits[5] = dict.fromkeys(range(130), (-1, -math.inf))
-    inputs = make_inputs(rows, 130, edits=edits, alternatives=2)
+    edits[6:] = [{7: (-1, math.inf)}] * 3
+    legal = [None] * 8 + [set(range(130)) - {7}]
+    inputs = make_inputs(rows, 130, edits=edits, alternatives=2, masks=legal)
     alone = step(take(inputs, [0, 4]))
     inputs.logits[1, 129], inputs.logits[2, 3], inputs.logits[3] = math.nan, math.inf, -math.inf
     record = step(inputs)
     check(inputs, record)
-    assert (record.status & DEAD).tolist() == [0, DEAD, DEAD, DEAD, 0, DEAD]
+    assert (record.status & DEAD).tolist() == [0, DEAD, DEAD, DEAD, 0, DEAD, DEAD, DEAD, 0]
     for field in StepRecord._fields:
         assert torch.equal(getattr(record, field)[[0, 4]], getattr(alone, field)), field
     plain = reference.step(inputs)
     for field in (*LOGPROBS, "token", "base_token", "top_ids", "top_logprobs"):
-        assert torch.equal(getattr(record, field)[[1, 2, 3, 5]], getattr(plain, field)[[1, 2, 3, 5]]), field
+        dead = [1, 2, 3, 5, 6, 7]
+        assert torch.equal(getattr(record, field)[dead], getattr(plain, field)[dead]), field
 
 
 def test_masked_tokens_are_never_drawn(step: Step) -> None:

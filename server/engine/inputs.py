@@ -84,18 +84,11 @@ def _mask(sampling: Sampling, slate: Slate, logits: Tensor) -> Masks | None:
 
 def _edits(sampling: Sampling, slate: Slate, device: torch.device) -> Edits | None:
     edited = slate.edited[sampling.slots].nonzero()[0]
-    rows = {int(row): found for row in edited if (found := sampling.sequences[row].edits)}
-    if not rows:
-        return None
+    listed = [sampling.sequences[row].edits for row in edited]
     counts = np.zeros(len(sampling.slots), dtype=np.int32)
-    counts[list(rows)] = [len(found) for found in rows.values()]
+    counts[edited] = [len(one.token) for one in listed]
+    if not counts.any():
+        return None
     ends = counts.cumsum(dtype=np.int32)
-    entries = [(token, count, bias) for found in rows.values() for token, (count, bias) in found.items()]
-    token, times, bias = zip(*entries, strict=True)
-    columns = [
-        np.stack([ends - counts, ends], axis=1),
-        np.array(token, dtype=np.int32),
-        np.array(times, dtype=np.int32),
-        np.array(bias, dtype=np.float32),
-    ]
+    columns = [np.stack([ends - counts, ends], axis=1), *map(np.concatenate, zip(*listed, strict=True))]
     return Edits(*stage(columns, device))

@@ -20,6 +20,8 @@ Mode = Literal["apply", "shadow", "off"]
 
 MAX_MIX = 8  # corrections that act together in one request
 MAX_STOP_TOKENS = 256
+MAX_SPANS = 64  # of a budget; each is looked for at every token
+MAX_MARKER = 256  # characters
 TOOL_CALLS = (("<tool_call>", "</tool_call>"),)
 
 
@@ -53,7 +55,7 @@ class SamplingParams:
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # a logit over far less is infinite
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("top_k", self.top_k, 0, 2**31 - 1)
@@ -96,14 +98,25 @@ class Budget:
         _within("steering.budget.cooldown", self.cooldown, 0, 2**31 - 1)
         if self.kl is not None:
             _within("steering.budget.kl", self.kl, 0.0, 1e6, open_low=True)
+        self._check_markers()
+
+    def _check_markers(self) -> None:
+        edges = [marker for span in self.spans for marker in span]
         if self.until == "":
             raise InvalidRequest("steering.budget.until must not be empty", "steering.budget.until")
+        if len(self.spans) > MAX_SPANS:
+            message = f"steering.budget.spans must be at most {MAX_SPANS} pairs, not {len(self.spans)}"
+            raise InvalidRequest(message, "steering.budget.spans")
+        for name, markers in (("until", [self.until or ""]), ("spans", edges)):
+            if any(len(marker) > MAX_MARKER for marker in markers):
+                message = f"a marker in steering.budget.{name} must be at most {MAX_MARKER} characters"
+                raise InvalidRequest(message, f"steering.budget.{name}")
         try:
-            "".join([self.until or "", *(marker for span in self.spans for marker in span)]).encode()
+            "".join([self.until or "", *edges]).encode()
         except UnicodeEncodeError as error:
             message = "steering.budget holds a marker that is not valid Unicode: half a surrogate pair"
             raise InvalidRequest(message, "steering.budget") from error
-        if not all(opening and closing for opening, closing in self.spans):
+        if not all(edges):
             raise InvalidRequest("steering.budget.spans must be pairs of non-empty markers", "steering.budget.spans")
 
 

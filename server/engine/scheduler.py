@@ -5,6 +5,8 @@ the step's budget leaves. A sequence with a companion is admitted with both slot
 computes its last token without the other. A sequence whose prompt begins as one that is being computed waits until the
 common beginning is there and starts from a copy of it: the other samples of a request wait for its first, and strangers
 where that spares WORTH tokens or more, in whole blocks. As many slots as it has rows are kept free for it meanwhile.
+Whose prompt begins as what a free slot holds takes that slot, unless more than WORTH other tokens would be forgotten
+with it: then it copies the beginning to the slot that was freed first, as it does where the holder is not free.
 With a refill of more than 1, who waits is admitted in batches: from when so many slots are free, or nothing runs, until
 the slots are taken. Nothing here touches a tensor but the row copy it asks the cache for.
 """
@@ -136,7 +138,8 @@ class Scheduler:
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""
         donor, length = self._slots.find(row.wanted)
-        row.slot = self._slots.take(prefer=donor)
+        spoils = donor >= 0 and self._slots.held(donor) - length > WORTH
+        row.slot = self._slots.take(prefer=-1 if spoils else donor)  # which may be the donor all the same
         if length and donor != row.slot:
             self._copy(donor, row.slot, length)
         self._slots.hold(row.slot, row.beginning, length)

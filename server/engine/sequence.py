@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.server.engine.budget import Allowance
 from trimtab.server.engine.constraint import Constraint
+from trimtab.server.engine.edits import ChoiceEdits, Listed
 from trimtab.server.engine.request import FinishReason, Request
 from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.slots import NO_ADAPTER, Prefix
@@ -79,7 +80,6 @@ class Sequence:
     constraint: Constraint | None = None  # None where every token is always legal
     scores: Scores | None = None
     sampled: int = 0  # tokens: the position of the next draw
-    counts: dict[int, int] = field(default_factory=dict)  # sampled token -> times; kept only when a penalty needs it
     arrived: float = field(default_factory=time.perf_counter)
     queued: float = 0.0  # seconds until it had its slots
     rows: tuple[Row, ...] = field(init=False)
@@ -99,23 +99,22 @@ class Sequence:
         return allowed and self.constraint.steers
 
     @property
-    def edits(self) -> dict[int, tuple[int, float]]:
-        """token -> (count, bias), as kernels.record.Edits wants them; empty when nothing is edited."""
+    def edits(self) -> Listed:
+        """What is edited at the next step."""
         s = self.request.sampling
-        found: dict[int, tuple[int, float]] = {}
-        if s.repetition_penalty != 1:
-            found.update(dict.fromkeys(self.request.prompt, (0, 0.0)))
-        if self.penalised:
-            found.update((token, (count, 0.0)) for token, count in self.counts.items())
-        for token, bias in s.logit_bias.items():
-            found[token] = (found[token][0] if token in found else -1, bias)
+        forbidden: dict[int, None] = {}
         for *before, last in s.bad_words:
             if self.row.tokens[max(self.row.prompt, len(self.row.tokens) - len(before)) :] == before:
-                found[last] = (found[last][0] if last in found else -1, float("-inf"))
+                forbidden[last] = None
         if self.sampled < s.min_tokens and not (self.constraint and self.constraint.inside):
-            for token in self.stops:
-                found[token] = (found[token][0] if token in found else -1, float("-inf"))
-        return found
+            forbidden.update(dict.fromkeys(self.stops))
+        return self._edits.listed(forbidden)
+
+    @cached_property
+    def _edits(self) -> ChoiceEdits:
+        """What holds at every step from now on; made when the first token is drawn, as many may wait until then."""
+        s = self.request.sampling
+        return ChoiceEdits(self.request.prompt if s.repetition_penalty != 1 else (), s.logit_bias)
 
     def stuck(self, vocab: int) -> str | None:
         """Why no token may come next; None where what was asked leaves some."""
@@ -124,7 +123,8 @@ class Sequence:
             self.constraint.fill(words)
             if self.constraint.error is not None:
                 return f"the structure cannot be followed further: {self.constraint.error}"
-        words &= ~bitmask([token for token, (_, bias) in self.edits.items() if bias == -math.inf], len(words))
+        edits = self.edits
+        words &= ~bitmask(edits.token[edits.bias == -math.inf].tolist(), len(words))
         if np.unpackbits(words.view(np.uint8), count=vocab, bitorder="little").any():
             return None
         return "no token is legal here: the structure, allowed_token_ids, bad_words and min_tokens leave none together"
@@ -135,7 +135,7 @@ class Sequence:
             row.tokens.append(token)
         self.sampled += 1
         if self.penalised:
-            self.counts[token] = self.counts.get(token, 0) + 1
+            self._edits.count(token)
         if self.allowance is not None:
             self.allowance.take(token, fired)
         if self.constraint is not None:

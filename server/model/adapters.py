@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CorrectionError
 from trimtab.server.model.linear import PackedLinear
-from trimtab.steering.adapter import Adapter
+from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Entry
 
 Placed = Mapping[str, tuple[Tensor, Tensor]]  # by a layer's path: A^T [in, rank], and B^T [rank, out] with its scale
@@ -37,7 +37,6 @@ class AdaptedLayers:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._inside = {id(module) for module in model.get_decoder().modules()}
         self._hooked: set[str] = set()
         self._lock = threading.Lock()
         self._now = threading.local()
@@ -47,7 +46,8 @@ class AdaptedLayers:
 
         It takes time and changes nothing: any thread's, while forwards run.
         """
-        return {path: self._place(path, layer.A, layer.B, layer.scale) for path, layer in adapter.layers.items()}
+        inside = set(self._model.get_decoder().modules())  # read now: some were packed after this was made
+        return {path: self._place(path, layer, inside) for path, layer in adapter.layers.items()}
 
     def attach(self, placed: Placed) -> None:
         """Hook the layers that it acts on. This changes the modules: not while a forward runs."""
@@ -65,12 +65,13 @@ class AdaptedLayers:
         finally:
             self._now.groups = ()
 
-    def _place(self, path: str, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _place(self, path: str, update: LoraLayer, inside: set[nn.Module]) -> tuple[Tensor, Tensor]:
+        A, B, scale = update
         try:
             layer = self._model.get_submodule(path)
         except AttributeError:
             raise CorrectionError(f"the adapter acts on {path}, which this model does not have") from None
-        if not isinstance(layer, nn.Linear | PackedLinear) or id(layer) not in self._inside:
+        if not isinstance(layer, nn.Linear | PackedLinear) or layer not in inside:
             raise CorrectionError(f"the adapter acts on {path}, which is no linear layer inside the decoder")
         sizes, expected = (A.shape[1], B.shape[0]), (layer.in_features, layer.out_features)
         if sizes != expected:
