@@ -196,7 +196,7 @@ def resolve_kernel(
             floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, False, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if p < 1.0:
-            floor = cut(z, vocab, floor, kept, 0, mass * p, best, inverse, False, BLOCK)
+            floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, False, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if least > 0.0:
             lowest = tl.full([BLOCK], HIGHEST, tl.int64)

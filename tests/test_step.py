@@ -296,6 +296,16 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
     assert record.token.tolist() == reference.step(inputs).token.tolist()
 
 
+@pytest.mark.parametrize("top_p", [1e-46, 1e-40])
+def test_a_nucleus_of_no_mass_keeps_the_best_legal_token(step: Step, top_p: float) -> None:
+    """A request may ask for a top_p that is 0 as a float32: the empty prefix has that mass, and token 0 is illegal."""
+    rows = [{"top_p": top_p, "uniform": 0.4, **f} for f in ({}, {"temperature": 0.3}, {"top_k": 2})]
+    inputs = make_inputs([*rows, rows[0]], 300, masks=[{17, 40, 200}] * 3 + [None])
+    record = step(inputs)
+    assert record.token.tolist() == reference.step(inputs).token.tolist()
+    assert record.token[3] == record.base_token[3]
+
+
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 129, 300])
 def test_masked_rows_agree(step: Step, vocab: int) -> None:
     rows, edits = random_rows(14, vocab, vocab)
