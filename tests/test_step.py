@@ -444,6 +444,24 @@ def test_rare_tokens_keep_their_place(step: Step) -> None:
     assert step(inputs._replace(logits=logits)).token.tolist() == [100, 129, 0]
 
 
+def test_rare_tokens_of_an_edited_row_keep_their_place(step: Step) -> None:
+    """Tokens of 2^-30, which lie as far from the best one as `resolve` reads at once, in both orders of its draw."""
+    count, rare = 16400, -30 * math.log(2)
+    rows = [{"uniform": 1 - u * 2.0**-30, **f} for u in (0.5, 1.5, 2.5) for f in ({}, {"top_k": 3})]
+    inputs = make_inputs(rows, count, edits=[{5: (-1, -math.inf)}] * len(rows))
+    logits = torch.full_like(inputs.logits, -math.inf)
+    logits[:, 0], logits[:, 5], logits[:, 8192], logits[:, 16384] = 0.0, -9.0, rare, rare
+    assert step(inputs._replace(logits=logits)).token.tolist() == [16384] * 2 + [8192] * 2 + [0] * 2
+
+
+def test_rounding_never_draws_the_last_token(step: Step) -> None:
+    """Sums in float32 may exceed the true total: what lies past that is not the last token's, of e^-80."""
+    inputs = make_inputs([{"uniform": 1 - 2.0**-26}] * 2, 16400, edits=[{}, {5: (-1, -1.0)}])
+    logits = torch.full_like(inputs.logits, -math.inf)
+    logits[:, 0], logits[:, 8192], logits[:, -1] = 0.0, math.log(1.5 * 2.0**-24), -80.0
+    assert step(inputs._replace(logits=logits)).token.tolist() == [8192] * 2
+
+
 def test_the_largest_bank_and_most_alternatives_fit(step: Step) -> None:
     rows = [{"correction": 0, "uniform": 0.9, "top_p": 0.97}, {"correction": 0, "strength": -3.0, "uniform": 0.2}]
     inputs = make_inputs(rows, 700, top_k=(64,), alternatives=20)
