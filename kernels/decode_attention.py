@@ -89,7 +89,8 @@ def attend_kernel(
     peak = tl.full([M], NEG_INF, tl.float32)
     mass = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(begin, tl.minimum(end, at), BLOCK):
+    cached_end = tl.where(first < at, tl.minimum(end, at), begin)  # a window of 1 sees no cached position
+    for start in range(begin, cached_end, BLOCK):
         t = start + tl.arange(0, BLOCK)
         cached = home + t[:, None].to(tl.int64) * position_stride + d[None, :]
         known = (t < at)[:, None] & inside[None, :]

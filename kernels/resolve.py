@@ -47,29 +47,30 @@ def tempered(key, best, inverse):
 
 
 @triton.jit
-def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr):
-    """How many tokens have a key of at least `floor`, and their mass."""
+def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr, SUMS: tl.constexpr = tl.float32):
+    """How many tokens have a key of at least `floor`, and their mass. SUMS: the dtype of a lane's."""
     count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], SUMS)
     for start in range(0, vocab, BLOCK):
         key = row_keys(z, start, vocab, BLOCK)
         count += (key >= floor).to(tl.int32)
-        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0)
+        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(SUMS)
     return tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0)
 
 
 @triton.jit
-def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, STRICT: tl.constexpr, BLOCK: tl.constexpr):
-    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass (more, where STRICT).
+def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, DRAW: tl.constexpr, BLOCK: tl.constexpr):
+    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass -> its last token's key.
 
-    -> the key of its last token.
+    DRAW: with more than this mass; `want_mass` is of float64 sums, as a filter need not be exact to a rare token.
     """
+    SUMS: tl.constexpr = tl.float64 if DRAW else tl.float32
     low, high = floor, tl.full([], HIGHEST, tl.int64)  # at low the wants are met, at high not
     low_count, high_count = kept, 0
     while low_count - high_count > 1:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK)
-        heavy = mass > want_mass if STRICT else mass >= want_mass
+        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK, SUMS)
+        heavy = mass > want_mass if DRAW else mass >= want_mass
         if (count >= want_count) & heavy:
             low = middle
             low_count = count
@@ -90,21 +91,29 @@ def next_key(z, vocab, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw_by_id(z, vocab, floor, best, inverse, uniform, mass, BLOCK: tl.constexpr):
-    """Inverse CDF in ascending id order over the tokens at or above `floor`, whose mass is `mass`."""
+def weights(z, start, vocab, floor, best, inverse, BLOCK: tl.constexpr):
+    key = row_keys(z, start, vocab, BLOCK)
+    return tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(tl.float64)
+
+
+@triton.jit
+def draw_by_id(z, vocab, floor, best, inverse, uniform, BLOCK: tl.constexpr):
+    """Inverse CDF in ascending id order over the tokens at or above `floor`."""
+    # The total is of the very sums that are compared with it: another rounding would shift rare tokens.
+    mass = tl.full([], 0.0, tl.float64)
+    for start in range(0, vocab, BLOCK):
+        mass += tl.sum(weights(z, start, vocab, floor, best, inverse, BLOCK), axis=0)
     x = uniform * mass
     running = tl.full([], 0.0, tl.float64)
     before = running
     chosen = 0
     for start in range(0, vocab, BLOCK):
-        key = row_keys(z, start, vocab, BLOCK)
-        weight = tl.sum(tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(tl.float64), axis=0)
+        weight = tl.sum(weights(z, start, vocab, floor, best, inverse, BLOCK), axis=0)
         here = (running <= x) & (weight > 0.0)
         chosen = tl.where(here, start, chosen)
         before = tl.where(here, running, before)
         running += weight
-    key = row_keys(z, chosen, vocab, BLOCK)
-    w = tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(tl.float64)
+    w = weights(z, chosen, vocab, floor, best, inverse, BLOCK)
     at = tl.sum((tl.cumsum(w, axis=0) <= x - before).to(tl.int32), axis=0)
     return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
 
@@ -197,7 +206,7 @@ def resolve_kernel(
             floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, False, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if p < 1.0:
-            floor = cut(z, vocab, floor, kept, 0, mass * p, best, inverse, False, BLOCK)
+            floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, False, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if least > 0.0:
             lowest = tl.full([BLOCK], HIGHEST, tl.int64)
@@ -208,8 +217,9 @@ def resolve_kernel(
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         unfiltered = (k <= 0) & (p >= 1.0) & (least <= 0.0) & (vocab > RANK_ORDER)
         if (kept > RANK_ORDER) | unfiltered:
-            token = draw_by_id(z, vocab, floor, best, inverse, u, mass, BLOCK)
+            token = draw_by_id(z, vocab, floor, best, inverse, u, BLOCK)
         else:
+            _, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK, tl.float64)
             token = key_token(cut(z, vocab, floor, kept, 0, mass * u, best, inverse, True, BLOCK))
 
     base_logit = load_logits(logits, token, vocab)

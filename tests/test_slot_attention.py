@@ -73,6 +73,9 @@ def check(machine: Any, case: Case, tolerance: float) -> None:
         {"decode": 4, "chunks": [(30, 65)], "heads": 6, "kv_heads": 1, "size": 16, "window": 17, "rotates": True},
         {"decode": 5, "chunks": [(0, 10)] * 3, "kv_heads": 4, "size": 24, "window": 5, "rotates": True, "norms": True},
         {"decode": 1, "chunks": [], "heads": 8, "size": 128, "length": 600},
+        {"decode": 5, "chunks": [(0, 40), (5, 9)], "window": 1},
+        {"decode": 1, "chunks": [], "window": 1, "length": 600},
+        {"decode": 5, "chunks": [], "window": 2},
     ],
     ids=str,
 )

@@ -299,6 +299,16 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
     assert record.token.tolist() == reference.step(inputs).token.tolist()
 
 
+@pytest.mark.parametrize("top_p", [1e-46, 1e-40])
+def test_a_nucleus_of_no_mass_keeps_the_best_legal_token(step: Step, top_p: float) -> None:
+    """A request may ask for a top_p that is 0 as a float32: the empty prefix has that mass, and token 0 is illegal."""
+    rows = [{"top_p": top_p, "uniform": 0.4, **f} for f in ({}, {"temperature": 0.3}, {"top_k": 2})]
+    inputs = make_inputs([*rows, rows[0]], 300, masks=[{17, 40, 200}] * 3 + [None])
+    record = step(inputs)
+    assert record.token.tolist() == reference.step(inputs).token.tolist()
+    assert record.token[3] == record.base_token[3]
+
+
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 129, 300])
 def test_masked_rows_agree(step: Step, vocab: int) -> None:
     rows, edits = random_rows(14, vocab, vocab)
@@ -435,6 +445,24 @@ def test_rare_tokens_keep_their_place(step: Step) -> None:
     logits = torch.full_like(inputs.logits, -math.inf)
     logits[:, 0], logits[:, 100], logits[:, 129] = 0.0, -40 * math.log(2), -40 * math.log(2)
     assert step(inputs._replace(logits=logits)).token.tolist() == [100, 129, 0]
+
+
+def test_rare_tokens_of_an_edited_row_keep_their_place(step: Step) -> None:
+    """Tokens of 2^-30, which lie as far from the best one as `resolve` reads at once, in both orders of its draw."""
+    count, rare = 16400, -30 * math.log(2)
+    rows = [{"uniform": 1 - u * 2.0**-30, **f} for u in (0.5, 1.5, 2.5) for f in ({}, {"top_k": 3})]
+    inputs = make_inputs(rows, count, edits=[{5: (-1, -math.inf)}] * len(rows))
+    logits = torch.full_like(inputs.logits, -math.inf)
+    logits[:, 0], logits[:, 5], logits[:, 8192], logits[:, 16384] = 0.0, -9.0, rare, rare
+    assert step(inputs._replace(logits=logits)).token.tolist() == [16384] * 2 + [8192] * 2 + [0] * 2
+
+
+def test_rounding_never_draws_the_last_token(step: Step) -> None:
+    """Sums in float32 may exceed the true total: what lies past that is not the last token's, of e^-80."""
+    inputs = make_inputs([{"uniform": 1 - 2.0**-26}] * 2, 16400, edits=[{}, {5: (-1, -1.0)}])
+    logits = torch.full_like(inputs.logits, -math.inf)
+    logits[:, 0], logits[:, 8192], logits[:, -1] = 0.0, math.log(1.5 * 2.0**-24), -80.0
+    assert step(inputs._replace(logits=logits)).token.tolist() == [8192] * 2
 
 
 def test_the_largest_bank_and_most_alternatives_fit(step: Step) -> None:
