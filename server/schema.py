@@ -8,20 +8,20 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.many import Many, Table
+from trimtab.server.many import Many, Most, Table
 from trimtab.server.messages import Message
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
-from trimtab.server.tools.body import Tool, ToolChoice, choose
+from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 
@@ -214,7 +214,7 @@ class ChatBody(Body):
     chat_template: str | None = None
     documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: Many[Tool] | None = None
+    tools: Annotated[Many[Tool], Most(MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
