@@ -71,6 +71,7 @@ class Message(BaseModel):
     role: str
     content: str | Many[PartOf] | None = None
     tool_calls: Many[CalledTool] | None = None  # the assistant's
+    tool_call_id: str | None = None  # of the call whose result it is
     function_call: None = None  # older than tool_calls, and not known here
 
     def for_template(self) -> dict[str, Any]:
@@ -78,4 +79,5 @@ class Message(BaseModel):
         role = "system" if self.role == "developer" else self.role
         extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
         calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
-        return {**extra, **calls, "role": role, "content": text_of(self.content or "")}
+        of = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        return {**extra, **calls, **of, "role": role, "content": text_of(self.content or "")}
