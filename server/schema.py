@@ -24,6 +24,7 @@ from trimtab.server.structure_body import StructuredBody
 from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
+MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
 class StreamOptions(BaseModel):
@@ -54,7 +55,7 @@ class Body(StructuredBody):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Table[int, float] | None = None
+    logit_bias: Annotated[Table[int, float], Most(MAX_BIASES)] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop: str | Many[str] | None = None

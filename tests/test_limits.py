@@ -30,6 +30,10 @@ def allowed(count: int) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named}}
 
 
+def biases(count: int) -> dict[str, float]:
+    return {str(token): 0.5 for token in range(count)}
+
+
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, int]] = [
     (CHAT_PATH, {"tools": tools(128)}, {"tools": tools(129)}, "tools", 128),
     (
@@ -40,6 +44,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, int]] = [
         128,
     ),
     (RESPONSE_PATH, {"tools": functions(128)}, {"tools": functions(129)}, "tools", 128),
+    (CHAT_PATH, {"logit_bias": biases(1024)}, {"logit_bias": biases(1025)}, "logit_bias", 1024),
+    (RESPONSE_PATH, {"logit_bias": biases(1024)}, {"logit_bias": biases(1025)}, "logit_bias", 1024),
 ]
 
 
