@@ -16,7 +16,7 @@ from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
 from trimtab.server.many import Many, Most, Table
-from trimtab.server.messages import Message
+from trimtab.server.messages import Messages
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
@@ -205,7 +205,7 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: Many[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

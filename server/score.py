@@ -18,7 +18,7 @@ from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, Invali
 from trimtab.server.catalogue import Chosen
 from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.many import Many
-from trimtab.server.messages import Message
+from trimtab.server.messages import Messages
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
 from trimtab.server.service import Service
@@ -37,7 +37,7 @@ class ScoreBody(BaseModel):
 
     model: str | None = None
     prompt: str | Many[int] | None = None
-    messages: Many[Message] | None = Field(default=None, min_length=1)
+    messages: Messages | None = Field(default=None, min_length=1)
     completion: str | Many[int]
     steering: SteeringBody | None = None
     seed: int | None = None  # of a random gate

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.many import Many, Most, Table
-from trimtab.server.messages import Extensible, text_of
+from trimtab.server.messages import MAX_CALLS, Extensible, text_of
 from trimtab.server.responses.items import CallItem, Items, MessageItem, OutputItem
 from trimtab.server.schema import Body, ChatBody
 from trimtab.server.tools.body import MAX_TOOLS
@@ -104,8 +104,8 @@ class ResponseBody(Body):
         return asked.model_dump() if asked else {"type": "text"}
 
     def chat(self) -> ChatBody:
-        """The same request as a chat. Raises RequestValidationError."""
-        shared = self.model_dump(include=set(Body.model_fields), exclude_none=True, by_alias=True)
+        """The same request as a chat. Raises InvalidRequest, RequestValidationError."""
+        shared = {name: value for name in Body.model_fields if (value := getattr(self, name)) is not None}
         effort = self.reasoning and self.reasoning.effort
         own = {
             "messages": self._messages(),
@@ -126,7 +126,10 @@ class ResponseBody(Body):
             raise RequestValidationError(told) from error
 
     def _messages(self) -> list[dict[str, Any]]:
-        """The items as a chat's messages: calls that follow each other are one message of the assistant's."""
+        """The items as a chat's messages: calls that follow each other are one message of the assistant's.
+
+        Raises InvalidRequest.
+        """
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
@@ -139,6 +142,9 @@ class ResponseBody(Body):
                     if not (messages and messages[-1]["role"] == "assistant"):
                         messages.append({"role": "assistant", "content": None})
                     calls = messages[-1].setdefault("tool_calls", [])
+                    if len(calls) == MAX_CALLS:
+                        message = f"input: at most {MAX_CALLS} calls may follow each other: send fewer"
+                        raise InvalidRequest(message, "input")
                     calls.append({"id": item.call_id, "type": "function", "function": call})
                 case OutputItem():
                     output = text_of(item.output)
