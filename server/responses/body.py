@@ -27,7 +27,14 @@ _FIELDS = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-_REPEATED = {"metadata", "text", "tools", "tool_choice"}  # in the answer, as they were sent
+_REPEATED = {
+    "instructions",
+    "metadata",
+    "reasoning",
+    "text",
+    "tools",
+    "tool_choice",
+}  # in the answer, as they were sent
 _STORED = ("previous_response_id", "conversation", "prompt")
 
 
