@@ -66,6 +66,7 @@ class Body(StructuredBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # from which it is cut
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
@@ -123,15 +124,16 @@ class Body(StructuredBody):
     @property
     def long(self) -> Long:
         """What becomes of a text that cannot fit."""
-        return "refuse" if self.truncate_prompt_tokens is None else "cut"
+        return "refuse" if self.truncate_prompt_tokens is None else self.truncation_side or "left"
 
     def cut(self, prompt: tuple[int, ...], max_len: int) -> tuple[int, ...]:
-        """The last tokens of a prompt, where truncate_prompt_tokens asks: -1 leaves max_tokens of the room free."""
+        """The tokens of a prompt that truncate_prompt_tokens leaves: with -1, max_tokens of the room stay free."""
         wanted = self.truncate_prompt_tokens
         if wanted is None:
             return prompt
-        free = min(self.token_limit() or 1, max_len - 1)
-        return prompt[-(max_len - free if wanted == -1 else wanted) :]
+        if wanted == -1:
+            wanted = max_len - min(self.token_limit() or 1, max_len - 1)
+        return prompt[:wanted] if self.truncation_side == "right" else prompt[-wanted:]
 
     def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """How tokens are drawn. defaults: of what is not sent. Raises InvalidRequest."""

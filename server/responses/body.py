@@ -91,6 +91,9 @@ class ResponseBody(Body):
             if getattr(self, field) not in (None, False):
                 message = f"{field} is for chats and completions: a response has no place for it"
                 raise InvalidRequest(message, field)
+        if self.truncation == "auto":
+            advice = "leave it out, or send truncate_prompt_tokens"
+            raise InvalidRequest(f"truncation must be disabled, as no item is dropped here: {advice}", "truncation")
         if self.choices != 1:
             raise InvalidRequest("n must be 1: a response is one answer", "n")
         if "messages" in (self.model_extra or {}):
