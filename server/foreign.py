@@ -29,24 +29,32 @@ _IGNORED = {
 _REFUSED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
+    "cache_salt": ("",),
     "chat_template": (),
+    "context_management": ([],),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
+    "moderation": ({},),
     "prompt_embeds": (),
+    "repetition_detection": ({},),
     "suffix": ("",),
+    "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "web_search_options": (),  # to OpenAI, an empty one asks for a search
 }
 
-_NEWER = {"functions": "tools", "function_call": "tool_choice"}  # OpenAI's own words for what replaced them
+_INSTEAD = {"functions": "tools", "function_call": "tool_choice", "vllm_xargs": "steering"}
 
 
 def refuse(extra: Mapping[str, object]) -> None:
@@ -54,7 +62,7 @@ def refuse(extra: Mapping[str, object]) -> None:
     for key, nothing in _REFUSED.items():
         value = extra.get(key)
         if value is not None and value not in nothing:
-            advice = f"send {_NEWER[key]}" if key in _NEWER else "leave it out"
+            advice = f"send {_INSTEAD[key]}" if key in _INSTEAD else "leave it out"
             raise InvalidRequest(f"{key} is not supported by this server: {advice}", key)
 
 

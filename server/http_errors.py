@@ -30,6 +30,7 @@ from trimtab.errors import (
     TrimtabError,
     Unauthorized,
 )
+from trimtab.server.many import TOO_MANY
 
 log = logging.getLogger("trimtab.server")
 
@@ -132,7 +133,8 @@ def _unwritten(part: str | int) -> bool:
 def _validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
     """pydantic's findings, of which only those on the first one's field are told.
 
-    A value that fits none of a field's types has a finding for each: the path that they share is named.
+    A value that fits none of a field's types has a finding for each: the path that they share is named. One that is
+    too long has no other fault.
     """
     paths = [[part for part in error["loc"] if not _unwritten(part)] for error in errors]
     about = [(path, error) for path, error in zip(paths, errors, strict=True) if path[:1] == paths[0][:1]]
@@ -144,5 +146,6 @@ def _validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
             break
         shared.append(parts[0])
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shared).lstrip(".") or None
-    told = " or ".join(dict.fromkeys(str(error["msg"]) for _, error in about))
+    long = [error for _, error in about if error["type"] == TOO_MANY]
+    told = " or ".join(dict.fromkeys(str(error["msg"]) for error in long or [error for _, error in about]))
     return Failure(400, f"{field or 'the body'}: {told}", param=field)

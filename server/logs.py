@@ -1,7 +1,8 @@
 """The server's log: for people, or a JSON object a line for machines; and one line for each request, at its end.
 
 Invariant: no text of a prompt is logged unless that was asked for, and no text of an answer ever. Every line of the
-JSON format is one object with time, level, logger and message, whoever logged it.
+JSON format is one object with time, level, logger and message, whoever logged it. What a caller sent begins no line,
+and moves no terminal: it stands in the log with escapes.
 
     configure("json", "info");  observers = [RequestLog(prompts=False)]
 """
@@ -48,7 +49,7 @@ class RequestLog:
             facts = describe(visit)
             if self._prompts and visit.prompt is not None:
                 facts["prompt"] = _plain(visit.prompt)
-            log.log(level, "%s %s %s", visit.method, visit.path, facts["status"], extra={_FACTS: facts})
+            log.log(level, "%s %s %s", visit.method, _visible(visit.path), facts["status"], extra={_FACTS: facts})
 
 
 def describe(visit: Visit) -> dict[str, Any]:
@@ -97,8 +98,15 @@ class TextFormatter(logging.Formatter):
 def _word(value: Any) -> str:
     """A value without line breaks, whatever a caller put into it."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ",".join(value)
-    return str(value) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False).strip('"')
+        return _visible(",".join(value))
+    return str(value) if isinstance(value, int | float) else _visible(json.dumps(value, ensure_ascii=False).strip('"'))
+
+
+def _visible(text: str) -> str:
+    """With an escape for each character that has no shape: line breaks, and what terminals obey."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _plain(prompt: Any) -> Any:

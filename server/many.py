@@ -1,13 +1,26 @@
-"""Lists and objects of a body, read up to their first fault.
+"""Lists and objects of a body, read up to their first fault, and none of them where there are too many.
 
 Invariant: a body costs no more to refuse than to accept. pydantic tells of every fault, and of each for every type that
-it could have been: of a hundred thousand that takes seconds, in which the server would hear nobody else.
+it could have been: of a hundred thousand that takes seconds, in which the server would hear nobody else. The same holds
+for what is good and long, where reading an entry takes more than its bytes do: Most bounds that.
+
+    tools: Annotated[Many[Tool], Most(128)]
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+TOO_MANY = "too_many"  # pydantic's word for the kind of a fault
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -19,6 +32,31 @@ def _in_turn(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
     for key, one in value.items():
         entries |= read({key: one})
     return entries
+
+
+@dataclass(frozen=True)
+class Most:
+    """So many entries at most in a list or an object, counted before any is read."""
+
+    count: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        told = handler(schema)
+        return told | {"maxProperties" if told.get("type") == "object" else "maxItems": self.count}
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > self.count:
+            raise too_many(self.count, len(value))
+        return value
+
+
+def too_many(most: int, found: int, what: str = "entries") -> PydanticCustomError:
+    """What a validator raises, and the caller reads."""
+    message = "at most {most} {what} are taken, not {found}: send fewer"
+    return PydanticCustomError(TOO_MANY, message, {"most": most, "found": found, "what": what})
 
 
 Many = Annotated[list[T], Field(fail_fast=True)]

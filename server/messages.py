@@ -1,7 +1,8 @@
 """A chat's messages, and what a message holds, in responses too: text, and what an assistant refused to say.
 
 Invariant: what is not text is refused, and named by where it stands: `messages[2].content`. (Tags begin with `#`, so
-that http_errors.py can tell them from a body's own words.)
+that http_errors.py can tell them from a body's own words.) A conversation has so many messages, and they hold so much,
+that it is read within some tenths of a second.
 """
 
 from collections.abc import Sequence
@@ -9,8 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
-from trimtab.server.many import Many
+from trimtab.server.many import Many, Most, too_many
 from trimtab.server.tools.body import CalledTool
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 256  # of one message
+MAX_CALLS = 128  # of one message
+MAX_HELD = 8192  # parts and calls, of all messages
+_HOLD = ("content", "tool_calls", "output")  # where they stand
 
 
 class Extensible(BaseModel):
@@ -53,7 +60,7 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Parts = Annotated[Many[PartOf], BeforeValidator(_as_parts, json_schema_input_type=str | list[PartOf])]
+Parts = Annotated[Many[PartOf], BeforeValidator(_as_parts, json_schema_input_type=str | list[PartOf]), Most(MAX_PARTS)]
 
 
 def text_of(content: str | Sequence[TextPart | RefusalPart]) -> str:
@@ -69,8 +76,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | Many[PartOf] | None = None
-    tool_calls: Many[CalledTool] | None = None  # the assistant's
+    content: Annotated[str | Many[PartOf] | None, Most(MAX_PARTS)] = None
+    tool_calls: Annotated[Many[CalledTool], Most(MAX_CALLS)] | None = None  # the assistant's
+    tool_call_id: str | None = None  # of the call whose result it is
     function_call: None = None  # older than tool_calls, and not known here
 
     def for_template(self) -> dict[str, Any]:
@@ -78,4 +86,18 @@ class Message(BaseModel):
         role = "system" if self.role == "developer" else self.role
         extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
         calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
-        return {**extra, **calls, "role": role, "content": text_of(self.content or "")}
+        of = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        return {**extra, **calls, **of, "role": role, "content": text_of(self.content or "")}
+
+
+def check_held(messages: Any) -> Any:
+    """Messages, or the items of a response, before they are read. Many parts of many messages take as long as many."""
+    if isinstance(messages, list):
+        lists = (message.get(key) for message in messages if isinstance(message, dict) for key in _HOLD)
+        held = sum(len(one) for one in lists if isinstance(one, list))
+        if held > MAX_HELD:
+            raise too_many(MAX_HELD, held, "content parts and tool calls")
+    return messages
+
+
+Messages = Annotated[Many[Message], BeforeValidator(check_held), Most(MAX_MESSAGES)]

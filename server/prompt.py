@@ -3,8 +3,8 @@
 Invariant: a rendered chat is tokenised without adding special tokens, as its template wrote them already. One thread
 does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
 caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised: it is
-refused, or only the end of it is read, for a caller who wants no more. Who asks for the tokens alone may send WHOLE
-bytes.
+refused, or only its end or its beginning is read, for a caller who wants no more. Who asks for the tokens alone may
+send WHOLE bytes.
 
     prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
 """
@@ -21,7 +21,7 @@ from trimtab.server.engine.pieces import Pieces
 from trimtab.server.tools.template import ToolTemplate
 
 Ids = tuple[int, ...]
-Long = Literal["refuse", "cut", "whole"]  # what is done with a text that cannot fit; cut: its end fills the context
+Long = Literal["refuse", "left", "right", "whole"]  # what is done with a text that cannot fit; left: it is cut there
 T = TypeVar("T")
 WHOLE = 2**20  # bytes, or what the context holds at most if that is more
 
@@ -156,8 +156,9 @@ class Prompter:
             raise InvalidRequest(f"the text has {len(content)} bytes, {most} at most are tokenised: send less", field)
         if len(content) > most and long == "refuse":
             raise ContextOverflow(self._max_len, -(-len(content) // self._longest), 1, field, at_least=True)
-        if len(content) > most and long == "cut":
-            text = content[-most:].decode(errors="ignore")  # less a character that was cut
+        if len(content) > most and long in ("left", "right"):
+            left = content[-most:] if long == "left" else content[:most]
+            text = left.decode(errors="ignore")  # less a character that was cut
         return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _render(

@@ -8,22 +8,23 @@ field. null is the same as not sent. Of keys without a field here, foreign.py de
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.many import Many, Table
-from trimtab.server.messages import Message
+from trimtab.server.many import Many, Most, Table
+from trimtab.server.messages import Messages
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
 from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
-from trimtab.server.tools.body import Tool, ToolChoice, choose
+from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
+MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
 class StreamOptions(BaseModel):
@@ -54,7 +55,7 @@ class Body(StructuredBody):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Table[int, float] | None = None
+    logit_bias: Annotated[Table[int, float], Most(MAX_BIASES)] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop: str | Many[str] | None = None
@@ -65,6 +66,7 @@ class Body(StructuredBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None  # from which it is cut
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     steering: SteeringBody | None = None
 
@@ -122,15 +124,16 @@ class Body(StructuredBody):
     @property
     def long(self) -> Long:
         """What becomes of a text that cannot fit."""
-        return "refuse" if self.truncate_prompt_tokens is None else "cut"
+        return "refuse" if self.truncate_prompt_tokens is None else self.truncation_side or "left"
 
     def cut(self, prompt: tuple[int, ...], max_len: int) -> tuple[int, ...]:
-        """The last tokens of a prompt, where truncate_prompt_tokens asks: -1 leaves max_tokens of the room free."""
+        """The tokens of a prompt that truncate_prompt_tokens leaves: with -1, max_tokens of the room stay free."""
         wanted = self.truncate_prompt_tokens
         if wanted is None:
             return prompt
-        free = min(self.token_limit() or 1, max_len - 1)
-        return prompt[-(max_len - free if wanted == -1 else wanted) :]
+        if wanted == -1:
+            wanted = max_len - min(self.token_limit() or 1, max_len - 1)
+        return prompt[:wanted] if self.truncation_side == "right" else prompt[-wanted:]
 
     def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """How tokens are drawn. defaults: of what is not sent. Raises InvalidRequest."""
@@ -204,7 +207,7 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: Many[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -214,7 +217,7 @@ class ChatBody(Body):
     chat_template: str | None = None
     documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: Many[Tool] | None = None
+    tools: Annotated[Many[Tool], Most(MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 

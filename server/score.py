@@ -19,7 +19,7 @@ from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.many import Many
-from trimtab.server.messages import Message
+from trimtab.server.messages import Messages
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
 from trimtab.server.service import Service
@@ -36,7 +36,7 @@ class ScoreBody(BaseModel):
 
     model: str | None = None
     prompt: str | Many[int] | None = None
-    messages: Many[Message] | None = Field(default=None, min_length=1)
+    messages: Messages | None = Field(default=None, min_length=1)
     completion: str | Many[int]
     steering: SteeringBody | None = None
     seed: int | None = None  # of a random gate

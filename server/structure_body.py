@@ -5,13 +5,13 @@ be followed says structure.py; either way the caller is told the field.
 """
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Structure
-from trimtab.server.many import Many
+from trimtab.server.many import Many, Most
 
 JsonSchema = dict[str, Any] | bool
 
@@ -59,7 +59,7 @@ class StructuredBody(BaseModel):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     allowed_token_ids: Many[int] | None = None
-    bad_words: Many[str] | None = Field(default=None, max_length=512)  # each is looked for at each step
+    bad_words: Annotated[Many[str], Most(512)] | None = None  # each is looked for at each step
 
     def structure(self) -> tuple[Structure, str] | None:
         """What the text must be, and the field that says so. Raises InvalidRequest."""

@@ -16,7 +16,7 @@ from trimtab import __version__
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
 from trimtab.server.many import Many
-from trimtab.server.messages import Message
+from trimtab.server.messages import Messages
 from trimtab.server.prompt import Ids
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
@@ -29,7 +29,7 @@ class TokenizeBody(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Many[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -45,7 +45,7 @@ class TokenizeBody(BaseModel):
         """The chat that is tokenised. Raises RequestValidationError."""
         own = ("prompt", "add_special_tokens", "return_token_strs")
         try:
-            return ChatBody.model_validate(self.model_dump(exclude=set(own), exclude_none=True, by_alias=True))
+            return ChatBody.model_validate({key: value for key, value in self if key not in own and value is not None})
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
 

@@ -81,6 +81,27 @@ def test_a_prompt_may_be_cut_to_its_end(keep: int, max_tokens: int | None, left:
     assert told["choices"][0]["text"] == TOKENIZER.decode(read) + "z"
 
 
+@pytest.mark.parametrize(("keep", "max_tokens", "kept"), [(3, 1, 3), (500, 1, 190), (-1, 20, 180)])
+def test_or_to_its_beginning(keep: int, max_tokens: int, kept: int) -> None:
+    engine = ScriptedEngine(say("z"))
+    prompt = [1 + i % 200 for i in range(190)]
+    body = {"prompt": prompt, "max_tokens": max_tokens, "truncate_prompt_tokens": keep, "truncation_side": "right"}
+    answered(TEXT_PATH, engine, **body)
+    assert engine.requests[0].prompt == tuple(prompt[:kept])
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_of_a_text_far_too_long_the_beginning_is_read(letter: str) -> None:
+    engine = ScriptedEngine(say("z"))
+    text = "begun" + letter * 5000
+    cut = {"truncate_prompt_tokens": 40, "truncation_side": "right"}
+    answered(TEXT_PATH, engine, prompt=text, **cut)
+    answered(CHAT_PATH, engine, messages=[{"role": "user", "content": text}], **cut)
+    plain, chat = (request.prompt for request in engine.requests)
+    assert list(plain) == ids(text)[:40]
+    assert list(chat) == ids(f"<|im_start|>user\n{text}")[:40]
+
+
 @pytest.mark.parametrize("letter", ["x", "é"])  # of two bytes: it may be cut in half
 def test_of_a_text_far_too_long_the_end_is_read(letter: str) -> None:
     engine = ScriptedEngine(say("z"))

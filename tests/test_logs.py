@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -119,6 +120,20 @@ def test_the_text_format_is_one_line_whatever_a_caller_sends(listen: Any) -> Non
     logs.RequestLog()(Visit("r", "GET", "/v1/a", status=404, facts={"model": "a\nb c", "finish": ["stop", "length"]}))
     (line,) = lines.text
     assert line.endswith("INFO GET /v1/a 404 request_id=r latency=0.0 model=a\\nb c finish=stop,length")
+
+
+@pytest.mark.parametrize("sign", ["\n", "\r", "\x1b[2J", "\x7f", "\x85", "\x9b1m", "\u2028", "\u202e"])
+def test_a_path_or_a_prompt_can_forge_no_line(listen: Any, sign: str) -> None:
+    lines = listen(logs.TextFormatter())
+    forged = f"/v1/x{sign}12:00:00 INFO DELETE /v1/corrections/mine 200"
+    with in_memory(ScriptedEngine(say("x")), observers=[logs.RequestLog(prompts=True)]) as ask:
+        assert ask("GET", quote(forged)).status_code == 404
+        assert ask("POST", "/v1/completions", json={"prompt": forged}).status_code == 200
+        assert ask("POST", "/v1/completions", json={"prompt": [forged, "b"]}).status_code == 200
+    written = lines.written.getvalue()
+    assert len(written.split("\n")) == 4
+    assert all(line.isprintable() for line in written.split("\n"))
+    assert f"GET /v1/x{sign.encode('unicode_escape').decode()}12:00:00 INFO DELETE" in written
 
 
 def test_json_lines_hold_exceptions_and_what_json_cannot_say() -> None:

@@ -176,6 +176,9 @@ def test_a_json_schema_stands_where_a_chat_has_it() -> None:
         ({"conversation": "c"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "disabled", "moderation": {"model": "m"}}, "moderation"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"n": 2}, "n"),
         ({"messages": []}, "messages"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -417,8 +420,24 @@ def test_openais_helper_follows_a_stream(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_could_not_be_repeated_is_refused(stream: bool) -> None:
-    content = json.dumps({"input": "hi", "metadata": {"a": "\ud800"}, "stream": stream})  # escaped
+@pytest.mark.parametrize(
+    ("field", "value"), [("metadata", {"a": "\ud800"}), ("reasoning", {"effort": "\ud800"}), ("instructions", "\ud800")]
+)
+def test_what_could_not_be_repeated_is_refused(
+    field: str, value: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ messages[-1].content }}")  # which does not read them all
+    content = json.dumps({"input": "hi", field: value, "stream": stream})  # escaped
     with in_memory(ScriptedEngine(say(TEXT))) as ask:
         answer = ask("POST", PATH, content=content, headers={"content-type": "application/json"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_a_bug_before_the_first_event_is_an_event_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(writer: Writer) -> list[Any]:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(Writer, "begin", broken)
+    (last,) = events_of(respond(stream=True))
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["message"].startswith("internal error")

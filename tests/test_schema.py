@@ -122,6 +122,14 @@ def test_rules() -> None:
         ("logits_processors", [], ["module.f"]),
         ("echo", False, True),
         ("add_special_tokens", False, True),
+        ("vllm_xargs", {}, {"correction": "brief"}),
+        ("logprob_token_ids", [], [1, 2]),
+        ("repetition_detection", {}, {"max_pattern_size": 4, "min_count": 3}),
+        ("thinking_token_budget", -1, 0),
+        ("cache_salt", "", "mine"),
+        ("web_search_options", None, {}),
+        ("moderation", None, {"model": "omni-moderation-latest"}),
+        ("context_management", [], [{"type": "compaction"}]),
     ],
 )
 def test_what_would_change_the_answer_is_refused_not_ignored(key: str, fine: Any, refused: Any) -> None:
@@ -129,6 +137,11 @@ def test_what_would_change_the_answer_is_refused_not_ignored(key: str, fine: Any
     with pytest.raises(InvalidRequest) as caught:
         chat(**{key: refused}).check()
     assert caught.value.field == key
+
+
+def test_what_has_another_name_here_is_told_it() -> None:
+    with pytest.raises(InvalidRequest, match="vllm_xargs is not supported by this server: send steering"):
+        chat(vllm_xargs={"correction": "brief"}).check()
 
 
 @pytest.mark.parametrize(

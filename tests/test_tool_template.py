@@ -88,6 +88,28 @@ def test_llamas_templates_see_one_call_a_message() -> None:
     ]
 
 
+def test_calls_that_share_an_id_take_their_results_in_turn() -> None:
+    """As those do that have none; no result is told twice, and none is left out."""
+    calls = called("a", "a")
+    results = [result("a") | {"content": text} for text in ("one", "two", "three")]
+    messages, _ = template_of("<|python_tag|>" + SHOWS).apply([calls, *results], [TOOL])
+    assert messages == [called("a"), results[0], called("a"), results[1], results[2]]
+
+
+@pytest.mark.parametrize("count", [3, 30_000])
+def test_a_turn_of_many_calls_and_results(count: int) -> None:
+    """What grows with the square of their number would take minutes."""
+    ids = [str(i) for i in range(count)]
+    chat = [called(*ids), *map(result, reversed(ids)), {"role": "user", "content": "hi"}]
+    apart, _ = template_of("<|python_tag|>" + SHOWS).apply(chat, [TOOL])
+    assert [message.get("tool_call_id") for message in apart[1::2]] == ids
+    assert len(apart) == 2 * count + 1
+    assistant, user, last = template_of(TEMPLATE).apply(chat, [])[0]
+    assert (assistant["role"], user["role"], last) == ("assistant", "user", chat[-1])
+    assert assistant["content"].count("</tool_call>") == user["content"].count("</tool_response>") == count
+    assert user["content"].endswith("<tool_response>\nresult of 0\n</tool_response>")
+
+
 def test_mistrals_templates_see_ids_of_nine_letters_and_digits() -> None:
     chat = [called("call_0123456789", "abcdef123"), result("call_0123456789"), result("abcdef123")]
     (calls, first, second), _ = template_of("[TOOL_CALLS]" + SHOWS).apply(chat, [TOOL])

@@ -465,6 +465,7 @@ def test_the_official_helpers_parse_calls() -> None:
         ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]},
          "messages[0].function_call"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": {"a": 1}}]}, "messages[0].tool_call_id"),
     ],
 )  # fmt: skip
 def test_what_is_refused_names_its_field(body: dict[str, Any], param: str) -> None:

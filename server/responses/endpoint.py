@@ -52,8 +52,8 @@ class ResponseGeneration(Generation):
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The typed events. As with OpenAI, the last of them ends the stream: there is no `[DONE]`."""
         writer = Writer(self._settled())
-        yield encode(writer.begin())
         try:
+            yield encode(writer.begin())
             async for news in self._updates(ticket, streamed=True):
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
-from trimtab.server.many import Many
-from trimtab.server.messages import Extensible, Parts, one_of, tag_of
+from trimtab.server.many import Many, Most
+from trimtab.server.messages import MAX_MESSAGES, Extensible, Parts, check_held, one_of, tag_of
 
 
 def _item_tag(value: Any) -> str | None:
@@ -61,4 +61,9 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-Items = Annotated[Many[OneItem], BeforeValidator(_as_items, json_schema_input_type=str | list[OneItem])]
+Items = Annotated[
+    Many[OneItem],
+    BeforeValidator(check_held),
+    BeforeValidator(_as_items, json_schema_input_type=str | list[OneItem]),
+    Most(MAX_MESSAGES),
+]

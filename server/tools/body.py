@@ -5,13 +5,14 @@ field. null is the same as not sent.
 """
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.many import Many
+from trimtab.server.many import Many, Most
 
+MAX_TOOLS = 128  # OpenAI's
 NO_PARAMETERS: dict[str, JsonValue] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -60,7 +61,7 @@ class Allowed(BaseModel):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Many[NamedTool] = Field(min_length=1)
+    tools: Annotated[Many[NamedTool], Most(MAX_TOOLS)] = Field(min_length=1)
 
 
 class AllowedTools(BaseModel):
@@ -98,12 +99,13 @@ class CalledTool(BaseModel):
 
 def choose(tools: list[Tool], choice: ToolChoice | None) -> tuple[list[Tool], bool]:
     """-> the tools that may be called, and whether one must be. Raises InvalidRequest."""
-    names = [tool.function.name for tool in tools]
+    names: dict[str, None] = {}  # in order
     for i, tool in enumerate(tools):
-        field = f"tools[{i}].function"
-        if names[i] in names[:i]:
-            message = f"{field}.name: {names[i]!r} is the name of an earlier tool: give each its own"
+        field, name = f"tools[{i}].function", tool.function.name
+        if name in names:
+            message = f"{field}.name: {name!r} is the name of an earlier tool: give each its own"
             raise InvalidRequest(message, f"{field}.name")
+        names[name] = None
         if tool.schema_of_arguments.get("type", "object") != "object":
             message = f"{field}.parameters must be the schema of an object, so its type must be 'object'"
             raise InvalidRequest(message, f"{field}.parameters.type")

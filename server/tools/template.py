@@ -9,6 +9,7 @@ known here counts as one without: what its model would write could not be read.
 import hashlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,18 +62,12 @@ def _shows_tools(render: Callable[..., Any]) -> bool:
 def _in_words(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
     """The chat as one of system, user and assistant, in Hermes' format. Without tools or calls it stays as it is."""
     written: list[Message] = []
-    for i, message in enumerate(messages):
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if i and messages[i - 1]["role"] == "tool":  # results of one turn are one message
-                text = f"{written.pop()['content']}\n{text}"
-            written.append({"role": "user", "content": text})
-        elif message.get("tool_calls"):
-            calls = [_write_call(call["function"]) for call in message["tool_calls"]]
-            text = "\n".join([message["content"], *calls] if message["content"] else calls)
-            written.append({"role": message["role"], "content": text})
+    for is_result, turn in itertools.groupby(messages, _is_result):
+        if is_result:  # results of one turn are one message
+            results = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in turn]
+            written.append({"role": "user", "content": "\n".join(results)})
         else:
-            written.append(message)
+            written += map(_with_calls_in_words, turn)
     if not tools:
         return written
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
@@ -82,27 +77,44 @@ def _in_words(messages: Sequence[Message], tools: Sequence[Message]) -> list[Mes
     return [{"role": "system", "content": introduction}, *written]
 
 
+def _is_result(message: Message) -> bool:
+    return bool(message["role"] == "tool")
+
+
+def _with_calls_in_words(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [_write_call(call["function"]) for call in message["tool_calls"]]
+    text = "\n".join([message["content"], *calls] if message["content"] else calls)
+    return {"role": message["role"], "content": text}
+
+
 def _write_call(function: Message) -> str:
     call = {"name": function["name"], "arguments": function["arguments"]}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def _one_by_one(messages: Sequence[Message]) -> Iterator[Message]:
-    """Llama's templates refuse several calls in one message: each call, then what it returned."""
-    rest = list(messages)
+    """Llama's templates refuse several calls in one message: each call, then what it returned.
+
+    Calls that share an id, or have none, take their results in turn. What no call takes comes after the last of them.
+    """
+    rest = deque(messages)
     while rest:
-        message = rest.pop(0)
+        message = rest.popleft()
         calls = message.get("tool_calls") or []
         if len(calls) < 2:
             yield message
             continue
-        results = list(itertools.takewhile(lambda other: other["role"] == "tool", rest))
-        del rest[: len(results)]
+        results: dict[str | None, deque[Message]] = {}  # by the call's id
+        while rest and _is_result(rest[0]):
+            result = rest.popleft()
+            results.setdefault(result.get("tool_call_id"), deque()).append(result)
         for call in calls:
             yield {**message, "tool_calls": [call]}
-            yield from (result for result in results if result.get("tool_call_id") == call.get("id"))
-        known = [call.get("id") for call in calls]
-        yield from (result for result in results if result.get("tool_call_id") not in known)
+            if found := results.get(call.get("id")):
+                yield found.popleft()
+        yield from itertools.chain.from_iterable(results.values())
 
 
 def _with_short_ids(message: Message) -> Message:
