@@ -1,7 +1,8 @@
 """The README tells the truth: its commands run in its order, and its Python runs against the server it starts.
 
-Sizes are cut by options added at the end of a line; nothing else is changed but MODEL, DIR and the port. CI runs
-`scripts/setup` and `scripts/demo`; the image's two commands need a container engine.
+Sizes are cut by options added at the end of a line, which also name another model where it asks for a LoRA. Nothing
+else is changed but MODEL, TUNED, DIR and the port. CI runs `scripts/setup` and `scripts/demo`; the image's two commands
+need a container engine.
 """
 
 import json
@@ -15,14 +16,20 @@ from pathlib import Path
 import pytest
 
 from served import serving
+from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["--problems", "10", "--samples", "4", "--validation-problems", "2", "--validation-samples", "1"]
-SMALL += ["--test-problems", "2", "--test-samples", "1", "--epochs", "2", "--max-tokens", "16", "--slots", "8"]
+SMALL += ["--test-problems", "2", "--test-samples", "1", "--epochs", "2", "--max-tokens", "16", "--slots", "40"]
+# With a LoRA or a teacher the demo's model takes minutes a line. test_routes and test_adapting show what these routes
+# make; here it is shown that the README's lines are accepted and end in a correction, for which a tiny model will do.
+# It knows nothing, and so is graded by chance.
+TINY = [*SMALL, "--model", "tiny", "--task", "odd.jsonl", "--verifier", "odd_grading:odd", "--temperature", "1.0"]
+GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
-FIT = [*SMALL, "--lora-warmup", "1", "--lora-rate", "0.003", "--lora-kl-limit", "0"]
-SHORT = {"fit": FIT, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "2", "--samples", "1"]}
+LORA = [*TINY, "--lora-warmup", "1", "--lora-rate", "0.05", "--lora-kl-limit", "0", "--teacher-samples", "1"]
+SHORT = {"fit": SMALL, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "2", "--samples", "1"]}
 SHORT |= {"inspect": [], "calibrate": ["--problems", "2", "--max-tokens", "12"]}
 
 pytestmark = pytest.mark.model
@@ -51,12 +58,20 @@ def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
         for i in range(40)
     ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+    odd = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(40)]
+    (tmp_path / "odd.jsonl").write_text("\n".join(odd))
+    (tmp_path / "odd_grading.py").write_text(GRADING)
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     for name in SHORT:
         found = commands(name)
         assert found, f"the README shows no `trimtab {name}`"
         for command in found:
-            words = [{"MODEL": "demo", "TUNED": "corrections/better/lora"}.get(word, word) for word in command]
-            assert run(words + SHORT[name], tmp_path).strip()
+            named = {"MODEL": "tiny" if name == "distill" else "demo", "TUNED": "corrections/better/lora"}
+            words = [named.get(word, word) for word in command] + (LORA if "lora" in command else SHORT[name])
+            assert run(words, tmp_path).strip()
+            if name in ("fit", "distill"):
+                assert (tmp_path / words[words.index("--out") + 1] / "correction.json").exists()
     (serve, *rest) = commands("serve")
     assert rest == []
     plain = serve[: serve.index("--correction") + 2]
@@ -73,7 +88,7 @@ def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
         assert "correction='mine'" in ran.stdout
 
 
-def test_every_path_in_the_tree_exists_and_every_file_is_in_it() -> None:
+def test_every_file_in_the_tree_exists_and_every_top_level_folder_of_python_is_in_it() -> None:
     (tree,) = re.findall(r"```\n(server/ .*?)```", README, re.DOTALL)
     folder, named = "", set()
     for line in tree.splitlines():
