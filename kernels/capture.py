@@ -14,10 +14,11 @@ class Capture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each it sees
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """run must not wait for the device, and must read what changes from tensors that stay where they are."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = self._aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles its kernels, and sets up what a capture cannot
             run()

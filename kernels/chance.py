@@ -26,7 +26,8 @@ def draw_ranked(keys, known, best, inverse, uniform, mass, beyond, limit, has_k,
     spent = beyond == NEG_INF  # no finite logit is left outside
     whole = spent | (limit <= count)
     kept = tl.where(whole, tl.minimum(limit, count), MANY)
-    total = tl.where(has_k | spent, tl.sum(tl.where(slot < limit, e, 0.0), axis=0), mass)
+    # Without a top_k it is `mass`, though all may be known: that hangs on what the rest of the batch asks for.
+    total = tl.where(has_k, tl.sum(tl.where(slot < limit, e, 0.0), axis=0), mass)
     target = total * top_p
     reached = tl.sum(e, axis=0) >= target
     prefix = tl.sum((known & (cumulative - e < target)).to(tl.int32), axis=0)

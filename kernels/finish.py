@@ -65,7 +65,6 @@ class State(NamedTuple):
     chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
     pool: Tensor  # int64 [rows, 2 * slots]: scratch
     ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
-    far: Tensor  # float32 [rows, groups]: the groups' maxima, -inf where the group was read
 
 
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
@@ -73,7 +72,7 @@ def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
     temperature, top_k, top_p, min_p, uniform,
     steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, forced, edit_spans, mask_row,
-    correction_top_k, alternatives, state, chosen, pool, ranked, far, task, norms,
+    correction_top_k, alternatives, state, chosen, pool, ranked, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
@@ -178,9 +177,8 @@ def finish_kernel(
             none = goal >> 16  # which the compiler cannot know: it would keep all addresses in registers from the start
             few = tl.minimum(goal, tl.cdiv(vocab, GROUP))
             low, found, other = best_groups(
-                group_peak + none, vocab + none, top, few, chosen + none, far + row * stride + none, acts,
-                SLOTS, GROUPS, SHIFT,
-            )  # fmt: skip
+                group_peak + none, vocab + none, top, few, chosen + none, SLOTS, GROUPS, SHIFT
+            )
             low = tl.where(few < goal, WORST >> SHIFT, low)
             held, outside = best_tokens(
                 logits + none, vocab + none, chosen + none, found, top, low, goal, pool + none, ranked + none,
@@ -285,7 +283,6 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
         torch.empty(rows, slots, dtype=torch.int32, device=device),
         pool,
         ranked,
-        torch.empty_like(groups.peak),
     )
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,

@@ -15,7 +15,6 @@ from trimtab.kernels.keys import GROUP, LOW_WORD, LOWEST, NEG_INF, key_token, ke
 
 NOTHING = tl.constexpr(-0x80000000)  # the rank of what does not exist: below that of -inf
 WORST = tl.constexpr(-0x7F800001)  # the rank of -inf
-LEAST = tl.constexpr(-3e38)  # stands for -inf where that has another meaning
 PARTS = tl.constexpr(64)
 TURN = tl.constexpr(32)  # keys that all others are compared with at once
 
@@ -54,13 +53,10 @@ def lower_cut(ranks, low, high, wanted, ROOM: tl.constexpr, SHIFT: tl.constexpr)
 
 
 @triton.jit
-def best_groups(
-    peaks, vocab, best, wanted, chosen, far, keep_far, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr
-):
+def best_groups(peaks, vocab, best, wanted, chosen, SLOTS: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr):
     """-> cut, how many groups, and the rank of the best other one. Their ids, ascending, are left in `chosen`.
 
     peaks [GROUPS]: the maxima; best: the rank of the largest; wanted: at most SLOTS, and no more than there are groups.
-    Where keep_far, `far` gets the maxima of the other groups, and -inf for the chosen ones.
     """
     group = tl.arange(0, GROUPS)
     exists = group * GROUP < vocab
@@ -83,8 +79,6 @@ def best_groups(
     spare = SLOTS - (total & 0xFFFF)
     take = above | (ties & ((running >> 16) <= spare))
     tl.store(chosen + (running & 0xFFFF) + tl.minimum(running >> 16, spare) - 1, group, mask=take)
-    if keep_far:
-        tl.store(far + group, tl.where(take, NEG_INF, tl.maximum(peak, LEAST)), mask=exists)
     tl.debug_barrier()
     outside = tl.max(tl.where(take, NOTHING, ranks), axis=0)
     return low, (total & 0xFFFF) + tl.minimum(total >> 16, spare), outside
@@ -189,21 +183,19 @@ def best_token(logits, vocab, peaks, best, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def weigh_rest(logits, vocab, chosen, count, lowest, shift, inverse, by_group, ROWS: tl.constexpr):
-    """The mass, above `shift`, of the chosen groups' tokens whose keys are below `lowest`.
+def weigh_rest(logits, vocab, chosen, count, lowest, shift, inverse, plain, tempered, ROWS: tl.constexpr):
+    """The masses, above `shift`, of what the tokens with keys of `lowest` and more leave of the groups that hold them.
 
-    -> float64, at temperature 1 and at the row's, the latter by group too, in `by_group`.
+    They replace those groups' numbers in `plain`, at temperature 1, and in `tempered`. chosen: `count` groups, these
+    among them. The others keep their numbers: which groups were chosen hangs on what the rest of the batch asks for.
     """
     floor = key_value(lowest)
-    plain = tl.zeros([ROWS], tl.float64)
-    tempered = tl.zeros([ROWS], tl.float64)
     for first in range(0, count, ROWS):
         z, token, inside = read_groups(logits, vocab, chosen, first, count, ROWS)
         rest = inside & ((z < floor) | ((z == floor) & (token > key_token(lowest))))
         below = tl.where(rest, z - shift, NEG_INF)
-        plain += tl.sum(tl.exp(below), axis=1).to(tl.float64)
-        mass = tl.sum(tl.exp(below * inverse), axis=1)
-        tempered += mass.to(tl.float64)
+        touched = tl.max((inside & (rest == 0)).to(tl.int32), axis=1) > 0
         item = first + tl.arange(0, ROWS)
-        tl.store(by_group + item, mass, mask=item < count)
-    return tl.sum(plain, axis=0), tl.sum(tempered, axis=0)
+        home = tl.load(chosen + item, mask=item < count, other=0)
+        tl.store(plain + home, tl.sum(tl.exp(below), axis=1), mask=touched)
+        tl.store(tempered + home, tl.sum(tl.exp(below * inverse), axis=1), mask=touched)

@@ -1,7 +1,8 @@
 """The third kernel of a step: the head tier, for the rows that it steers.
 
 Invariant: a row that did not fire returns at once and reads nothing of a correction. The tokens that no correction
-touches count as one mass, weighed above the best of them: no peak that a correction demotes can round it to 0.
+touches count as one mass, weighed above the best of them: no peak that a correction demotes can round it to 0. A group
+is weighed anew only if it holds a candidate, so nothing hangs on what else `finish` read for the rest of the batch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -37,11 +38,11 @@ HEAD_TILE = 8192  # ... and of the head's rows, where those have two bytes
 
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def tilt_kernel(
-    logits, logits_stride, vocab, group_mass, group_tempered, stride,
+    logits, logits_stride, vocab, group_peak, group_mass, group_tempered, stride,
     temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, forced,
     edit_spans, mask_row,
     hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
-    state, chosen, scratch, ranked, far, moves, rests, shifts, task, steered_keys, norms,
+    state, chosen, scratch, ranked, moves, rests, warm_rests, shifts, task, steered_keys, norms,
     token_out, steered_token_out, base_logprob_out, steered_logprob_out, steered_token_logprob_out,
     kl_out, applied_strength_out, top_ids_out, top_logprobs_out,
     HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
@@ -56,11 +57,12 @@ def tilt_kernel(
     POOL: tl.constexpr = 2 * SLOTS
     chosen += row * SLOTS
     ranked += row * POOL
-    far += row * stride
+    group_peak += row * stride
     group_mass += row * stride
     group_tempered += row * stride
     moves += row * SLOTS
-    rests += row * SLOTS
+    rests += row * stride
+    warm_rests += row * stride
     steered_keys += row * SLOTS
     scratch += row * (2 * POOL)
     slot = tl.arange(0, SLOTS)
@@ -96,18 +98,25 @@ def tilt_kernel(
         edited = False
     most = tl.load(kl_cap + row)
 
-    # The mass of all other tokens, above the best of them.
+    # The mass of all other tokens, above the best of them: by group, through memory, and at the row's temperature too.
     lowest = tl.load(ranked + candidates - 1)
     next_key = tl.load(ranked + candidates, mask=candidates < held, other=LOWEST)
     ceiling = tl.where(candidates < held, key_value(next_key), from_rank(outside))
     shift = tl.where(ceiling == NEG_INF, 0.0, ceiling)
     inverse = inverse_temperature(t)
-    rest, rest_t = weigh_rest(logits, vocab, chosen, found, lowest, shift, inverse, rests, ROWS)
     group = tl.arange(0, GROUPS)
     exists = group * GROUP < vocab
-    away = tl.load(far + group, mask=exists, other=NEG_INF)
+    above = tl.load(group_peak + group, mask=exists, other=NEG_INF) - shift
     mass1 = tl.load(group_mass + group, mask=exists, other=0.0)
-    rest_mass = tl.sum((mass1 * tl.exp(away - shift)).to(tl.float64), axis=0) + rest
+    tempered = mass1
+    if inverse != 1.0:
+        tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
+    tl.store(rests + group, mass1 * tl.exp(above), mask=exists)
+    tl.store(warm_rests + group, tempered * tl.exp(above * inverse), mask=exists)
+    tl.debug_barrier()
+    weigh_rest(logits, vocab, chosen, found, lowest, shift, inverse, rests, warm_rests, ROWS)
+    tl.debug_barrier()
+    rest_mass = tl.sum(tl.load(rests + group, mask=exists, other=0.0).to(tl.float64), axis=0)
 
     # The strength, as far as the cap allows; then the candidates' new logits, and the best of all.
     keys = tl.load(ranked + slot, mask=slot < held, other=LOWEST)
@@ -139,11 +148,6 @@ def tilt_kernel(
     if applied:
         scale = tl.exp((ceiling - steered_best) * inverse)
         moved = tl.exp(tl.where(member, steered - steered_best, NEG_INF) * inverse)
-        # Read again: neither would have fitted beside the rest.
-        away = tl.load(far + group, mask=exists, other=NEG_INF)
-        tempered = tl.load(group_mass + group, mask=exists, other=0.0)
-        if inverse != 1.0:
-            tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
         limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
         filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
         own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
@@ -161,15 +165,14 @@ def tilt_kernel(
                 asked = tl.load(forced + row)
                 token = tl.where(asked >= 0, asked, steered_token)
             elif filtered:
-                rest_mass = tl.sum((tempered * tl.exp((away - shift) * inverse)).to(tl.float64), axis=0)
-                rest_mass = (rest_mass + rest_t) * scale.to(tl.float64)
-                mass_t = rest_mass + tl.sum(moved.to(tl.float64), axis=0)
+                warm = tl.load(warm_rests + group, mask=exists, other=0.0).to(tl.float64)
+                mass_t = tl.sum(warm, axis=0) * scale.to(tl.float64) + tl.sum(moved.to(tl.float64), axis=0)
                 known = in_play & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
                 token = draw_ranked(
                     order, known, steered_best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot
                 )
             else:
-                # The groups' masses, through memory: the rest of each, and the candidates that it holds.
+                # To the rest of each group, the candidates that it holds.
                 tl.store(moves + slot, moved)
                 tl.debug_barrier()
                 home = tl.load(chosen + slot, mask=slot < found, other=-1)
@@ -179,11 +182,13 @@ def tilt_kernel(
                     listed = tl.load(steered_keys + item, mask=item < candidates, other=LOWEST)
                     theirs = tl.load(moves + item, mask=item < candidates, other=0.0)
                     new += tl.where(home[:, None] == (key_token(listed) // GROUP)[None, :], theirs[None, :], 0.0)
-                mass = tl.sum(new, axis=1) + tl.load(rests + slot, mask=slot < found, other=0.0) * scale
-                tl.store(far + home, mass, mask=slot < found)
+                left = tl.load(warm_rests + home, mask=slot < found, other=0.0) * scale
+                w = tl.load(warm_rests + group, mask=exists, other=0.0) * scale
+                tl.store(rests + group, w, mask=exists)
                 tl.debug_barrier()
-                w = tempered * tl.exp((away - steered_best) * inverse)
-                w = tl.where(away == NEG_INF, tl.load(far + group, mask=exists, other=0.0), w)
+                tl.store(rests + home, left + tl.sum(new, axis=1), mask=slot < found)
+                tl.debug_barrier()
+                w = tl.load(rests + group, mask=exists, other=0.0)
                 drawn, x = draw_group(w.to(tl.float64), group, u)
                 inner = tl.arange(0, GROUP)
                 tl.store(scratch + inner, load_logits(logits, drawn * GROUP + inner, vocab))
@@ -223,18 +228,19 @@ def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, re
     size, rank = inputs.hidden.shape[1], bank.A.shape[1]
     shape = tiles(bank.max_top_k, rank, inputs.head.itemsize)
     stride = groups.peak.stride(0)
-    moves, rests = torch.empty(2, *state.chosen.shape, dtype=torch.float32, device=inputs.logits.device).unbind(0)
+    moves = torch.empty(state.chosen.shape, dtype=torch.float32, device=inputs.logits.device)
+    rests, warm_rests = torch.empty(2, rows, stride, dtype=torch.float32, device=inputs.logits.device).unbind(0)
     shifts = torch.empty(rows, size, dtype=torch.float32, device=inputs.logits.device)
     tilt_kernel[rows,](
-        inputs.logits, inputs.logits.stride(0), vocab, groups.mass, groups.tempered, stride,
+        inputs.logits, inputs.logits.stride(0), vocab, groups.peak, groups.mass, groups.tempered, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
         params.correction, params.weight, params.correction.shape[1],
         params.strength, params.kl_cap, params.shadow.view(torch.int8), params.forced,
         inputs.edits.spans if inputs.edits else params.top_k, inputs.mask.row if inputs.mask else params.top_k,
         inputs.hidden, inputs.hidden.stride(0), size, inputs.head, inputs.head.stride(0),
         bank.A, bank.B, bank.b, bank.cap, bank.silu.view(torch.int8), bank.top_k, rank, inputs.alternatives,
-        state.state, state.chosen, state.pool.view(torch.float32), state.ranked, state.far, moves, rests, shifts,
-        *tasks,
+        state.state, state.chosen, state.pool.view(torch.float32), state.ranked, moves, rests, warm_rests,
+        shifts, *tasks,
         record.token, record.steered_token, record.base_logprob, record.steered_logprob, record.steered_token_logprob,
         record.kl, record.applied_strength, record.top_ids, record.top_logprobs,
         HAS_EDITS=inputs.edits is not None, HAS_MASKS=inputs.mask is not None, SLOTS=state.chosen.shape[1],

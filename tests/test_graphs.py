@@ -1,13 +1,16 @@
 """What a GPU runs, on the CPU: the kernels' references in the layers, and a capture that just calls."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from tiny import FAMILIES, tiny_base, tiny_correction, tiny_lora
 from trimtab.kernels import layer_reference, slot_attention_reference
+from trimtab.kernels.capture import Capture
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server.engine import runner
 from trimtab.server.engine.config import EngineConfig
@@ -44,6 +47,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(kv, "layers_for", lambda device: REFERENCE)
     monkeypatch.setattr(runner, "capture_for", lambda device: capture)
     return replayed
+
+
+def test_all_captures_warm_up_on_one_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace for every stream that it has seen."""
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    capture, ran = Capture(), []
+    for size in range(3):
+        capture(partial(ran.append, size))
+    assert ran == [0, 0, 1, 1, 2, 2]
+    assert torch.cuda.Stream.call_count == 1
 
 
 def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:

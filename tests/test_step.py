@@ -350,6 +350,33 @@ def test_a_row_does_not_depend_on_its_batch(step: Step) -> None:
         assert torch.equal(getattr(record, field)[order[:3]], torch.cat([getattr(r, field) for r in alone])), field
 
 
+def test_a_fired_row_does_not_depend_on_the_alternatives_of_others(step: Step) -> None:
+    """They decide which groups are read again, of which fewer hold a candidate in a large vocabulary."""
+    filters: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"temperature": 0.8}, {"temperature": 0.0}]
+    rows = [
+        {"correction": 0, "gate": GATE_ALWAYS, "uniform": 0.06 + 0.12 * i, "strength": (1.0, -3.0)[i % 2]}
+        | {"kl_cap": (math.inf, 0.02)[i % 3 == 2], "shadow": i % 5 == 3}
+        | filters[i // 2]
+        for i in range(8)
+    ]
+    inputs = make_inputs(rows, 6000, seed=2, dtype=torch.bfloat16, top_k=(2,))
+    alone, beside = step(inputs), step(inputs._replace(alternatives=20))
+    assert (alone.status == OPEN + FIRED).all()
+    assert_same(alone, beside, StepRecord._fields[:FIELDS])
+    check(inputs._replace(alternatives=20), beside)
+
+
+def test_a_nucleus_does_not_depend_on_the_alternatives_of_others(step: Step) -> None:
+    """Nor where they make all possible tokens known. The last kept one is drawn, and rounding decides which that is."""
+    inputs = make_inputs([{"uniform": 1 - 1e-12}] * 16, 300, seed=24, spread=1.0)
+    possible = torch.arange(24) * 12
+    logits = torch.full_like(inputs.logits, -math.inf).index_copy(1, possible, inputs.logits[:, :24])
+    mass = logits.double().softmax(1).sort(1, descending=True).values.cumsum(1)
+    top_p = mass[torch.arange(16), torch.arange(16) % 12].float()
+    inputs = inputs._replace(logits=logits, params=inputs.params._replace(top_p=top_p))
+    assert_same(step(inputs), step(inputs._replace(alternatives=20)), StepRecord._fields[:FIELDS])
+
+
 def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
     rows, edits = random_rows(10, 41, 300)
     always = {"steered": None, "tau": -2.0, "ceiling": math.inf, "kl_cap": math.inf, "shadow": False}
