@@ -34,6 +34,7 @@ class _Reader(Generic[C]):
         self.steering: SteeringReport | None = None  # the totals, which come with the last chunk of the choice
         self.usage: Usage | None = None
         self.finish_reason: str | None = None  # of a response: its status
+        self.stop_reason: str | int | None = None  # the stop string, or the token of stop_token_ids, that ended it
         self.response: Response | None = None  # of `stream_respond`: the whole, once it has ended
         self._kind: type[C] = kind
         self._texts: list[str] = []
@@ -77,6 +78,7 @@ class _Reader(Generic[C]):
             if choice.index == 0:
                 self._texts.append(choice.text)
                 self.finish_reason = choice.finish_reason or self.finish_reason
+                self.stop_reason = self.stop_reason if choice.stop_reason is None else choice.stop_reason
                 self._add_report(choice.steering)
         for choice in chunk.choices if isinstance(chunk, ChatChunk) else ():
             for call in choice.delta.tool_calls or [] if choice.index == 0 else []:

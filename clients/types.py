@@ -141,6 +141,7 @@ class CompletionLogprobs(Answer):
 class _Choice(Answer):
     index: int = 0
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop string, or the token of stop_token_ids, that ended it
     steering: SteeringReport | None = None
 
 

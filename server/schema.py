@@ -24,6 +24,7 @@ from trimtab.server.structure_body import StructuredBody
 from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
+MAX_TOKENS = 2**31 - 1  # more than any context holds
 MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
@@ -117,6 +118,7 @@ class Body(StructuredBody):
         return TextRules(
             stop=tuple(stops),
             min_tokens=self.min_tokens or 0,
+            stop_tokens=frozenset(self.stop_token_ids or ()),
             include_stop=bool(self.include_stop_str_in_output),
             skip_special=self.skip_special_tokens is not False,
         )
@@ -137,6 +139,7 @@ class Body(StructuredBody):
 
     def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """How tokens are drawn. defaults: of what is not sent. Raises InvalidRequest."""
+        limit = self.token_limit()
         given = {
             "temperature": self.temperature,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM's "off"
@@ -149,13 +152,18 @@ class Body(StructuredBody):
             "min_tokens": self.min_tokens,
             "stop_token_ids": None if self.stop_token_ids is None else frozenset(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
-            "seed": self.seed,
-            "max_tokens": self.token_limit(),
+            "seed": None if self.seed == -1 else self.seed,  # vLLM's "any"
+            "max_tokens": None if limit is None else min(limit, MAX_TOKENS),  # what cannot fit is no fault
             "alternatives": self.alternatives(),
             "allowed_tokens": None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
         }
         sent: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        return SamplingParams(**{**(defaults or {}), **sent})
+        sampling = SamplingParams(**{**(defaults or {}), **sent})
+        least, most = sampling.min_tokens, sampling.max_tokens
+        if most is not None and least > most:
+            message = f"min_tokens is {least}, and the answer may have {most} tokens: ask for fewer, or allow more"
+            raise InvalidRequest(message, "min_tokens")
+        return sampling
 
     def token_limit(self) -> int | None:
         """max_tokens under the name that the endpoint gives it."""

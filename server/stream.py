@@ -23,10 +23,11 @@ class TextRules:
 
     stop: tuple[str, ...] = ()
     min_tokens: int = 0  # stop strings that end within these tokens are text
-    include_stop: bool = False
+    include_stop: bool = False  # what ends the text is text: a stop string, or a token that is not special
     skip_special: bool = True
     show_end: bool = False  # the token that ends the text is a token among others, if one without text
     keep: frozenset[int] = frozenset()  # special tokens that are shown all the same
+    stop_tokens: frozenset[int] = frozenset()  # those that were asked for
 
 
 class Shown(NamedTuple):
@@ -75,16 +76,14 @@ class ChoiceStream:
         self._exempt = 0  # characters in the first min_tokens tokens: a stop string must end after them
         self.tokens = 0
         self.finish: FinishReason | None = None
+        self.stop_reason: str | int | None = None  # the stop string, or the token of stop_tokens, that ended it
 
     def push(self, event: Event) -> Update:
         """Take the next sampled token."""
         assert self.finish is None, "pushed after the end"
         assert event.token is not None
         self.tokens += 1
-        hidden = event.finish == "stop" or (
-            self._rules.skip_special and self._pieces.special(event.token) and event.token not in self._rules.keep
-        )
-        content = b"" if hidden else self._pieces.content(event.token)
+        content = b"" if self._hidden(event) else self._pieces.content(event.token)
         before = self._out + len(self._held)
         self._bytes += content
         self._held += self._utf8.decode(content, event.finish is not None)
@@ -93,9 +92,12 @@ class ChoiceStream:
         partial = 1 if self._utf8.getstate()[0] else 0
         complete = self._out + len(self._held) + partial
         self._pending.append(_Pending(event, content, before, complete, len(self._bytes)))
-        cut = self._find_stop()
-        if cut is not None:
+        found = self._find_stop()
+        if found is not None:
+            self.stop_reason, cut = found
             return self._release(self._held[:cut], "stop", cut=True)
+        if event.finish == "stop" and event.token in self._rules.stop_tokens:
+            self.stop_reason = event.token
         if event.finish is not None:
             return self._release(self._held, event.finish)
         return self._release(self._held[: len(self._held) - self._hold_back()], None)
@@ -105,15 +107,22 @@ class ChoiceStream:
         assert self.finish is None, "closed after the end"
         return self._release(self._held, "length")
 
-    def _find_stop(self) -> int | None:
-        """Where in the held text the answer ends, if a stop string is complete."""
+    def _hidden(self, event: Event) -> bool:
+        """Whether a token has no text here."""
+        if event.finish == "stop" and not self._rules.include_stop:
+            return True
+        assert event.token is not None
+        return self._rules.skip_special and self._pieces.special(event.token) and event.token not in self._rules.keep
+
+    def _find_stop(self) -> tuple[str, int] | None:
+        """The stop string that is complete, if one is, and where in the held text the answer ends."""
         exempt = self._exempt - self._out
         starts = ((stop, max(0, exempt - len(stop) + 1)) for stop in self._rules.stop)
-        ends = [(at + len(stop), at) for stop, start in starts if (at := self._held.find(stop, start)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop, start in starts if (at := self._held.find(stop, start)) >= 0]
         if not ends:
             return None
-        end, start = min(ends)
-        return end if self._rules.include_stop else start
+        end, start, stop = min(ends)
+        return stop, end if self._rules.include_stop else start
 
     def _hold_back(self) -> int:
         """The longest end of the held text with which a stop string may begin."""
@@ -138,7 +147,7 @@ class ChoiceStream:
             assert event.token is not None
             if event.receipt is not None:
                 steps.append(Step(event.token, event.receipt))
-            ended = event.finish == "stop" and not self._rules.show_end
+            ended = event.finish == "stop" and not (content or self._rules.show_end)
             if not ended and (end <= last_byte or end - len(content) < last_byte):
                 shown.append(Shown(event, content[: len(content) - max(0, end - last_byte)], offset))
         return Update(text, tuple(shown), tuple(steps), finish)

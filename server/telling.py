@@ -70,7 +70,7 @@ class Telling:
             yield first | ids | ({"steering": {"tokens": receipts}} if receipts else {})
             yield from others
         if update.finish is not None:
-            yield self._chunk(choice, self._shape.closing()) | {"finish_reason": update.finish} | self._summary(choice)
+            yield self._chunk(choice, self._shape.closing()) | self._ended(choice, update) | self._summary(choice)
 
     def _chunk(self, choice: Choice, content: dict[str, Any]) -> dict[str, Any]:
         return {"index": choice.index, **content, "finish_reason": None}
@@ -82,7 +82,6 @@ class Telling:
         if logprobs is not None and echoed is not None:
             logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
         content = self._shape.whole(answer, logprobs)
-        ended = {"finish_reason": answer.finish}
         steering = self._summary(choice)
         if self._body.report == "tokens":
             steering["steering"]["tokens"] = self._receipts(answer.steps)
@@ -90,11 +89,16 @@ class Telling:
         return {
             "index": choice.index,
             **content,
-            **ended,
+            **self._ended(choice, answer),
             **ids,
             **self.prompt_logprobs("prompt", choice),
             **steering,
         }
+
+    @staticmethod
+    def _ended(choice: Choice, update: Update) -> dict[str, Any]:
+        """Why it ended, and in vLLM's word what stopped it: a stop string or a stop token; null for any other end."""
+        return {"finish_reason": update.finish, "stop_reason": choice.stream.stop_reason}
 
     def prompt_ids(self, here: bool, choice: Choice) -> dict[str, Any]:
         """`prompt_token_ids`, where they were asked for and stand here."""

@@ -1,6 +1,7 @@
 """Fields of vLLM's that change what an answer holds or what the model reads, and the operator's defaults."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -166,6 +167,38 @@ def test_ids_without_a_text_do_not_break_an_echo() -> None:
     with in_memory(ScriptedEngine(say("z"))) as ask:
         response = ask("POST", TEXT_PATH, json={"prompt": [-1, *ids("a"), 2**40], "echo": True})
     assert response.json()["choices"][0]["text"] == "az"
+
+
+# What stopped a choice
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, TEXT_PATH])
+@pytest.mark.parametrize(
+    ("body", "reason", "text"),
+    [
+        ({"stop": ["c", "b"]}, "b", "a"),
+        ({"stop": "b", "include_stop_str_in_output": True}, "b", "ab"),
+        ({"stop_token_ids": ids("c")}, ids("c")[0], "ab"),
+        ({"stop_token_ids": ids("c"), "include_stop_str_in_output": True}, ids("c")[0], "abc"),
+        ({}, None, "abcd"),
+        ({"include_stop_str_in_output": True}, None, "abcd"),
+    ],
+)
+def test_what_stopped_a_choice_is_told_whole_and_streamed(path: str, body: Any, reason: Any, text: str) -> None:
+    def script(request: Request, index: int) -> list[Event]:
+        """As the engine: it ends with a token that stops it."""
+        events = list(say("abcd")(request, index))
+        stopped = next((i for i, one in enumerate(events) if one.token in request.sampling.stop_token_ids), None)
+        return events if stopped is None else [*events[:stopped], replace(events[stopped], finish="stop")]
+
+    (whole,) = answered(path, ScriptedEngine(script), **body)["choices"]
+    assert (whole["stop_reason"], whole["finish_reason"]) == (reason, "stop")
+    assert (whole["message"]["content"] if path == CHAT_PATH else whole["text"]) == text
+    chunks = [chunk["choices"][0] for chunk in answered(path, ScriptedEngine(script), stream=True, **body)]
+    pieces = [chunk["delta"].get("content", "") if path == CHAT_PATH else chunk["text"] for chunk in chunks]
+    assert "".join(pieces) == text
+    assert (chunks[-1]["stop_reason"], chunks[-1]["finish_reason"]) == (reason, "stop")
+    assert not any("stop_reason" in chunk for chunk in chunks[:-1])
 
 
 # What holds where a request is silent

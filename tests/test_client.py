@@ -328,6 +328,16 @@ def test_a_completion_streams_too(both: Both) -> None:
     assert stream.text == " blue"  # of choice 0
 
 
+@pytest.mark.parametrize("reason", ["###", 0, 7, None])
+def test_what_stopped_an_answer_is_read(both: Both, reason: Any) -> None:
+    ended = {"index": 0, "text": "a", "finish_reason": "stop", "stop_reason": reason}
+    answer = both.call(Server(httpx.Response(200, json={**COMPLETION, "choices": [ended]})), "complete", "a")
+    assert answer.choices[0].stop_reason == reason
+    events = sse({"choices": [{"index": 0, "text": "a"}]}, {"choices": [ended]}, {"choices": []}, b"[DONE]")
+    _, stream = both.stream(Server(httpx.Response(200, content=events)), "a", method="stream_complete")
+    assert (stream.finish_reason, stream.stop_reason) == ("stop", reason)
+
+
 def test_a_stream_cut_short_is_an_error(both: Both) -> None:
     cut = EVENTS.replace(b"data: [DONE]", b": end")
     with pytest.raises(StreamFailed, match="incomplete"):

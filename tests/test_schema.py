@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import SamplingParams
 from trimtab.server.responses.body import ResponseBody
-from trimtab.server.schema import ChatBody, CompletionBody
+from trimtab.server.schema import Body, ChatBody, CompletionBody
 from trimtab.server.score import ScoreBody
 from trimtab.server.stream import TextRules
 
@@ -49,6 +49,37 @@ def test_every_sampling_parameter_arrives() -> None:
     sampling = chat(**values, stop_token_ids=[4, 4], logit_bias={"9": 1.5}, logprobs=True, top_logprobs=4).sampling()
     expected = SamplingParams(**values, stop_token_ids=frozenset({4}), logit_bias={9: 1.5}, alternatives=4)
     assert sampling == expected
+
+
+def test_a_seed_of_minus_one_is_any() -> None:
+    """To vLLM; as a seed of its own it would give every such request the same answer."""
+    assert chat(seed=-1).sampling() == chat().sampling()
+
+
+def test_a_limit_beyond_any_context_is_no_fault() -> None:
+    sampling = chat(max_tokens=10**30).sampling()
+    assert sampling == chat(max_tokens=2**31 - 1).sampling()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(min_tokens=6, max_tokens=5),
+        chat(min_tokens=6, max_completion_tokens=5, max_tokens=9),
+        CompletionBody.model_validate({"prompt": "a", "min_tokens": 17}),
+        ResponseBody.model_validate({"input": "a", "min_tokens": 6, "max_output_tokens": 5}).chat(),
+    ],
+)
+def test_more_tokens_at_least_than_at_most_are_refused(body: Body) -> None:
+    with pytest.raises(InvalidRequest, match=r"min_tokens is \d+, and the answer may have \d+ tokens") as caught:
+        body.sampling()
+    assert caught.value.field == "min_tokens"
+
+
+def test_as_many_at_least_as_at_most_are_fine() -> None:
+    assert chat(min_tokens=5, max_tokens=5).sampling().min_tokens == 5
+    with pytest.raises(InvalidRequest):
+        chat(min_tokens=6).sampling({"max_tokens": 5})
 
 
 def test_the_newer_name_of_max_tokens_wins() -> None:
@@ -102,6 +133,7 @@ def test_rules() -> None:
     body = chat(stop=["a", "b"], min_tokens=3, include_stop_str_in_output=True, skip_special_tokens=False)
     assert body.rules() == TextRules(("a", "b"), 3, True, False)
     assert chat(stop="a").rules().stop == ("a",)
+    assert chat(stop_token_ids=[5, 5]).rules().stop_tokens == {5}
 
 
 @pytest.mark.parametrize(

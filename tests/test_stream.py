@@ -30,6 +30,13 @@ def play(
     contents: list[bytes], rules: TextRules, end: str = "length", special: frozenset[int] = frozenset()
 ) -> list[Update]:
     """Push one token after the other until the choice ends."""
+    return follow(contents, rules, end, special)[0]
+
+
+def follow(
+    contents: list[bytes], rules: TextRules, end: str = "length", special: frozenset[int] = frozenset()
+) -> tuple[list[Update], str | int | None]:
+    """The same -> what it brought, and what stopped it."""
     pieces: Any = Contents(contents, special)
     stream = ChoiceStream(pieces, rules)
     updates: list[Update] = []
@@ -38,7 +45,7 @@ def play(
         updates.append(stream.push(Event("r", 0, token, -1.0, (), RECEIPT, finish)))
         if stream.finish is not None:
             break
-    return updates
+    return updates, stream.stop_reason
 
 
 def text_of(updates: list[Update]) -> str:
@@ -184,3 +191,39 @@ def test_stop_strings_within_min_tokens_are_text() -> None:
 def test_a_token_that_a_stop_string_cuts_shows_the_bytes_before_it(include: bool, text: str) -> None:
     updates = play([b"a", b"bST", b"OPcd"], TextRules(stop=("STOP",), include_stop=include))
     assert (text_of(updates), bytes_of(updates)) == (text, text.encode())
+
+
+@pytest.mark.parametrize(
+    ("rules", "special", "text"),
+    [
+        (TextRules(), False, "a"),
+        (TextRules(include_stop=True), False, "a."),
+        (TextRules(include_stop=True), True, "a"),
+        (TextRules(include_stop=True, skip_special=False), True, "a."),
+        (TextRules(skip_special=False), True, "a"),
+    ],
+)
+def test_a_stop_token_is_text_where_what_stops_is_and_special_tokens_are(
+    rules: TextRules, special: bool, text: str
+) -> None:
+    updates = play([b"a", b"."], rules, "stop", frozenset({1} if special else ()))
+    assert (text_of(updates), bytes_of(updates)) == (text, text.encode())
+    assert sum(len(update.steps) for update in updates) == 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "end", "reason"),
+    [
+        (TextRules(), "stop", None),  # the end of the text
+        (TextRules(stop=("x",), stop_tokens=frozenset({1})), "length", None),
+        (TextRules(stop_tokens=frozenset({2})), "stop", 2),
+        (TextRules(stop_tokens=frozenset({1})), "stop", None),
+        (TextRules(stop=("bc", "b", "abc"), stop_tokens=frozenset({2})), "stop", "b"),
+        (TextRules(stop=("bc", "abc", "x")), "length", "abc"),
+        (TextRules(stop=("bc",), stop_tokens=frozenset({2}), include_stop=True), "stop", "bc"),
+    ],
+)
+def test_what_stopped_a_choice_is_told(rules: TextRules, end: str, reason: str | int | None) -> None:
+    updates, told = follow([b"a", b"b", b"c"], rules, end)
+    assert told == reason
+    assert updates[-1].finish == ("length" if end == "length" and reason is None else "stop")
