@@ -21,6 +21,7 @@ from torch import Tensor
 from trimtab.kernels.places import Rotary
 
 NEG_INF = tl.constexpr(float("-inf"))
+HIDDEN = tl.constexpr(-1e38)  # a score that fades to 0 by any other; -inf less itself, in a block with no other, is NaN
 MAX_SPLITS = 16
 PROGRAMS_AN_SM = 4  # that attention should have at least, if there are positions enough
 COMBINE: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": True}
@@ -89,15 +90,14 @@ def attend_kernel(
     peak = tl.full([M], NEG_INF, tl.float32)
     mass = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, WIDTH], tl.float32)
-    cached_end = tl.where(first < at, tl.minimum(end, at), begin)  # a window of 1 sees no cached position
-    for start in range(begin, cached_end, BLOCK):
+    for start in range(begin, tl.minimum(end, at), BLOCK):
         t = start + tl.arange(0, BLOCK)
         cached = home + t[:, None].to(tl.int64) * position_stride + d[None, :]
         known = (t < at)[:, None] & inside[None, :]
         k = tl.load(keys + cached, mask=known, other=0.0)
         v = tl.load(values + cached, mask=known, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where(((t < at) & (t >= first))[None, :], s, NEG_INF)
+        s = tl.where(((t < at) & (t >= first))[None, :], s, HIDDEN)
         higher = tl.maximum(peak, tl.max(s, axis=1))
         p = tl.exp2(s - higher[:, None])
         fade = tl.exp2(peak - higher)
