@@ -34,7 +34,8 @@ class Client:
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
     admin_key: for changing the server's corrections; the api_key, unless given. An address or a key that is left out
-    comes from TRIMTAB_BASE_URL, TRIMTAB_API_KEY or TRIMTAB_ADMIN_KEY.
+    comes from TRIMTAB_BASE_URL, TRIMTAB_API_KEY or TRIMTAB_ADMIN_KEY; of several keys there, the first. An empty key is
+    none.
     """
 
     def __init__(

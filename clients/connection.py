@@ -76,7 +76,8 @@ def connection(
     base_url: str | None, api_key: str | None, admin_key: str | None, timeout: float, max_retries: int
 ) -> Connection:
     """Raises InvalidRequest for what cannot be meant."""
-    base_url = _or_environment(base_url, "TRIMTAB_BASE_URL") or DEFAULT_URL
+    if base_url is None:
+        base_url = os.environ.get("TRIMTAB_BASE_URL", "").strip() or DEFAULT_URL
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError) as error:
@@ -85,14 +86,9 @@ def connection(
         raise InvalidRequest(f"base_url must look like {DEFAULT_URL}, not {base_url!r}", "base_url")
     if url.path in ("", "/"):
         url = url.copy_with(path=_VERSION)
-    keys = {
-        "api_key": _or_environment(api_key, "TRIMTAB_API_KEY"),
-        "admin_key": _or_environment(admin_key, "TRIMTAB_ADMIN_KEY"),
-    }
-    for name, key in keys.items():
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise InvalidRequest(f"{name} must be printable ASCII, as it travels in a header", name)
-    return Connection(url, **keys, timeout=timeout, retries=Retries(max_retries))
+    api_key = _key("api_key", api_key, "TRIMTAB_API_KEY")
+    admin_key = _key("admin_key", admin_key, "TRIMTAB_ADMIN_KEY")
+    return Connection(url, api_key, admin_key, timeout=timeout, retries=Retries(max_retries))
 
 
 def read(response: httpx.Response, kind: type[R]) -> R:
@@ -103,6 +99,12 @@ def read(response: httpx.Response, kind: type[R]) -> R:
         raise BadAnswer(f"{response.url} did not answer in this API's shape: is base_url right? ({error})") from error
 
 
-def _or_environment(value: str | None, variable: str) -> str | None:
-    """What was given; else what the environment says, where empty is as unset."""
-    return (os.environ.get(variable, "").strip() or None) if value is None else value
+def _key(name: str, given: str | None, variable: str) -> str | None:
+    """What was given, or the environment's: of several there, all of which a server takes, the first. Empty is none."""
+    if given is None:
+        key = next(iter(os.environ.get(variable, "").replace(",", " ").split()), "")
+    else:
+        key = given.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidRequest(f"{name} must be printable ASCII, as it travels in a header", name)
+    return key or None

@@ -106,7 +106,13 @@ def create_app(
         FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
     )
     if origins:  # outside the front door: a browser asks without its key whether it may ask
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After", "openai-processing-ms"],  # else a page cannot read them
+        )
     http_errors.install(app)
     logged: set[str] = set()
 

@@ -76,7 +76,7 @@ class Replica:
         self._base = load_base(args.model, args.dtype, args.device, args.threads)
         self._bank = Bank(self._base.hidden, self._base.device)
         self._engine = Engine(self._base, self._bank, engine_config(args))
-        self._names = [args.served_model_name or self._base.name]
+        self._names, self._slots = [args.served_model_name or self._base.name], args.max_num_seqs
         keys = choose_keys(None, API_VARIABLE, None, "api-key")
         self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)
         self._configured = False
@@ -109,7 +109,7 @@ class Replica:
         for name in self._bank.names:
             if name not in wanted.corrections and name != CONTRAST:
                 swap.remove(name)
-        log.info(describe(self._base, self._bank, self._names, self._engine.capacity, self._engine.max_len))
+        log.info(describe(self._base, self._bank, self._names, self._slots, self._engine.max_len))
 
     def _has(self, name: str, source: Source) -> bool:
         return name in self._bank.names and self._bank.entry(name).version == source.version

@@ -297,8 +297,8 @@ def test_a_response_that_fails_is_raised(both: Both, last: dict[str, Any], messa
 
 def test_what_is_left_out_comes_from_the_environment(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_BASE_URL", "http://h:1")
-    monkeypatch.setenv("TRIMTAB_API_KEY", "key")
-    monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "root")
+    monkeypatch.setenv("TRIMTAB_API_KEY", " key, other")  # as a server may have them
+    monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "root,other")
     server = Server(*(httpx.Response(200, json={"data": []}) for _ in range(3)))
     both.call(server, "models")
     both.call(server, "models", settings={"base_url": "http://given:2", "api_key": "given"})
@@ -310,6 +310,17 @@ def test_what_is_left_out_comes_from_the_environment(both: Both, monkeypatch: py
     monkeypatch.setenv("TRIMTAB_BASE_URL", " ")
     both.call(server, "models")
     assert str(server.requests[-1].url) == "http://127.0.0.1:8000/v1/models"
+
+
+@pytest.mark.parametrize(("key", "sent"), [("", None), (" \n", None), (" k1 ", "Bearer k1"), ("k1\n", "Bearer k1")])
+def test_a_key_goes_out_without_what_surrounds_it(
+    both: Both, key: str, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is none, though the environment has one: as a header it could not be sent at all."""
+    monkeypatch.setenv("TRIMTAB_API_KEY", "other")
+    server = Server(httpx.Response(200, json={"data": []}))
+    both.call(server, "models", settings={"api_key": key})
+    assert server.requests[0].headers.get("authorization") == sent
 
 
 def test_options_hold_for_a_copy_alone() -> None:

@@ -129,6 +129,16 @@ async def retried(client: httpx.AsyncClient, session: str) -> tuple[str, int]:
     raise AssertionError("no attempt came through")
 
 
+def test_a_replica_tells_what_it_serves(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As `trimtab serve` prints it; without Ray."""
+    from trimtab.server.fleet import Replica, Replicated
+
+    caplog.set_level("INFO", "trimtab.server")
+    replica = Replica(Replicated(model=str(folder / "tiny"), max_num_seqs=3, max_queue=50, max_model_len=64))
+    asyncio.run(replica.reconfigure({"corrections": {}}))
+    assert "slots        3 of 64 tokens" in caplog.text
+
+
 def test_a_killed_replica_costs_its_streams_a_retry_and_comes_back(url: str) -> None:
     async def watch() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:

@@ -1,5 +1,7 @@
 """What every response has, whatever the route: times, HEAD, envelopes, and browsers from elsewhere."""
 
+import json
+
 import pytest
 
 from scripted import ScriptedEngine, in_memory, loopback, say, scripted_app
@@ -61,6 +63,17 @@ def test_pages_of_allowed_origins_may_call_though_a_preflight_has_no_key(origin:
     for response in (call, refused):
         assert (response.headers.get("access-control-allow-origin") == origin) == let_in
     assert (call.status_code, refused.status_code) == (200, 401)
+    exposed = call.headers.get("access-control-expose-headers", "").lower().split(", ")
+    assert {"x-request-id", "retry-after", "openai-processing-ms"} <= set(exposed) or not let_in
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_json_that_is_not_called_so_is_told_the_header(path: str, headers: dict[str, str]) -> None:
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        response = ask("POST", path, content=json.dumps(CHAT), headers=headers)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 def test_without_the_flag_no_page_may() -> None:
