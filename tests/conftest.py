@@ -4,6 +4,7 @@ Property tests look at other cases in every run, but under --hypothesis-profile=
 """
 
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -11,6 +12,9 @@ import torch
 
 from mocked import Both
 from trimtab.clients import AsyncClient, Client, async_client, client
+
+if TYPE_CHECKING:
+    from trimtab.server.model.base import Base
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -23,6 +27,14 @@ LONGEST = ("test_readme", "test_fleet", "test_compile", "test_soak", "test_kille
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: beside them another process goes through all others, and neither waits at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="module")
+def base() -> "Base":
+    """A tiny Llama. Where another one is wanted, the file has a `base` of its own."""
+    from tiny import tiny_base  # transformers, which takes seconds: not for the clients' tests
+
+    return tiny_base()
 
 
 @pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])

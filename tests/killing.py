@@ -18,19 +18,19 @@ import peft  # noqa: F401 (imported here, inherited by every child)
 import torch
 from tqdm.std import TqdmDefaultWriteLock
 
+from fitting import write_task
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
 from trimtab.steering import pipeline  # noqa: F401
 from trimtab.steering.journal import Journal, Rollout
 
 FIT = (
-    "fit --model base --task task.jsonl --verifier killing_grading:odd --via lora --dtype float32 --device cpu "
+    "fit --model base --task task.jsonl --verifier odd_grading:odd --via lora --dtype float32 --device cpu "
     "--temperature 1.0 --max-tokens 5 --problems 12 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 3 "
     "--learning-rate 0.01 --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 "
     "--lora-batch 2 --lora-epochs 2 --teacher-samples 1 "
     "--strengths 0.5 1 --validation-problems 3 --validation-samples 1 --test-problems 4 --test-samples 1 --slots 4"
 )
-GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 FINISHED = "finished.log"  # a line for each rollout, once it is on the disk
 
 
@@ -38,9 +38,7 @@ def prepare(folder: Path) -> None:
     """A model, a task and a verifier."""
     tiny_model().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
-    lines = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(40)]
-    (folder / "task.jsonl").write_text("\n".join(lines))
-    (folder / "killing_grading.py").write_text(GRADING)
+    write_task(folder)
 
 
 def start(out: str) -> int:

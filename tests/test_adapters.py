@@ -30,11 +30,6 @@ IDS = [list(range(5, 25)), [7], list(range(40, 10, -1)), list(range(5, 25))]
 ALWAYS = Gate("always", tau=0.0)
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
 def forward(base: Base, placed: Mapping[int, Placed], adapters: Sequence[int]) -> list[Tensor]:
     """The logits of IDS in one packed step, sequence i under adapters[i]."""
     order = sorted(range(len(IDS)), key=lambda i: len(IDS[i]))

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_routes import CONFIG, Vowels, contents
 
-from tiny import tiny_base
+from fitting import VIA_LORA, Odd, contents
 from trimtab.server.model.base import Base
 from trimtab.steering import pipeline
 from trimtab.steering.adapting import mixed_kl
@@ -17,19 +16,13 @@ from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
 from trimtab.steering.teacher import Targets, adapt
 
-LORA = dataclasses.replace(CONFIG, tier="lora", via="direct", rank=None, strengths=(1.0,), tau=3.0, kl_limit=0.0)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
+LORA = dataclasses.replace(VIA_LORA, tier="lora", via="direct", rank=None, strengths=(1.0,), tau=3.0, kl_limit=0.0)
 
 
 @pytest.fixture(scope="module")
 def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("paper")
-    pipeline.run(LORA, out, base, Vowels())
+    pipeline.run(LORA, out, base, Odd())
     return out
 
 
@@ -61,7 +54,7 @@ def test_a_folder_of_the_tier_is_a_teacher_too(base: Base, finished: Path) -> No
 
 def test_always_on_it_answers_as_the_adapted_model_does(base: Base, finished: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(LORA, gate="always")
-    correction = pipeline.run(config, tmp_path, base, Vowels())
+    correction = pipeline.run(config, tmp_path, base, Odd())
     assert correction.gate == Gate("always", tau=3.0)
     assert correction.report is not None
     of = {policy["policy"]: policy for policy in correction.report["policies"]}
@@ -78,7 +71,7 @@ def test_another_models_ways_are_learned_by_a_lora_of_rank_r(base: Base, finishe
         LORA, via="teacher", teacher="tuned", lora_rank=2, lora_epochs=6.0, lora_rate=0.01, lora_kl_limit=0.0, tau=0.5
     )
     tuned = adapt(base, finished)
-    correction = pipeline.run(config, tmp_path, base, Vowels(), tuned)
+    correction = pipeline.run(config, tmp_path, base, Odd(), tuned)
     assert isinstance(correction, LoraCorrection)
     assert correction.adapter.rank == 2
     ids = [[5, 9, 200, 31, 77], [70, 80, 90]]

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
+from fitting import Odd
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
@@ -19,23 +19,8 @@ from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.lockstep import Turn
-from trimtab.steering.problem import Problem, Split
+from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Exam, Sampling, collect, open_core
-
-
-class Odd:
-    """Right by chance."""
-
-    name = "odd"
-
-    def problems(self, split: Split, count: int) -> list[Problem]:
-        raise NotImplementedError
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(sum(map(ord, completion)) % 2)
-
-    def extract(self, completion: str) -> None: ...
-
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
 EXAM = Exam(Odd(), PROBLEMS, Sampling(2, 0, 1.0, 0.95, 16), 4, 1)
@@ -43,7 +28,6 @@ EXAM = Exam(Odd(), PROBLEMS, Sampling(2, 0, 1.0, 0.95, 16), 4, 1)
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    torch.set_num_threads(1)
     return tiny_base(eos_token_id=list(range(8)))
 
 

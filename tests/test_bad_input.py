@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tiny import tiny_base
 from trimtab.cli import main
 from trimtab.server.model import base as base_module
 from trimtab.server.model.base import Base
@@ -28,11 +27,6 @@ def broken(completion, answer): return answer['gone']
 """
 GOOD: list[Any] = [{"id": i, "prompt": f"Line {i}:", "answer": "1"} for i in range(40)]
 LORA = "--lora-targets down_proj --lora-batch 4 --lora-warmup 1 --teacher-samples 1"
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny import tiny_base, tiny_correction
+from tiny import tiny_correction
 from trimtab.errors import TaskError
 from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
@@ -24,14 +23,6 @@ from trimtab.steering.rollouts import Sampling, open_core, request_for
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Prompt {i}:") for i in range(6)]
 SAMPLING = Sampling(2, 0, 1.0, 1.0, 24)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
-
-
 values = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=200)
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fitting import work_in, write_task
 from tiny import tiny_base
 from trimtab.cli import build_parser, main
-from trimtab.server.model import base as base_module
 from trimtab.steering import teacher as teacher_module
 from trimtab.steering.config import FitConfig
 from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
 
-GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 SMALL = (
     "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 2 "
     "--learning-rate 0.01 --validation-problems 2 --validation-samples 1 --test-problems 8"
@@ -28,13 +27,10 @@ TASK = "--task task.jsonl --verifier odd_grading:odd"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with a task, a verifier and a fitted correction."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("work")
-    lines = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(60)]
-    (folder / "task.jsonl").write_text("\n".join(lines))
-    (folder / "odd_grading.py").write_text(GRADING)
+    write_task(folder)
     with pytest.MonkeyPatch.context() as patch:
-        prepare(patch, folder)
+        work_in(folder, patch)
         assert run(f"fit --model tiny {TASK} --out odd {SMALL} --kl-budgets 0.01 0.03") == 0
         lora = (
             "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --lora-batch 4 --teacher-samples 2"
@@ -47,15 +43,9 @@ def run(arguments: str) -> int:
     return main(arguments.split())
 
 
-def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    patch.chdir(folder)
-    for module in (base_module, teacher_module):
-        patch.setattr(module, "load_base", lambda model, *_: tiny_base(seed=0 if model == "tiny" else 1))
-
-
 @pytest.fixture
 def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(monkeypatch, folder)
+    work_in(folder, monkeypatch)
 
 
 @pytest.mark.usefixtures("_inside")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import VOCAB, tiny_base, tiny_correction, tiny_tokenizer
+from tiny import VOCAB, tiny_correction, tiny_tokenizer
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -18,11 +18,6 @@ from trimtab.steering.bank import Bank
 
 EOS = 256
 TOKENIZER = tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

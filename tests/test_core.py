@@ -65,11 +65,6 @@ def generate(base: Base, prompt: tuple[int, ...], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_alone_and_in_a_mixed_batch_with_chunked_prefill(family: str) -> None:
     base = tiny_base(family)

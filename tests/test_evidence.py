@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from fitting import work_in, write_task
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.cli import main
 from trimtab.server.engine.core import Core
-from trimtab.server.model import base as base_module
-from trimtab.steering import teacher as teacher_module
 from trimtab.steering.correction import HeadCorrection
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
 from trimtab.steering.setting import keep_in
 
-GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
 FITTED = {"model": "tiny", "task": "task.jsonl", "verifier": "odd_grading:odd", "temperature": 1.0, "max_tokens": 6}
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -26,13 +24,8 @@ PEFT = ("adapter_config.json", "adapter_model.safetensors")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a task, a verifier, a correction with a control, and a PEFT folder."""
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    for module in (base_module, teacher_module):
-        monkeypatch.setattr(module, "load_base", lambda model, *_: tiny_base(seed=0 if model == "tiny" else 1))
-    lines = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(60)]
-    (tmp_path / "task.jsonl").write_text("\n".join(lines))
-    (tmp_path / "odd_grading.py").write_text(GRADING)
+    work_in(tmp_path, monkeypatch)
+    write_task(tmp_path)
     base = tiny_base()
     correction = dataclasses.replace(tiny_correction(base, "mine", tau=3.0), provenance={"config": FITTED})
     save(correction, "mine")

@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 
-from tiny import tiny_base
 from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Receipt, Request, SamplingParams
@@ -22,12 +21,6 @@ from trimtab.steering.selection import Item
 
 PROMPTS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hello", "b": "Once upon a time"}.items()}
 TAU = 1.5
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
 
 
 def sample(base: Base) -> tuple[list[Item], dict[tuple[str, int], list[Receipt]]]:

@@ -20,11 +20,6 @@ CONFIG = FitConfig(temperature=T, rank=2, top_k=20, batch=128, epochs=20, learni
 BASE = BaseIdentity("m", "f", "t", "c")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def rows() -> Tensor:
     return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))

@@ -8,10 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from tiny import FAMILIES, tiny_base, tiny_correction, tiny_lora
-from trimtab.kernels import layer_reference, slot_attention_reference
+from tiny import FAMILIES, REFERENCE, tiny_base, tiny_correction, tiny_lora
 from trimtab.kernels.capture import Capture
-from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server.engine import runner
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -21,13 +19,6 @@ from trimtab.server.model import kv
 from trimtab.server.model.base import Base
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
-
-REFERENCE = LayerKernels(
-    slot_attention_reference.attend,
-    lambda group, itemsize: 7,
-    layer_reference.add_norm,
-    layer_reference.silu_mul,
-)
 
 
 @pytest.fixture

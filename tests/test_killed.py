@@ -1,21 +1,13 @@
 """A fit that is killed at ten random moments ends as an undisturbed one, and loses no finished rollout."""
 
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from fitting import contents
+
 KILLS, SEED = 10, 0
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Of every file but the seconds that stages took, and what a kill cut short."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "timings.json" and p.suffix != ".tmp"
-    }
 
 
 def test_ten_kills_change_nothing_and_lose_nothing(tmp_path: Path) -> None:
@@ -26,9 +18,9 @@ def test_ten_kills_change_nothing_and_lose_nothing(tmp_path: Path) -> None:
     assert told["kills"] == KILLS
     assert not told["twice"]
     assert not told["lost"]
-    undisturbed = digests(tmp_path / "undisturbed")
+    undisturbed = contents(tmp_path / "undisturbed")
     assert "correction.json" in undisturbed
     assert sum(name.endswith(".jsonl") for name in undisturbed) > 8
     assert told["finished"] > 50 * (1 + told["rounds"])
     for number in range(told["rounds"]):
-        assert digests(tmp_path / f"killed-{number}") == undisturbed
+        assert contents(tmp_path / f"killed-{number}") == undisturbed

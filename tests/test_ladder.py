@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-import torch
 
+from fitting import Odd
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
@@ -22,24 +22,19 @@ from trimtab.steering.rollouts import Exam, Sampling, open_core
 from trimtab.steering.verifiers import Extract
 
 
-class Odd:
-    """Right by chance; the answer is the first letter."""
-
-    name = "odd"
+class Chats(Odd):
+    """Its problems are chats, and the answer is the first letter."""
 
     def problems(self, split: Split, count: int) -> list[Problem]:
         return [
             Problem(f"{split}-{i}", None, messages=({"role": "user", "content": f"{split} {i}"},)) for i in range(count)
         ]
 
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(sum(map(ord, completion)) % 2)
-
     def extract(self, completion: str) -> Extract | None:
         return Extract(completion[0], completion[0].isalpha()) if completion else None
 
 
-EXAM = Exam(Odd(), Odd().problems("held-out", 8), Sampling(2, 0, 1.0, 0.95, 16), 8, 1)
+EXAM = Exam(Chats(), Chats().problems("held-out", 8), Sampling(2, 0, 1.0, 0.95, 16), 8, 1)
 ROWS = {
     "base": "base",
     **dict.fromkeys(("base-t0.67", "base-t0.5", "base-greedy"), "sharpening"),
@@ -53,7 +48,6 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    torch.set_num_threads(1)
     return tiny_base(eos_token_id=list(range(48)))  # ends now and then
 
 

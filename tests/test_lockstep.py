@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tiny import tiny_base, tiny_correction
-from trimtab.kernels import layer_reference, slot_attention_reference
-from trimtab.kernels.dispatch import LayerKernels
+from fitting import Odd
+from tiny import REFERENCE, tiny_base, tiny_correction
 from trimtab.server.engine import runner
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Steering
@@ -20,36 +18,15 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
-from trimtab.steering.problem import Problem, Split
+from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Exam, Sampling, collect, open_core, request_for
 
-REFERENCE = LayerKernels(
-    slot_attention_reference.attend,
-    lambda group, itemsize: 7,
-    layer_reference.add_norm,
-    layer_reference.silu_mul,
-)
 PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
 SAMPLING = Sampling(2, 0, 1.0, 0.95, 20)
 
 
-class Odd:
-    """Right by chance."""
-
-    name = "odd"
-
-    def problems(self, split: Split, count: int) -> list[Problem]:
-        raise NotImplementedError
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(sum(map(ord, completion)) % 2)
-
-    def extract(self, completion: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def base() -> Base:
-    torch.set_num_threads(1)
     return tiny_base(eos_token_id=list(range(8)))  # ends now and then
 
 

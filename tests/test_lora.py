@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiny import tiny_base, tiny_model
+from fitting import Killed
+from tiny import tiny_model
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering import lora, lora_loss
@@ -33,12 +34,6 @@ CONFIG = FitConfig(
     lora_epochs=5.0,
     lora_kl_limit=0.0,
 )
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
 
 
 def random_lessons(count: int, seed: int = 0) -> list[Lesson]:
@@ -218,10 +213,6 @@ def read_with_peft(folder: Path) -> PeftModel:
     model.set_attn_implementation("sdpa")
     with without_peft_warnings():
         return PeftModel.from_pretrained(model, str(folder))
-
-
-class Killed(BaseException):
-    """As a SIGKILL: nothing may catch it."""
 
 
 @pytest.mark.parametrize("calls", [1, 11, 17, 25])

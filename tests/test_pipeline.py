@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
+from fitting import SMALL, Killed, Odd, contents, writing
 from tiny import tiny_base
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import atomic, pipeline
+from trimtab.steering import pipeline
 from trimtab.steering.config import FitConfig
 from trimtab.steering.correction import check
 from trimtab.steering.folder import load, save
@@ -21,66 +20,18 @@ from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe
 from trimtab.steering.problem import Problem, Split
 
-
-@dataclasses.dataclass(frozen=True)
-class Vowels:
-    """Rewards about half of what a random model over bytes writes."""
-
-    name: str = "vowels"
-
-    def problems(self, split: Split, count: int) -> list[Problem]:
-        return [Problem(f"{split}-{i}", None, prompt=f"{split} {i}: ", kind="ab"[i % 2]) for i in range(count)]
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(sum(map(ord, completion)) % 2)
-
-    def extract(self, completion: str) -> None: ...
-
-
-CONFIG = FitConfig(
-    name="tiny",
-    problems=20,
-    samples=4,
-    max_tokens=6,
-    temperature=1.0,
-    rank=2,
-    top_k=5,
-    batch=32,
-    epochs=3,
-    learning_rate=0.01,
-    kl_budgets=(0.01, 0.03),
-    validation_problems=3,
-    validation_samples=2,
-    test_problems=9,
-    slots=8,
-)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
+CONFIG = FitConfig(**SMALL, rank=2, top_k=5, epochs=3, kl_budgets=(0.01, 0.03))
 
 
 @pytest.fixture(scope="module")
 def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        replace = os.replace
-        patch.setattr(atomic.os, "replace", lambda *names: (WRITTEN.append(names[1]), replace(*names)))
-        pipeline.run(CONFIG, out, base, Vowels())
+    with writing(WRITTEN):
+        pipeline.run(CONFIG, out, base, Odd())
     return out
 
 
 WRITTEN: list[str] = []  # files of the undisturbed run, in order
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix != ".tmp" and p.name != "timings.json"  # left by a kill; told by no two runs alike
-    }
 
 
 def test_a_run_leaves_a_loadable_correction_with_report_and_controls(base: Base, finished: Path) -> None:
@@ -125,33 +76,18 @@ def resulting(out: Path, part: str) -> list[Path]:
     return [p for p in (out / "run").rglob("*") if p.is_file() and part in p.parts and p.suffix != ".tmp"]
 
 
-class Killed(BaseException):
-    """As a SIGKILL: nothing may catch it."""
-
-
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
 def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(
-    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+    base: Base, finished: Path, tmp_path: Path, share: float
 ) -> None:
-    survived = int(share * len(WRITTEN))
-    replace, done = os.replace, []
-
-    def replace_until_killed(source: str, target: str) -> None:
-        if len(done) == survived:
-            raise Killed
-        done.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "replace", replace_until_killed)
-        with pytest.raises(Killed):
-            pipeline.run(CONFIG, tmp_path, base, Vowels())
+    with pytest.raises(Killed), writing([], int(share * len(WRITTEN))):
+        pipeline.run(CONFIG, tmp_path, base, Odd())
     assert not (tmp_path / "correction.json").exists()
     kept = [
         p for part in ("run.json", "rollouts", "features", "validation", "report") for p in resulting(tmp_path, part)
     ]
     before = {path: path.stat().st_mtime_ns for path in kept if path.suffix != ".journal"}
-    pipeline.run(CONFIG, tmp_path, base, Vowels())
+    pipeline.run(CONFIG, tmp_path, base, Odd())
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
     assert contents(tmp_path) == contents(finished)
 
@@ -160,10 +96,10 @@ def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finis
     for change in ({"rank": 3}, {"kl_budgets": (0.01, 0.02)}, {"seed": 1}, {"slots": 5}):
         (field,) = change
         with pytest.raises(InvalidRequest, match=f"begun with {field} = ") as caught:
-            pipeline.run(dataclasses.replace(CONFIG, **change), finished, base, Vowels())
+            pipeline.run(dataclasses.replace(CONFIG, **change), finished, base, Odd())
         assert caught.value.field == field
     with pytest.raises(InvalidRequest, match="fingerprint"):
-        pipeline.run(CONFIG, finished, tiny_base(seed=1), Vowels())
+        pipeline.run(CONFIG, finished, tiny_base(seed=1), Odd())
 
 
 def test_a_finished_fit_run_again_keeps_what_calibrate_set(base: Base, finished: Path, tmp_path: Path) -> None:
@@ -171,26 +107,24 @@ def test_a_finished_fit_run_again_keeps_what_calibrate_set(base: Base, finished:
     calibrated = dataclasses.replace(load(tmp_path), gate=Gate(tau=0.25, calibration=((0.5, 0.25),)), report=None)
     save(calibrated, tmp_path)
     before = contents(tmp_path)
-    again = pipeline.run(CONFIG, tmp_path, base, Vowels())
+    again = pipeline.run(CONFIG, tmp_path, base, Odd())
     assert again.gate == calibrated.gate
     assert contents(tmp_path) == before
 
 
 def test_two_fits_do_not_write_to_one_folder(base: Base, tmp_path: Path) -> None:
     with hold(tmp_path), pytest.raises(InvalidRequest, match="another process writes to"):
-        pipeline.run(CONFIG, tmp_path, base, Vowels())
+        pipeline.run(CONFIG, tmp_path, base, Odd())
     assert not list(tmp_path.iterdir())
 
 
 def test_validation_problems_that_are_trained_on_are_refused(base: Base, tmp_path: Path) -> None:
-    class Short(Vowels):
+    class Short(Odd):
         def problems(self, split: Split, count: int) -> list[Problem]:
             lines = super().problems("train", 22)
             return (lines[::-1] if split == "validation" else lines)[:count]
 
-    with pytest.raises(
-        TaskError, match=r"vowels has 22 train problems; 23 are needed \(20 to learn from, 3 to choose on"
-    ):
+    with pytest.raises(TaskError, match=r"odd has 22 train problems; 23 are needed \(20 to learn from, 3 to choose on"):
         pipeline.run(CONFIG, tmp_path, base, Short())
 
 
@@ -198,4 +132,4 @@ def test_a_finished_correction_without_its_run_is_not_overwritten(base: Base, fi
     for name in ("correction.json", "correction.safetensors"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     with pytest.raises(InvalidRequest, match="holds a finished correction"):
-        pipeline.run(CONFIG, tmp_path, base, Vowels())
+        pipeline.run(CONFIG, tmp_path, base, Odd())

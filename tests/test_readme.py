@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fitting import write_task
 from served import serving
 from tiny import tiny_model, tiny_tokenizer
 
@@ -25,8 +26,7 @@ SMALL += ["--test-problems", "2", "--test-samples", "1", "--epochs", "2", "--max
 # With a LoRA or a teacher the demo's model takes minutes a line. test_routes and test_adapting show what these routes
 # make; here it is shown that the README's lines are accepted and end in a correction, for which a tiny model will do.
 # It knows nothing, and so is graded by chance.
-TINY = [*SMALL, "--model", "tiny", "--task", "odd.jsonl", "--verifier", "odd_grading:odd", "--temperature", "1.0"]
-GRADING = "def odd(completion, answer): return sum(map(ord, completion)) % 2\n"
+TINY = [*SMALL, "--model", "tiny", "--task", "task.jsonl", "--verifier", "odd_grading:odd", "--temperature", "1.0"]
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
 LORA = [*TINY, "--lora-warmup", "1", "--lora-rate", "0.05", "--lora-kl-limit", "0", "--teacher-samples", "1"]
 SHORT = {"fit": SMALL, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "2", "--samples", "1"]}
@@ -58,9 +58,7 @@ def test_train_then_serve_then_ask_as_the_readme_says(tmp_path: Path) -> None:
         for i in range(40)
     ]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
-    odd = [json.dumps({"id": i, "prompt": f"Line {i}:", "answer": None}) for i in range(40)]
-    (tmp_path / "odd.jsonl").write_text("\n".join(odd))
-    (tmp_path / "odd_grading.py").write_text(GRADING)
+    write_task(tmp_path)
     tiny_model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     for name in SHORT:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fitting import Killed
 from tiny import tiny_base, tiny_correction
 from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
@@ -20,10 +21,6 @@ from trimtab.steering.rollouts import Sampling, collect, open_core
 
 PROBLEMS = [Problem(f"p{i}", None, prompt=f"Problem {i}: ") for i in range(7)]
 SAMPLING = Sampling(samples=4, seed=3, temperature=1.0, top_p=0.95, max_tokens=9)
-
-
-class Killed(BaseException):
-    """As a SIGKILL: nothing may catch it."""
 
 
 class Counting:
@@ -68,7 +65,6 @@ def _small_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def base(request: pytest.FixtureRequest) -> Base:
-    torch.set_num_threads(1)
     return tiny_base(dtype=request.param)
 
 

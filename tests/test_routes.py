@@ -2,91 +2,34 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from fitting import VIA_LORA, Killed, Odd, contents, writing
 from tiny import tiny_base
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import atomic, pipeline
-from trimtab.steering.config import FitConfig
+from trimtab.steering import pipeline
 from trimtab.steering.correction import Correction, check
 from trimtab.steering.evaluate import Difference
 from trimtab.steering.folder import load
-from trimtab.steering.problem import Problem, Split
+from trimtab.steering.problem import Problem
 from trimtab.steering.report import judge
 from trimtab.steering.teacher import adapt
-
-
-@dataclasses.dataclass(frozen=True)
-class Vowels:
-    """Rewards about half of what a random model over bytes writes."""
-
-    name: str = "vowels"
-
-    def problems(self, split: Split, count: int) -> list[Problem]:
-        return [Problem(f"{split}-{i}", None, prompt=f"{split} {i}: ", kind="ab"[i % 2]) for i in range(count)]
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return float(sum(map(ord, completion)) % 2)
-
-    def extract(self, completion: str) -> None: ...
-
-
-CONFIG = FitConfig(
-    name="tiny",
-    via="lora",
-    problems=20,
-    samples=4,
-    max_tokens=6,
-    temperature=1.0,
-    rank=4,
-    top_k=40,
-    batch=32,
-    epochs=5,
-    learning_rate=0.01,
-    lora_targets=("down_proj",),
-    lora_rate=0.02,
-    lora_kl_limit=0.0,
-    lora_batch=4,
-    teacher_samples=2,
-    strengths=(1.0, 2.0),
-    validation_problems=3,
-    validation_samples=2,
-    test_problems=9,
-    slots=8,
-)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")
 def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        replace = os.replace
-        patch.setattr(atomic.os, "replace", lambda *names: (WRITTEN.append(names[1]), replace(*names)))
-        pipeline.run(CONFIG, out, base, Vowels())
+    with writing(WRITTEN):
+        pipeline.run(VIA_LORA, out, base, Odd())
     return out
 
 
 WRITTEN: list[str] = []  # files of the undisturbed run, in order
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix != ".tmp" and p.name != "timings.json"  # left by a kill; told by no two runs alike
-    }
 
 
 def test_via_lora_ships_the_head_the_controls_and_the_adapter(base: Base, finished: Path) -> None:
@@ -117,45 +60,26 @@ def test_the_shuffled_control_is_the_route_again_from_other_rewards(finished: Pa
     assert not (work / "shuffled" / "features").exists(), "it learns from the same completions"
 
 
-class Killed(BaseException):
-    """As a SIGKILL: nothing may catch it."""
-
-
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.6, 0.8])
-def test_a_killed_run_ends_as_an_undisturbed_one(
-    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
-    survived = int(share * len(WRITTEN))
-    replace, done = os.replace, []
-
-    def replace_until_killed(source: str, target: str) -> None:
-        if len(done) == survived:
-            raise Killed
-        done.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "replace", replace_until_killed)
-        with pytest.raises(Killed):
-            pipeline.run(CONFIG, tmp_path, base, Vowels())
+def test_a_killed_run_ends_as_an_undisturbed_one(base: Base, finished: Path, tmp_path: Path, share: float) -> None:
+    with pytest.raises(Killed), writing([], int(share * len(WRITTEN))):
+        pipeline.run(VIA_LORA, tmp_path, base, Odd())
     assert not (tmp_path / "correction.json").exists()
-    pipeline.run(CONFIG, tmp_path, base, Vowels())
+    pipeline.run(VIA_LORA, tmp_path, base, Odd())
     assert contents(tmp_path) == contents(finished)
 
 
 def distilled(base: Base, out: Path, teacher: Base) -> Correction:
-    config = dataclasses.replace(CONFIG, via="teacher", teacher="tuned")
-    return pipeline.run(config, out, base, Vowels(), teacher)
+    config = dataclasses.replace(VIA_LORA, via="teacher", teacher="tuned")
+    return pipeline.run(config, out, base, Odd(), teacher)
 
 
 def test_a_teacher_that_is_given_needs_no_rewards_to_learn_from(base: Base, finished: Path, tmp_path: Path) -> None:
-    class Never(Vowels):
+    class Never(Odd):
         def score(self, problem: Problem, completion: str) -> float:
             return 0.0
 
-        def extract(self, completion: str) -> None: ...
-
-    config = dataclasses.replace(CONFIG, via="teacher", teacher="tuned")
+    config = dataclasses.replace(VIA_LORA, via="teacher", teacher="tuned")
     tuned = adapt(base, finished / "lora")
     correction = pipeline.run(config, tmp_path, base, Never(), tuned)
     assert correction.report is not None

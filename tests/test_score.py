@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripted import loopback
-from tiny import tiny_base, tiny_correction
+from tiny import tiny_correction
 from trimtab.server.app import create_app
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine
@@ -20,11 +20,6 @@ from trimtab.server.prompt_scores import find_offsets
 from trimtab.steering.bank import Bank
 
 TEXT = "Grüße, 🦊!"
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

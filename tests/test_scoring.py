@@ -29,11 +29,6 @@ ONLY_SCORE = SamplingParams(max_tokens=0, seed=5)
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
 def bank(base: Base) -> Bank:
     bank = Bank(base.hidden, "cpu")
     for i in range(2):

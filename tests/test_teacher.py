@@ -22,11 +22,6 @@ PROBLEMS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hell
 ITEMS = [Item(name, i, [70 + i, 80, 90 + i, 100][: 3 + i], 1.0, False) for name in PROBLEMS for i in range(2)]
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
 def adapter(base: Base, folder: Path) -> Path:
     """An adapter that changes the model."""
     tuned = lora.put_on(base, FitConfig(via="lora"))

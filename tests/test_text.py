@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import tiny_base, tiny_correction, tiny_lora
+from tiny import tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering import text as text_module
@@ -17,12 +17,6 @@ from trimtab.steering.teacher import adapt
 from trimtab.steering.text import read_text, to_markdown
 
 TEXT = ("A trim tab is the small rudder on a ship's rudder: a little force there turns the whole ship. " * 3)[:250]
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    torch.set_num_threads(1)
-    return tiny_base()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny import place, tiny_base, tiny_correction, tiny_lora
+from tiny import place, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -26,11 +26,6 @@ from trimtab.steering.gate import Gate
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TAU = 2.2  # opens at some steps of the tiny model and not at others
 NEGATIVE = tuple(range(70, 82))
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

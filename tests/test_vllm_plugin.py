@@ -48,11 +48,6 @@ Receipts = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
 def folders(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for seed, (name, top_k) in enumerate({"head0": 10, "head1": 3}.items()):

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from trimtab.kernels import layer_reference, slot_attention_reference
+from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.attention import IMPLEMENTATION
 from trimtab.server.model.base import Base, prepare
@@ -19,6 +21,9 @@ from trimtab.steering.correction import HeadCorrection, LoraCorrection
 from trimtab.steering.gate import Gate
 
 SPECIAL = ["<|im_end|>", "<|im_start|>"]  # ids 256 (end-of-text) and 257
+REFERENCE = LayerKernels(  # the layers of a GPU, on the CPU
+    slot_attention_reference.attend, lambda group, itemsize: 7, layer_reference.add_norm, layer_reference.silu_mul
+)
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 256 + len(SPECIAL)
 TEMPLATE = (
