@@ -66,9 +66,7 @@ def failure(error: BaseException) -> Failure:
             return Failure(400, str(error), param=error.field, code="context_length_exceeded")
         case InvalidRequest():
             return Failure(400, str(error), param=error.field)
-        case RequestValidationError(
-            body=bytes()
-        ):  # FastAPI parses only what is called JSON: a page cannot send that unasked
+        case RequestValidationError(body=bytes()):  # never parsed: pages may send, unasked, what is not called JSON
             return Failure(400, "the body is not said to be JSON: send the header Content-Type: application/json")
         case RequestValidationError():
             return _validation(error.errors())
