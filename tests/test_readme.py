@@ -41,7 +41,8 @@ def blocks(language: str) -> list[str]:
 
 def commands(name: str) -> list[list[str]]:
     """The lines of the README's shell blocks that call `trimtab name`."""
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    whole = [block.replace("\\\n", " ") for block in blocks("bash")]
+    lines = [shlex.split(line, comments=True) for block in whole for line in block.splitlines()]
     return [line for line in lines if line[:2] == ["trimtab", name]]
 
 
