@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -89,3 +90,18 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd="/", check=False)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_full_gpu_ends_in_one_line_and_other_failures_in_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = type("OutOfMemoryError", (RuntimeError,), {})  # torch's, which the command line does not import
+    command = mock.Mock(side_effect=full("CUDA out of memory. Tried to allocate 2 GiB. More words."))
+    monkeypatch.setattr("trimtab.steering.commands.run_inspect", command)
+    assert main(["inspect", "somewhere"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("trimtab: out of memory: CUDA out of memory; lower --slots")
+    assert told.count("\n") == 1
+    command.side_effect = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        main(["inspect", "somewhere"])
