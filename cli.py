@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         package = (error.name or "").partition(".")[0]
         extra = {"peft": "train", "opentelemetry": "otel"}.get(package, "server")
-        print(f"trimtab: {error.name} is not installed: pip install 'trimtab[{extra}]'", file=sys.stderr)
+        print(
+            f"trimtab: {error.name} is not installed: in Trimtab's checkout, pip install '.[{extra}]'", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""The README's one table: what was gained, against what is simpler, and what steering costs.
+"""The README's one table: what was gained, against what is simpler, and what steering costs. RESULTS.md has the rest.
 
 Invariant: a row is the figures of one run or report, as they are; nothing is computed from them.
 
@@ -16,20 +16,17 @@ from trimtab.steering.machine import hardware
 BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"
 
 Row = list[str]  # what, figure, measured on
+_OF_A_FIT = {("correction", "base"), ("correction", "shuffled-rewards"), ("teacher", "base")}
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the corrections' own reports, then of the runs, one kind after another."""
+    """Of the corrections' own reports, then of the runs, one kind after another; of each what a newcomer asks first."""
     rows = [["what", "figure", "measured on"]]
     for fit in fits:
         rows += _of_fit(fit)
     made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
     for run in _of_kind(runs, "ladder"):
         rows += _of_ladder(run)
-    for run in _of_kind(runs, "gates"):
-        rows += _of_gates(run)
-    for run in _of_kind(runs, "analyze"):
-        rows += _of_study(run)
     for run in _of_kind(runs, "eval"):
         elsewhere = made_for.get(run["correction"], run["task"]) != run["task"]
         rows += _of_transfer(run) if elsewhere else [[f"`{run['correction']}`", run["verdict"]["summary"], _on(run)]]
@@ -61,7 +58,7 @@ def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
     shown = f"base {rates['base']:.3f}, correction {rates['correction']:.3f}"
     yield [f"`{fit['name']}`, pass@1", shown, _on(report | {"model": fit["base"]["model"]})]
     for d in report["differences"]:
-        if d["policy"] == "correction" or (d["policy"], d["against"]) == ("teacher", "base"):
+        if (d["policy"], d["against"]) in _OF_A_FIT:
             yield [f"{d['policy']} minus {d['against']}", _gain(d), "the same, paired seeds"]
 
 
@@ -70,32 +67,11 @@ def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
     for row in run["rows"]:
         if row["policy"] == "base":
             yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]
-        elif row["role"] in ("tier", "control"):
+        elif row["role"] in ("tier", "control") and not row["policy"].endswith("-greedy"):
             shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
             against = [d for d in run["differences"] if d["against"] == row["policy"] and row["role"] == "control"]
             shown += "".join(f"; {d['policy']} minus it {_gain(d)}" for d in against)
             yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
-
-
-def _of_gates(run: Mapping[str, Any]) -> Iterator[Row]:
-    """What heads gain under higher and higher gates, and over acting as often by chance."""
-    on = f"{run['model']}, {run['answered']}"
-    for r in run["results"]:
-        far = "" if r.get("as_far_at_random") else " (which moves the base less)"
-        shown = f"{_gain(r['over_base'])} at {r['fired']:.1%} of steps; over chance{far} {_gain(r['over_random'])}"
-        yield [f"a head learned and acting above {r['tau']:g} nats", shown, on]
-        on = "the same, paired seeds"
-
-
-def _of_study(run: Mapping[str, Any]) -> Iterator[Row]:
-    """What is left of a tuned model's gain where only some positions take its token."""
-    taken = {rule["policy"]: rule["fired"] for rule in run["rules"]}
-    on = _on(run | {"split": "held-out"})
-    for share in run["shares"]:
-        kept = f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
-        what = f"kept of `{run['tuned']}`'s gain: {share['policy']}"
-        yield [what, f"{kept}, from {taken[share['policy']]:.1%} of the positions", on]
-        on = "the same, paired seeds"
 
 
 def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:

@@ -41,8 +41,8 @@ def run(inputs: StepInputs) -> tuple[StepRecord, dict[int, Changed]]:
     """`step`, and what corrections made of the rows that fired; by row."""
     rows, vocab = inputs.logits.shape
     params = inputs.params
-    z = torch.full((rows, -(-vocab // GROUP) * GROUP), float("-inf"))  # [rows, padded], ours to write
-    z[:, :vocab] = inputs.logits
+    z = torch.empty(rows, -(-vocab // GROUP) * GROUP)  # [rows, padded], ours to write
+    z[:, :vocab], z[:, vocab:] = inputs.logits, float("-inf")
     base = [read_row(*row) for row in zip(z, params.gate.tolist(), params.chance.tolist(), strict=True)]
     entropy, statistic = torch.tensor([(row.entropy, row.statistic) for row in base]).unbind(1)
     opened = _open(base, statistic, params)

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: one span a request, sent to a collector. Needs `pip install trimtab[otel]`.
+"""OpenTelemetry traces: one span a request, sent to a collector. Needs `pip install '.[otel]'`.
 
 Invariant: nothing of OpenTelemetry is imported unless this is asked for. A span has the caller's as its parent where
 its traceparent header names one; its attributes are the semantic conventions' for generative AI, and ours; no text.

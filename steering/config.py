@@ -119,7 +119,7 @@ class FitConfig:
     lora_epochs: float = option(None, "passes of the LoRA over the completions: small 1, paper 1.35")
     lora_batch: int = option(8, "completions a step of the LoRA")
     lora_kl: float = option(0.2, "of KL(base || LoRA) at the other positions, in the LoRA's loss")
-    lora_kl_limit: float = option(0.3, "give up where the LoRA is further than this from the base there; 0: never")
+    lora_kl_limit: float = option(0.3, "end the LoRA where it is further than this from the base there; 0: never")
     teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
     strengths: tuple[float, ...] = option(
         None,

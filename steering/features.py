@@ -27,6 +27,8 @@ SHARD = 64  # completions a file
 READ_AT_ONCE = {"cpu": 16, "cuda": 64}  # completions a forward pass, by the device's type; fewer where they are long
 PLACES_AT_ONCE = {"cpu": 16_384, "cuda": 65_536}  # in its cache
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of [rows, vocab] float32 held at a time
+# Of those, what a statistic's passes take together: on a CPU so many numbers stay in its cache from one to the next.
+STATISTIC_NUMBERS = {"cpu": 2**20, "cuda": 2**31}
 
 
 class Features(NamedTuple):
@@ -179,10 +181,12 @@ def _draw(opened: Tensor, generator: torch.Generator) -> Tensor:
 def _read_logits(base: Base, h: Tensor, config: FitConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h [n, hidden] -> candidates' ids and logits [n, CANDIDATES], logsumexp of z / T [n], the gate's statistic [n]."""
     parts = []
+    at_once = max(1, STATISTIC_NUMBERS[h.device.type] // base.vocab)
     for rows in torch.split(h, LOGIT_ROWS[h.device.type]):
-        z = base.logits(rows).float()
-        ids, values = rank(z, CANDIDATES)
-        parts.append((ids.int(), values, (z / config.temperature).logsumexp(-1), statistic(z, config.gate)))
+        for z in torch.split(base.logits(rows), at_once):
+            z = z.float()
+            ids, values = rank(z, CANDIDATES)
+            parts.append((ids.int(), values, (z / config.temperature).logsumexp(-1), statistic(z, config.gate)))
     ids, values, lse, found = (torch.cat(column) for column in zip(*parts, strict=True))
     return ids, values, lse, found
 

@@ -6,7 +6,8 @@ For a completion of advantage A, with pi the adapted model and p the base at tem
 
 For a lesson of a teacher's, the first part is the mean over open positions of KL(teacher || pi), where tokens beyond
 the base's CANDIDATES best ones count as one. A step takes the mean over `lora_batch` completions: accumulation over
-batches of one. Those that say most come first: by |A| * share of open positions.
+batches of one. Those that say most come first: by |A| * share of open positions. -A log pi has no lower bound where
+A < 0, so a LoRA may run away from its base: it then ends as it was at its last checkpoint.
 
 Invariant: the folder ends as plain PEFT files (adapter_config.json, adapter_model.safetensors; no pickle), the same
 bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on. (On CUDA the
@@ -41,6 +42,7 @@ from trimtab.steering.teacher import without_peft_warnings
 
 RECENT = 8  # steps whose mean distance from the base is watched: one step says little
 CHECKPOINT_EVERY = 10  # steps
+CALM = 1 / 3  # of the limit of that distance: a LoRA that runs away goes back to a checkpoint within so much
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
 # Padded tokens a forward pass; a step of more takes several: what is kept for the backward pass grows with them.
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
@@ -86,7 +88,8 @@ def _lessons(
 
 
 def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path, stage: str = "lora") -> None:
-    """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises TaskError when the loss diverges."""
+    """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises TaskError when the loss is no number,
+    or the LoRA runs away before there is a checkpoint to go back to."""
     path = folder / "checkpoint.safetensors"
     if (folder / CONFIG_FILE).exists():
         path.unlink(missing_ok=True)
@@ -116,15 +119,21 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             if not math.isfinite(first + anchor + float(norm)):
                 raise TaskError(f"the LoRA's loss is no number at step {step + 1} of {steps}: lower --lora-rate")
             recent = [*recent, anchor][-RECENT:]
-            if config.lora_kl_limit and sum(recent) / RECENT > config.lora_kl_limit:
-                raise TaskError(
-                    f"the LoRA runs away: away from open positions it is {sum(recent) / len(recent):.2f} nats from the "
-                    f"base at step {step + 1} of {steps} (at most {config.lora_kl_limit:g}, --lora-kl-limit): lower "
-                    "--lora-rate or --lora-epochs, or give more problems"
+            distance = sum(recent) / RECENT
+            if config.lora_kl_limit and distance > config.lora_kl_limit:
+                away = (
+                    f"the LoRA runs away: away from open positions it is {distance:.2f} nats from the base at step "
+                    f"{step + 1} of {steps} (at most {config.lora_kl_limit:g}, --lora-kl-limit)"
                 )
+                if not path.exists():
+                    raise TaskError(f"{away}: lower --lora-rate or --lora-epochs, or give more problems")
+                kept, _ = checkpoint.resume(path, named, optimizer)
+                say(stage, f"{away}: it ends as it was after step {kept}")
+                break
             optimizer.step()
             progress.add(1, f"loss {first:+.3f}, KL elsewhere {anchor:.4f}, gradient {float(norm):.2f}")
-            if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+            calm = not config.lora_kl_limit or distance <= CALM * config.lora_kl_limit
+            if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps and calm:
                 checkpoint.save(path, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
     path.unlink(missing_ok=True)

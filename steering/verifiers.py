@@ -150,7 +150,7 @@ def _parse_expected(text: str) -> list[Any]:
     try:
         from math_verify import parse
     except ImportError as error:
-        raise TaskError("the verifier math needs math-verify: pip install 'trimtab[train]'") from error
+        raise TaskError("the verifier math needs math-verify: in Trimtab's checkout, pip install '.[train]'") from error
     marked = text if "$" in text or "\\boxed" in text else f"${text}$"  # what is not marked as LaTeX is read as words
     expected: list[Any] = parse(marked, parsing_timeout=_seconds())
     return expected

@@ -68,7 +68,7 @@ def test_wrong_words_are_argparses(argv: list[str], capsys: pytest.CaptureFixtur
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 1
-    assert "uvicorn is not installed: pip install 'trimtab[server]'" in capsys.readouterr().err
+    assert "uvicorn is not installed: in Trimtab's checkout, pip install '.[server]'" in capsys.readouterr().err
 
 
 def test_flags_have_vllms_names() -> None:

@@ -21,7 +21,7 @@ import yaml
 from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
 from trimtab.steering.folder import save, version_of
 
-ray = pytest.importorskip("ray", reason="the fleet's tests need ray: pip install 'trimtab[fleet]'")
+ray = pytest.importorskip("ray", reason="the fleet's tests need ray: pip install '.[fleet]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 ROOT = Path(__file__).resolve().parent.parent

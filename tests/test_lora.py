@@ -301,3 +301,32 @@ def test_a_lora_that_runs_away_ends_in_words_and_leaves_no_folder(base: Base, tm
     with pytest.raises(TaskError, match=r"runs away: .* nats from the base at step .*--lora-kl-limit"):
         lora.train(base, random_lessons(20), config, tmp_path / "lora")
     assert not (tmp_path / "lora" / "adapter_config.json").exists()
+
+
+def test_a_lora_that_runs_away_late_ends_as_it_was_at_the_last_checkpoint(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(base, tmp_path / "short", dataclasses.replace(CONFIG, lora_epochs=2.0))
+    objective, made = lora_loss.objective, []
+
+    def objective_until_away(tuned: PeftModel, batch: Sequence[Lesson]) -> lora_loss.Objective:
+        made.append(batch)
+        found = objective(tuned, batch)
+        return found if len(made) <= 12 else found._replace(anchor=found.anchor + 100.0 * len(batch))
+
+    monkeypatch.setattr(lora, "objective", objective_until_away)
+    train(base, tmp_path / "away", dataclasses.replace(CONFIG, lora_kl_limit=4.0))
+    assert "nats from the base at step 13 of 25 (at most 4, --lora-kl-limit): it ends as it was after step 10" in (
+        capsys.readouterr().err
+    )
+    assert digest(tmp_path / "away") == digest(tmp_path / "short"), "ten steps, and no checkpoint left behind"
+
+
+@pytest.mark.parametrize("closed", [0, 1])
+def test_a_lora_that_nothing_holds_near_its_base_says_so(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], closed: int
+) -> None:
+    everywhere = [lesson._replace(open=[True] * len(lesson.tokens)) for lesson in random_lessons(4)]
+    everywhere[0].open[:closed] = [False] * closed
+    lora.train(base, everywhere, dataclasses.replace(CONFIG, lora_batch=4), tmp_path / "lora")
+    assert ("[lora] every position is open: no KL holds" in capsys.readouterr().err) == (closed == 0)

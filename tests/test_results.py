@@ -184,6 +184,5 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 5
     readme = (results.ROOT / "README.md").read_text()
-    assert "| kept of `lora`'s gain: oracle | 90% [50%, 120%], from " in readme
     assert "| tier head, and its gain | 0.600, +0.100 [+0.050, +0.150] |" in readme
     assert "| tokens/s of the base's, head, gate always open | 97.0% at batch 8 |" in readme

@@ -148,21 +148,21 @@ def attend(
         return kernels.attend(*packed, keys, values, kv_batch.places, scale, sliding_window)[None], None
     keys[kv_batch.slot, kv_batch.position] = key[0].transpose(0, 1)
     values[kv_batch.slot, kv_batch.position] = value[0].transpose(0, 1)
-    grouped = query.shape[1] != key.shape[1]
     rows = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
     out = torch.empty_like(rows)
+    kv_heads = key.shape[1]
     for number, run in enumerate(kv_batch.runs):
         stop = run.at + run.size
         mask = kv_batch.mask(number, kv_batch.position[run.at : stop], run.length, sliding_window)
         attended = F.scaled_dot_product_attention(
-            rows[run.at : stop, :, None],  # [size, heads, 1, head_dim]
+            # [size, kv_heads, group, head_dim]: heads that share keys as queries of one head read those keys once
+            rows[run.at : stop].reshape(run.size, kv_heads, -1, rows.shape[-1]),
             keys[run.slot : run.slot + run.size, : run.length].transpose(1, 2),
             values[run.slot : run.slot + run.size, : run.length].transpose(1, 2),
             attn_mask=mask[:, None, None],
             scale=scaling,
-            enable_gqa=grouped,
         )
-        out[run.at : stop] = attended[:, :, 0]
+        out[run.at : stop] = attended.flatten(1, 2)
     at = kv_batch.decode
     for number, span in enumerate(kv_batch.chunks, start=len(kv_batch.runs)):
         stop = at + span.end - span.start
@@ -173,7 +173,7 @@ def attend(
             values[None, span.slot, : span.end].transpose(1, 2),
             attn_mask=mask[None, None],
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != kv_heads,
         )
         out[at:stop] = attended[0].transpose(0, 1)
         at = stop
