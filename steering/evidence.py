@@ -28,7 +28,7 @@ def add_eval(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="compare a correction with its base and its controls on held-out problems, with paired seeds",
-        description="Options left out are those the correction was fitted with.",
+        description="Options left out are those the correction was fitted with, but for those whose default is given.",
     )
     parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
     add_what(parser)

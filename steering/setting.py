@@ -1,7 +1,7 @@
 """What the commands of evidence.py and studies.py run on: a base, a task and how completions are drawn.
 
 Invariant: importing this imports neither torch nor a model. Options left out are those that a correction was fitted
-with, or else `trimtab fit`'s own.
+with, or else `trimtab fit`'s own; those of the machine (dtype, device, slots, threads) have defaults of their own.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def add_what(parser: argparse.ArgumentParser, model: bool = True) -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--max-tokens", type=positive)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--slots", type=positive, default=32, help="completions sampled at once")
-    parser.add_argument("--threads", type=positive, default=1, help="torch threads")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--slots", type=positive, default=32, help="completions sampled at once (default: 32)")
+    parser.add_argument("--threads", type=positive, default=1, help="torch threads (default: 1)")
 
 
 _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
