@@ -115,7 +115,10 @@ LADDER: dict[str, Any] = {
     "model": "tiny",
     "corrections": [{"name": "mine", "facts": "tier head, rank 4"}],
     "system": "",
-    "rows": [ROW | {"policy": name, "role": role} for name, role in (("base", "base"), ("head", "tier"))],
+    "rows": [
+        ROW | {"policy": name, "role": role}
+        for name, role in (("base", "base"), ("head", "tier"), ("head-greedy", "tier"))
+    ],
     "differences": [GAIN],
     "shares": [],
     "matched": [],
@@ -184,5 +187,8 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 5
     readme = (results.ROOT / "README.md").read_text()
+    for only_in_results in ("head-greedy", "oracle"):
+        assert only_in_results in shown
+        assert only_in_results not in readme
     assert "| tier head, and its gain | 0.600, +0.100 [+0.050, +0.150] |" in readme
     assert "| tokens/s of the base's, head, gate always open | 97.0% at batch 8 |" in readme
