@@ -71,7 +71,8 @@ def deploy(folder: Path, which: str, version: str | None = None) -> None:
 
     config = yaml.safe_load((ROOT / "deploy/fleet.yaml").read_text())
     (application,) = config["applications"]
-    application["args"] = {"model": str(folder / "tiny")}
+    # one text whoever shares the step: true of float32; auto is bfloat16 on a CPU that multiplies it in hardware
+    application["args"] = {"model": str(folder / "tiny"), "dtype": "float32"}
     application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT / ".dev"), "OMP_NUM_THREADS": "1"}}
     (deployment,) = application["deployments"]
     deployment["autoscaling_config"] |= {"max_replicas": 2}
