@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from trimtab.errors import EngineStopped
+from trimtab.server.compiling import Compiler
 from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.request import Event, Request, Structure
 
@@ -64,6 +65,7 @@ class Tickets:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._compiler = Compiler(engine.compile)
         self._tickets: dict[str, Ticket] = {}
 
     def start(self) -> None:
@@ -77,8 +79,8 @@ class Tickets:
         self._engine.start(on_events)
 
     async def compile(self, structure: Structure, field: str) -> None:
-        """Compile what a request will need, off the event loop. Raises InvalidRequest, naming `field`."""
-        await asyncio.to_thread(self._engine.compile, structure, field)
+        """Compile what a request will need, off the event loop. Raises InvalidRequest, naming `field`; Overloaded."""
+        await self._compiler.compile(structure, field)
 
     @contextmanager
     def open(self, requests: Sequence[Request]) -> Iterator[Ticket]:
