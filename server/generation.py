@@ -8,6 +8,7 @@ told with a status is raised before the first byte; later failures are an event,
         async for frame in generation.frames(ticket): ...
 """
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -80,6 +81,9 @@ class Generation:
             self._requests = list(map(self._with_companion, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
         service.check_queue(prompts)
+        if first is not None:
+            field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
+            service.check_scores(prompts, 1 if shape.subject == "messages" else body.choices, told, field)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
@@ -125,7 +129,8 @@ class Generation:
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         with self._service.tickets.open(self._requests) as ticket:
-            self._service.metrics.accept([len(request.prompt) for request in self._requests])
+            lengths = [len(request.prompt) for request in self._requests]
+            self._service.metrics.accept(lengths, self._body.choices)
             try:
                 yield ticket
             finally:
@@ -140,10 +145,14 @@ class Generation:
             async for news in self._updates(ticket, streamed=False):
                 for choice, update in news:
                     choice.keep(update)
-        choices = [self._telling.whole(choice) for choice in self._choices.values()]
-        answer = self._head(self._shape.whole_object) | {"choices": choices, "usage": self._usage()}
-        answer |= self._telling.prompt_logprobs("messages", self._first)
-        return dumps(answer | self._telling.prompt_ids(self._shape.one_prompt, self._first)).encode()
+        choices = []
+        for choice in self._choices.values():
+            choices.append(dumps(self._telling.whole(choice)))
+            await self._give_way(choice)
+        head = dumps(self._head(self._shape.whole_object))[:-1]
+        after = {"usage": self._usage()} | self._telling.prompt_logprobs("messages", self._first)
+        after |= self._telling.prompt_ids(self._shape.one_prompt, self._first)
+        return f'{head},"choices":[{",".join(choices)}],{dumps(after)[1:]}'.encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
@@ -152,12 +161,15 @@ class Generation:
         once = "".join(f',"{key}":{dumps(told)}' for key, told in ids.items())
         try:
             async for news in self._updates(ticket, streamed=True):
-                chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 tail = self._tail()
-                events = [f'data: {head},"choices":[{dumps(chunk)}]{tail}' for chunk in chunks]
-                if once and chunks:
-                    events[0] = f'data: {head},"choices":[{dumps(chunks[0])}]{once}{tail}'
-                    once = ""
+                events = []
+                for choice, update in news:
+                    opens = not choice.opened
+                    for chunk in self._telling.chunks(choice, update):
+                        events.append(f'data: {head},"choices":[{dumps(chunk)}]{once}{tail}')
+                        once = ""
+                    if opens:
+                        await self._give_way(choice)
                 if sent := self._or_keep_alive("".join(events).encode()):
                     yield sent
             if self._body.include_usage:
@@ -165,6 +177,12 @@ class Generation:
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield error_event(error)
         yield DONE
+
+    @staticmethod
+    async def _give_way(choice: Choice) -> None:
+        """A long prompt's log-probabilities take a while to write: other answers go on between two choices."""
+        if choice.scores.told:
+            await asyncio.sleep(0)
 
     def _or_keep_alive(self, sent: bytes) -> bytes:
         """What goes out after a step; where that is nothing, a comment, once `keep_alive` seconds were silent."""

@@ -58,10 +58,10 @@ class Metrics:
         self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
-    def accept(self, prompts: Sequence[int]) -> None:
-        """Prompts of so many tokens are in the engine's hands."""
+    def accept(self, prompts: Sequence[int], n: int = 1) -> None:
+        """Prompts of so many tokens are in the engine's hands, for n choices each: every choice looks for its KV."""
         self.prompt_tokens.inc(sum(prompts))
-        self._queries.inc(sum(prompts))
+        self._queries.inc(sum(prompts) * n)
         for tokens in prompts:
             self._prompts.observe(tokens)
 

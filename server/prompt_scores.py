@@ -40,6 +40,13 @@ class PromptScores:
     def __init__(self, prompt: tuple[int, ...], pieces: Pieces) -> None:
         self._prompt, self._pieces = prompt, pieces
         self._events: list[Event] = []
+        self._written: dict[str, list[Any]] | None = None
+        self._ids: list[dict[str, Any] | None] | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether any came."""
+        return bool(self._events)
 
     def add(self, event: Event) -> None:
         """The next token, from the second on."""
@@ -48,9 +55,14 @@ class PromptScores:
     def write(
         self, write_logprobs: Callable[[Sequence[Shown]], dict[str, list[Any]]], text: str, most: int
     ) -> dict[str, list[Any]]:
-        """A completion's logprobs of all tokens, as they stand in `text`, with at most so many alternatives."""
-        told = write_logprobs(self._shown(text, most))
-        return told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
+        """A completion's logprobs of all tokens, as they stand in `text`, with at most so many alternatives.
+
+        Made once all have come, and for the first choice: the others say the same.
+        """
+        if self._written is None:
+            told = write_logprobs(self._shown(text, most))
+            self._written = told | {key: [None, *told[key][1:]] for key in ("token_logprobs", "top_logprobs")}
+        return self._written
 
     def _shown(self, text: str, most: int) -> list[Shown]:
         first = Event("", 0, self._prompt[0], 0.0, (), None, None)
@@ -59,8 +71,11 @@ class PromptScores:
         return list(map(Shown, events, contents, find_offsets(self._prompt, text, self._pieces)))
 
     def by_id(self, most: int) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`. rank: among the most likely ones that were told, from 1; null beyond them."""
-        return [None, *(self._by_id(event, most) for event in self._events)]
+        """vLLM's `prompt_logprobs`, made as above. rank: among the most likely ones that were told, from 1; null
+        beyond them."""
+        if self._ids is None:
+            self._ids = [None, *(self._by_id(event, most) for event in self._events)]
+        return self._ids
 
     def _by_id(self, event: Event, most: int) -> dict[str, Any]:
         assert event.token is not None

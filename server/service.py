@@ -15,6 +15,8 @@ from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.swap import Swap
 from trimtab.server.tickets import Tickets
 
+MAX_SCORES = 4_000_000  # some 300 MB of JSON
+
 
 @dataclass(frozen=True)
 class Service:
@@ -39,6 +41,13 @@ class Service:
         if prompts * n > self.capacity:
             message = f"this server takes {self.capacity} choices at once; this body asks for {prompts * n}: send fewer"
             raise InvalidRequest(message, "n" if prompts == 1 else "prompt")
+
+    def check_scores(self, prompts: Sequence[Ids], n: int, alternatives: int, field: str) -> None:
+        """Raise InvalidRequest for more log-probabilities of prompts than an answer can hold. n: how often each."""
+        told = sum(map(len, prompts)) * n * (1 + alternatives)
+        if told > MAX_SCORES:
+            message = f"an answer holds {MAX_SCORES} log-probabilities of prompts; this body asks for {told}"
+            raise InvalidRequest(f"{message}: ask for fewer alternatives, choices or prompts", field)
 
     def check_queue(self, prompts: Sequence[Ids]) -> None:
         """Raise InvalidRequest for more text than can ever wait."""

@@ -50,7 +50,7 @@ def test_metrics_count_what_happened() -> None:
         series("kv_cache_usage_perc"): 0.375,
         series("prompt_tokens_total"): 3.0 * PROMPT,
         series("generation_tokens_total"): 16.0,
-        series("prefix_cache_queries_total"): 3.0 * PROMPT,
+        series("prefix_cache_queries_total"): 4.0 * PROMPT,  # each choice looks, and two are of one prompt
         series("prefix_cache_hits_total"): 12.0,
         series("request_success_total", finished_reason="stop"): 4.0,
         series("time_to_first_token_seconds_count"): 4.0,

@@ -11,6 +11,7 @@ import torch
 
 from scripted import loopback
 from tiny import tiny_correction
+from trimtab.server import service
 from trimtab.server.app import create_app
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine
@@ -165,6 +166,29 @@ def test_prompt_logprobs_are_vllms(ask: httpx.Client, base: Base) -> None:
     assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
     assert [len(entry) for entry in chat["prompt_logprobs"][1:]] == [1] * (chat["usage"]["prompt_tokens"] - 1)
     assert "prompt_logprobs" not in chat["choices"][0]
+
+
+def test_choices_of_one_prompt_are_told_the_same_of_it(ask: httpx.Client) -> None:
+    asked = {"max_tokens": 2, "n": 3, "temperature": 1, "seed": 5, "logprobs": 2, "echo": True}
+    for choice in (choices := complete(ask, **asked)["choices"]):
+        alone = complete(ask, **asked | {"n": 1, "max_tokens": 0, "temperature": 0})["choices"][0]["logprobs"]
+        assert {key: values[: len(TEXT.encode())] for key, values in choice["logprobs"].items()} == alone
+    assert len({choice["text"] for choice in choices}) > 1
+    told = [choice["prompt_logprobs"] for choice in complete(ask, n=3, max_tokens=1, prompt_logprobs=2)["choices"]]
+    assert told[0] == told[1] == told[2]
+
+
+def test_more_log_probabilities_than_an_answer_holds_are_refused(
+    ask: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_SCORES", 6 * len(TEXT.encode()))
+    complete(ask, max_tokens=1, n=2, prompt_logprobs=2)
+    for field, asked in (("prompt_logprobs", {"prompt_logprobs": 2}), ("echo", {"echo": True, "logprobs": 2})):
+        error = complete(ask, 400, max_tokens=1, n=3, **asked)["error"]
+        assert error["param"] == field
+        assert "ask for fewer alternatives, choices or prompts" in error["message"]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "n": 3}
+    post(ask, "/v1/chat/completions", **chat, prompt_logprobs=1)
 
 
 def test_a_completion_gets_the_receipts_that_it_had_when_it_was_made(ask: httpx.Client) -> None:
