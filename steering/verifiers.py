@@ -39,8 +39,17 @@ class Extract(NamedTuple):
 Verifier = Callable[[str, Any], float]
 Extractor = Callable[[str], Extract | None]
 
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # an answer that is one needs no parsing to be read
-_MARK = re.compile(r"####\s*|\\boxed\{")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the minus of 10-12 is no sign
+_MARK = re.compile(r"####\s*|\\boxed(?=\{)")
+_GOES_ON = re.compile(r"\s*[\\^*+/-]")  # after a number: it is part of a formula
+_SPELLINGS = (  # of a number in LaTeX, and in print
+    (re.compile("\N{MINUS SIGN}"), "-"),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})"), ""),
+    (re.compile(r"\\(?:text|math)(?:bf|rm)?\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\[,!;: ]|\^\{?\\circ\}?"), " "),
+    (re.compile(r"(?<!\d)\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+)
 
 
 def load_verifier(name: str) -> Verifier:
@@ -100,7 +109,7 @@ def check_answer(verifier: str, answer: Any) -> str | None:
         return "must be a string or a number"
     if verifier == "math" and not _NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
         return "is not a number or formula that math-verify can read"
-    if verifier == "final" and not _NUMBER.fullmatch(str(answer).strip()):
+    if verifier == "final" and not _NUMBER.fullmatch(_plain(str(answer)).strip()):
         return "must be a number"
     return None
 
@@ -141,7 +150,7 @@ def _verify_math(completion: str, answer: Any) -> float:
     from math_verify import parse, verify
 
     limit = _seconds()
-    found = parse(completion, parsing_timeout=limit)
+    found = parse(completion.replace("\\$", ""), parsing_timeout=limit)  # \$18 in a text is read as nothing
     return float(bool(verify(_parse_expected(str(answer)), found, timeout_seconds=limit)))
 
 
@@ -151,6 +160,7 @@ def _parse_expected(text: str) -> list[Any]:
         from math_verify import parse
     except ImportError as error:
         raise TaskError("the verifier math needs math-verify: in Trimtab's checkout, pip install '.[train]'") from error
+    text = text.replace("\\$", "")
     marked = text if "$" in text or "\\boxed" in text else f"${text}$"  # what is not marked as LaTeX is read as words
     expected: list[Any] = parse(marked, parsing_timeout=_seconds())
     return expected
@@ -164,7 +174,7 @@ def _seconds() -> int | None:
 def _extract_math(completion: str) -> Extract | None:
     from math_verify import parse
 
-    found = parse(completion, parsing_timeout=_seconds())
+    found = parse(completion.replace("\\$", ""), parsing_timeout=_seconds())
     if not found:
         return None
     try:
@@ -178,7 +188,7 @@ def _verify_final(completion: str, answer: Any) -> float:
     found = _final_number(completion)
     if found is None:
         return 0.0
-    wanted = _value(str(answer))
+    wanted = _value(_plain(str(answer)))
     return float(math.isclose(found[0], wanted, rel_tol=1e-6, abs_tol=1e-6))
 
 
@@ -190,15 +200,41 @@ def _extract_final(completion: str) -> Extract | None:
 def _final_number(completion: str) -> tuple[float, bool] | None:
     """The last number that is marked as the answer, or else the last one -> its value, whether it is marked."""
     marked = _marked_numbers(completion)
-    every = marked or _NUMBER.findall(completion)
+    every = marked or _NUMBER.findall(_plain(completion))
     if not every or math.isnan(value := _value(every[-1])):
         return None
     return value, bool(marked)
 
 
 def _marked_numbers(completion: str) -> list[str]:
-    """The numbers that follow #### or stand first in \\boxed{}, in order."""
-    return [number for part in _MARK.split(completion)[1:] for number in _NUMBER.findall(part.partition("\n")[0])[:1]]
+    """The first number after #### on its line, and in \\boxed{}, of an equation on its right side. A boxed formula
+    that is no number stands as NaN."""
+    numbers = []
+    for part in _MARK.split(completion)[1:]:
+        boxed = part.startswith("{")
+        shown = _plain(_in_braces(part) if boxed else part.partition("\n")[0])
+        side = shown.rpartition("=")[2]
+        if first := _NUMBER.search(side):
+            formula = "\\" in side[: first.start()] or _GOES_ON.match(side, first.end())
+            numbers.append("nan" if boxed and formula else first[0])
+    return numbers
+
+
+def _in_braces(text: str) -> str:
+    """What stands within the braces that text begins with, or, where they do not end, after them."""
+    depth = 0
+    for at, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[1:at]
+    return text[1:]
+
+
+def _plain(text: str) -> str:
+    """The text with its numbers as they are usually typed."""
+    for spelling, plain in _SPELLINGS:
+        text = spelling.sub(plain, text)
+    return text
 
 
 def _value(number: str) -> float:
