@@ -183,7 +183,7 @@ class _Pair:
     @property
     def _facts(self) -> dict[str, Any]:
         correction = self._tuned.correction
-        learned = None if correction is None else digest(correction)
+        learned = None if correction is None else [digest(correction), correction.strength]
         acts = None if self._tuned.gate is None else str(self._tuned.gate)
         fingerprint = self._tuned.model.identity.fingerprint
         return {"marks": _MARKS, "tuned": fingerprint, "correction": learned, "acts": acts}

@@ -130,8 +130,7 @@ def describe(core: Core, asked: Sequence[Problem], sampling: Sampling, policy: P
     chosen = core.bank.get(policy.correction)
     rule = rule_for(policy.steering, core.bank)
     gate = {"gate": rule.gate, "tau": str(rule.tau), "ceiling": str(rule.ceiling)}
-    learned = {"correction": digest(chosen), "prompt": chosen.facts.get("prompt")}
-    return facts | learned | gate | {"strength": rule.strength, "mode": policy.mode}
+    return facts | {"correction": digest(chosen)} | gate | {"strength": rule.strength, "mode": policy.mode}
 
 
 def summarise(

@@ -98,8 +98,11 @@ def load(folder: str | Path) -> Correction:
 
 
 def digest(correction: Correction) -> str:
-    """Of what was learned: the contents of the files beside the JSON."""
-    return _digest(_files_of(correction).values())
+    """Of what was learned: all that decides what it does where it acts, at a given strength."""
+    described = _describe(correction, _files_of(correction))
+    for told in ("name", "base", "strength", "gate", "provenance", "report"):
+        del described[told]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def version_of(correction: Correction) -> str:
@@ -182,6 +185,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         described = json.loads(_read(path))
+        json.dumps(described, ensure_ascii=False, allow_nan=False).encode()  # as whoever asks for it will be told
     except CorrectionError as error:
         raise CorrectionError(f"{error}: is this a correction's folder?") from error
     except ValueError as error:

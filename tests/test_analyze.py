@@ -15,7 +15,7 @@ from trimtab.server.model.base import Base
 from trimtab.steering.analyze import Tuned, analyze, count, mark, place
 from trimtab.steering.analyze_report import to_markdown
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import ContrastCorrection
+from trimtab.steering.correction import ContrastCorrection, HeadCorrection
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.lockstep import Turn
@@ -113,9 +113,12 @@ def test_a_finished_study_samples_nothing_and_another_is_refused(
     first = analyze(EXAM, base, tuned, Gate(), [3.2], tmp_path)
     monkeypatch.setattr(Core, "step", None)
     assert analyze(EXAM, base, tuned, Gate(), [3.2], tmp_path) == first
-    other = dataclasses.replace(tiny_correction(base, "mine", seed=2), gate=Gate(tau=3.0))
-    with pytest.raises(InvalidRequest, match="made with correction = "):
-        analyze(EXAM, base, tuned._replace(correction=other), Gate(), [3.2], tmp_path)
+    mine = tuned.correction
+    assert isinstance(mine, HeadCorrection)
+    reseeded = dataclasses.replace(tiny_correction(base, "mine", seed=2), gate=Gate(tau=3.0))
+    for other in (reseeded, dataclasses.replace(mine, strength=0.5), dataclasses.replace(mine, cap=mine.cap / 2)):
+        with pytest.raises(InvalidRequest, match="made with correction = "):
+            analyze(EXAM, base, tuned._replace(correction=other), Gate(), [3.2], tmp_path)
 
 
 def test_what_has_no_tuned_model_is_refused(base: Base, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def test_another_base_is_refused_with_both_names() -> None:
         ({"activation": "relu"}, "activation"),
         ({"base": None}, "base must be"),
         ({"colour": "red"}, "unknown field: colour"),
+        ({"report": {"gain": math.nan}}, "is not JSON"),
+        ({"report": {"note": "\ud800"}}, "is not JSON"),
         ({"tensors_sha256": "0"}, "digest"),
     ],
 )
