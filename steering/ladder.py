@@ -28,12 +28,12 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
 from trimtab.steering.lockstep import answer_sharpened
 from trimtab.steering.match import Matched, match_kl
-from trimtab.steering.prompted import Example, Preface, examples, preface
+from trimtab.steering.prompted import TRIES, Example, Preface, examples, preface
 from trimtab.steering.rollouts import Exam
 
 Role = Literal["base", "sharpening", "format", "tier", "control"]
 
-BASE, GREEDY = "base", "base-greedy"
+BASE, GREEDY, PROMPTED = "base", "base-greedy", "base-prompted"
 LORA_GATED, LORA_ALWAYS = "lora-gated", "lora-always"
 RANDOM_GATE, RANDOM_GATE_MATCHED = "random-gate", "random-gate-matched"  # at the head's strength; at its KL
 COOLER = (1.5, 2.0)  # the base's temperature is divided by these
@@ -75,10 +75,8 @@ def climb(base: Base, exam: Exam, entrants: Entrants, folder: Path) -> Climbed:
     """Let every row answer. Finished files in the folder are kept. Raises InvalidRequest for names of rows
     that are taken twice or left out in vain."""
     _check_names(exam, entrants)
-    core = _open(base, exam, entrants)
-    shots = examples(core, exam.task, exam.sampling, entrants.few_shot, folder / "examples")
-    if shots:  # they need room
-        core = _open(base, exam, entrants, Preface(examples=shots))
+    shots = _solved(base, exam, entrants.few_shot, folder / "examples")
+    core = _open(base, exam, entrants, shots)
     climbed = Climbed([], {}, [])
 
     def add(made: Sequence[Row]) -> None:
@@ -137,11 +135,19 @@ def _check_names(exam: Exam, entrants: Entrants) -> None:
         raise InvalidRequest(f"two rows would be called {twice[0]}: rename one correction in its correction.json")
 
 
-def _open(base: Base, exam: Exam, entrants: Entrants, *prefaces: Preface) -> Core:
+def _solved(base: Base, exam: Exam, count: int, folder: Path) -> tuple[Example, ...]:
+    """Training problems with solutions of the base, from an engine with room for those."""
+    if not count:
+        return ()
+    training = exam._replace(problems=exam.task.problems("train", count * TRIES))
+    return examples(training.open(base, Bank(base.hidden, base.device)), exam.task, exam.sampling, count, folder)
+
+
+def _open(base: Base, exam: Exam, entrants: Entrants, shots: tuple[Example, ...]) -> Core:
     """An engine with every correction, and room for every prompt."""
     bank = Bank(base.hidden, base.device)
     bank.add(*_corrections(entrants))
-    befores = (Preface(), Preface(entrants.system), *prefaces)
+    befores = (Preface(), Preface(entrants.system), Preface(examples=shots))
     problems = [preface(problem, before) for before in befores for problem in exam.problems]
     return exam._replace(problems=problems).open(base, bank)
 
@@ -166,7 +172,7 @@ def _of_the_base(exam: Exam, entrants: Entrants, shots: Sequence[Example]) -> li
     ]
     rows.append(Row(Policy(GREEDY, greedy=True), "sharpening", "the base, greedy"))
     if entrants.system:
-        rows.append(Row(Policy("base-prompted", preface=Preface(entrants.system)), "format", "after a system message"))
+        rows.append(Row(Policy(PROMPTED, preface=Preface(entrants.system)), "format", "after a system message"))
     if shots:
         policy = Policy("base-few-shot", preface=Preface(examples=tuple(shots)))
         rows.append(Row(policy, "format", f"after {len(shots)} training problems that it solved itself"))

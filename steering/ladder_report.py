@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.server.model.base import Base
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluate import Difference, compare, kept, summarise
-from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, Climbed, Entrants, Row, common_gate
+from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, PROMPTED, Climbed, Entrants, Row, common_gate
 from trimtab.steering.machine import ran_on
 from trimtab.steering.match import Matched
 from trimtab.steering.plot import Bar, gains_svg
@@ -117,7 +117,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"tokens, seed {s['seed']}. On {report['hardware']}.",
         "",
         *[f"- {c['name']}: {c['facts']}" for c in report["corrections"]],
-        *([f"- the system message: {report['system']}"] if report["system"] else []),
+        *[f"- the system message: {report['system']}" for row in report["rows"] if row["policy"] == PROMPTED],
         "",
         *_table(report["rows"]),
         "",

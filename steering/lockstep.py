@@ -4,7 +4,7 @@ Two engines read the same prompts and the same tokens, so what the rule compares
 gives the interventions of the paper's causal test (analyze.py), and a base that is sharpened at open steps only.
 
 Invariant: sample i of a problem draws with the same random number at a position in both, as under any other policy. So
-a rule that always takes the first's token writes what the first engine alone would.
+a rule that always takes one engine's token writes what that engine alone would, and ends where it does.
 
     for written in write(first, second, pairs, lambda turn: turn.own.open): ...
 """
@@ -80,7 +80,7 @@ def write(first: Core, second: Core, pairs: Sequence[tuple[Request, Request]], c
             turn = _turn(seeds[key[0]], len(turns), event, its[key])
             turns.append((turn, choose(turn)))
             token = turn.other if turns[-1][1] else turn.token
-            ended = token in first.base.eos
+            ended = token in (second if turns[-1][1] else first).base.eos
             if ended or event.finish or its[key].finish:
                 for core in (first, second):
                     core.abort(*key)

@@ -54,8 +54,6 @@ def preface(problem: Problem, by: Preface) -> Problem:
 def examples(core: Core, task: Task, sampling: Sampling, count: int, folder: Path) -> tuple[Example, ...]:
     """The first training problems that the base solves, with its first solution. Raises TaskError for too few,
     InvalidRequest where the folder holds those of another count or run."""
-    if not count:
-        return ()
     problems = task.problems("train", count * TRIES)
     claim(folder, describe_run(core, problems, sampling) | {"few_shot": count})
     score_again(task, problems, folder)

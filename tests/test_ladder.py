@@ -23,11 +23,13 @@ from trimtab.steering.verifiers import Extract
 
 
 class Chats(Odd):
-    """Its problems are chats, and the answer is the first letter."""
+    """Its problems are chats, those to learn from long, and the answer is the first letter."""
 
     def problems(self, split: Split, count: int) -> list[Problem]:
+        text = "A long story. " * 8 if split == "train" else ""
         return [
-            Problem(f"{split}-{i}", None, messages=({"role": "user", "content": f"{split} {i}"},)) for i in range(count)
+            Problem(f"{split}-{i}", None, messages=({"role": "user", "content": f"{text}{split} {i}"},))
+            for i in range(count)
         ]
 
     def extract(self, completion: str) -> Extract | None:
