@@ -35,6 +35,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (False, None),
+    "use_qalora": (False, None),
+    # Others change the base's weights too (pissa, olora, corda, loftq): PEFT can save those as a plain LoRA.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 

@@ -96,7 +96,14 @@ def _config_of(args: argparse.Namespace) -> FitConfig:
 def _refuse_unused(values: Mapping[str, Any]) -> None:
     """Raises InvalidRequest for an option of another route: it would change nothing, and the run be another's."""
     direct = (values["tier"], values["via"]) == ("head", "direct")
+    of_a_head = (values["tier"] == "lora", "is of a head: a LoRA has --lora-rate, --lora-batch and --lora-epochs")
+    of_rewards = (values["via"] == "teacher", "is of completions that are rewarded: a teacher's are not")
     unused = {
+        **dict.fromkeys(("learning_rate", "batch", "epochs", "top_k", "cap", "activation"), of_a_head),
+        **dict.fromkeys(("keep_problems", "drop_longest", "advantage_clip"), of_rewards),
+        **dict.fromkeys(
+            ("ratio_clip", "kl_weight"), (not direct, "is of a head that is fitted directly: leave it out")
+        ),
         "lora": (values["tier"] != "lora" and values["via"] != "lora", "is of a LoRA: add --via lora or --tier lora"),
         "strengths": (direct, "is of what is distilled, or of a LoRA: add --via lora or --tier lora"),
         "teacher_samples": (direct, "is of what is distilled: add --via lora"),

@@ -145,6 +145,9 @@ class ContrastCorrection(Correction):
 TIERS: Mapping[str, type[Correction]] = {c.tier: c for c in (HeadCorrection, LoraCorrection, ContrastCorrection)}
 
 
+_ROUNDED = ". Weights that were rounded to float16 are others too: there is bfloat16, or float32"
+
+
 def check(correction: Correction, identity: BaseIdentity) -> None:
     """Raise CorrectionError, naming both bases and what differs, unless the correction was fitted to this base."""
     if isinstance(correction, ContrastCorrection):
@@ -157,7 +160,7 @@ def check(correction: Correction, identity: BaseIdentity) -> None:
         raise CorrectionError(
             f"the correction {correction.name!r} was fitted to {made_for.model!r} and cannot steer {identity.model!r}: "
             f"other {' and '.join(differ)}. Serve it with {made_for.model!r}, or fit a new one to {identity.model!r} "
-            "(trimtab fit)"
+            f"(trimtab fit){_ROUNDED if 'weights' in differ else ''}"
         )
 
 

@@ -55,6 +55,8 @@ def test_writing_what_was_read_gives_an_equal_adapter(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"lora_alpha": "8"}, "lora_alpha"),
     ],

@@ -15,9 +15,10 @@ from trimtab.steering import fit as fit_module
 from trimtab.steering import lora as lora_module
 
 SMALL = (
-    "--temperature 1.0 --max-tokens 4 --problems 10 --samples 3 --rank 2 --top-k 5 --batch 32 --epochs 2 "
+    "--temperature 1.0 --max-tokens 4 --problems 10 --samples 3 --rank 2 "
     "--validation-problems 2 --validation-samples 1 --test-problems 2 --slots 16"
 )
+HEAD = "--top-k 5 --batch 32 --epochs 2"
 GRADING = """
 def odd(completion, answer): return sum(map(ord, completion)) % 2
 def never(completion, answer): return 0
@@ -41,7 +42,8 @@ def fit(
     def run(lines: list[Any], options: str) -> str:
         text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         (tmp_path / "task.jsonl").write_text("\n".join(text))
-        assert main(f"fit --out bad --task task.jsonl {SMALL} {options}".split()) == 1
+        tier = "" if "--tier lora" in options else HEAD
+        assert main(f"fit --out bad --task task.jsonl {SMALL} {tier} {options}".split()) == 1
         shown = capsys.readouterr()
         assert "Traceback" not in shown.err + shown.out
         assert not list(tmp_path.glob("bad/*.*")), "nothing but the work"

@@ -18,9 +18,10 @@ from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
 
 SMALL = (
-    "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 --top-k 5 --batch 32 --epochs 2 "
-    "--learning-rate 0.01 --validation-problems 2 --validation-samples 1 --test-problems 8"
+    "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 "
+    "--validation-problems 2 --validation-samples 1 --test-problems 8"
 )
+HEAD = f"{SMALL} --top-k 5 --batch 32 --epochs 2 --learning-rate 0.01"
 TASK = "--task task.jsonl --verifier odd_grading:odd"
 
 
@@ -31,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(folder)
     with pytest.MonkeyPatch.context() as patch:
         work_in(folder, patch)
-        assert run(f"fit --model tiny {TASK} --out odd {SMALL} --kl-budgets 0.01 0.03") == 0
+        assert run(f"fit --model tiny {TASK} --out odd {HEAD} --kl-budgets 0.01 0.03") == 0
         lora = (
             "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --lora-batch 4 --teacher-samples 2"
         )
-        assert run(f"fit --model tiny {TASK} --out taught {SMALL} {lora}") == 0
+        assert run(f"fit --model tiny {TASK} --out taught {HEAD} {lora}") == 0
     return folder
 
 
@@ -103,7 +104,7 @@ def test_eval_repeats_the_report_of_a_distilled_correction_with_its_teacher(caps
 def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     for teacher in ("taught/lora", "another"):
         out = f"from-{Path(teacher).name}"
-        assert run(f"distill tiny {teacher} {TASK} --out {out} {SMALL} --strengths 1 --teacher-samples 2") == 0
+        assert run(f"distill tiny {teacher} {TASK} --out {out} {HEAD} --strengths 1 --teacher-samples 2") == 0
         assert "| correction - shuffled-teacher |" in capsys.readouterr().out
         correction = load(out)
         assert correction.provenance["config"]["teacher"] == teacher
@@ -117,7 +118,7 @@ def test_a_teacher_that_reads_less_than_the_base_writes_is_refused(
 ) -> None:
     short = tiny_base(seed=1, max_position_embeddings=20)
     monkeypatch.setattr(teacher_module, "load_base", lambda *_: short)
-    assert run(f"distill tiny another {TASK} --out from-short {SMALL} --max-tokens 16") == 1
+    assert run(f"distill tiny another {TASK} --out from-short {HEAD} --max-tokens 16") == 1
     assert "max_tokens 16 is more than the teacher tiny-llama can read after" in capsys.readouterr().err
     assert not Path("from-short/run").exists()
 
@@ -142,6 +143,9 @@ def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFi
         ("--lora-preset paper", "lora_preset is of a LoRA"),
         ("--strengths 2", "strengths is of what is distilled, or of a LoRA"),
         ("--via lora --kl-budgets 0.5", "kl_budgets is of a head that is fitted directly"),
+        ("--via lora --kl-weight 3", "kl_weight is of a head that is fitted directly"),
+        ("--tier lora --learning-rate 1e-5", "learning_rate is of a head: a LoRA has --lora-rate"),
+        ("--via teacher --teacher x --keep-problems 5", "keep_problems is of completions that are rewarded"),
     ],
 )
 def test_an_option_of_another_route_is_refused(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
