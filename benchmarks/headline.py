@@ -11,6 +11,7 @@ from typing import Any
 
 from tables import table
 
+from trimtab.steering.ladder import LORA_ALWAYS
 from trimtab.steering.machine import hardware
 
 BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"
@@ -68,8 +69,10 @@ def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
         if row["policy"] == "base":
             yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]
         elif row["role"] in ("tier", "control") and not row["policy"].endswith("-greedy"):
-            shown = f"{row['pass_at_1']:.3f}, {_gain(row['gain'])}"
-            against = [d for d in run["differences"] if d["against"] == row["policy"] and row["role"] == "control"]
+            often = f" at {row['fired']:.0%} of steps" if 0 < row["fired"] < 1 else ""
+            shown = f"{row['pass_at_1']:.3f}{often}, {_gain(row['gain'])}"
+            held = row["role"] == "control" or row["policy"] == LORA_ALWAYS
+            against = [d for d in run["differences"] if held and d["against"] == row["policy"]]
             shown += "".join(f"; {d['policy']} minus it {_gain(d)}" for d in against)
             yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
 
@@ -82,19 +85,25 @@ def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:
             yield [f"`{run['correction']}` on `{run['task']}`, minus base", _gain(d), on]
     if text := run.get("text"):
         d = text["change"]
-        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token, over windows"
-        yield [f"`{run['correction']}` on plain text", shown, f"{text['tokens']} tokens of `{text['file']}`"]
+        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token, over windows; more is worse"
+        yield [
+            f"`{run['correction']}` on plain text, loss minus the base's",
+            shown,
+            f"{text['tokens']} tokens of `{text['file']}`",
+        ]
 
 
 def _of_tiers(run: Mapping[str, Any]) -> Iterator[Row]:
     for tier in (tier for tier in run["results"][0]["tiers"] if tier != "base"):
-        medians = [(r["batch"], r["tiers"][tier]["of_base"]["median"]) for r in run["results"]]
-        shares = ", ".join(f"{median:.1%} at batch {batch}" for batch, median in medians)
+        found = [(r["batch"], r["tiers"][tier]["of_base"]) for r in run["results"]]
+        shares = ", ".join(
+            f"{s['median']:.1%} [{s['low']:.1%}, {s['high']:.1%}] at batch {batch}" for batch, s in found
+        )
         yield [f"tokens/s of the base's, {tier}, gate always open", shares, _where(run)]
 
 
 def _on(run: Mapping[str, Any]) -> str:
-    return f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`"
+    return f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`; {run['hardware']}"
 
 
 def _where(run: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 Invariant: a token attends to its own slot's positions up to its own, within the window. The keys and values of the
 whole step are in the cache before (`store_rotated`); nothing is read past them.
 
-`slot_attention_reference.py` says the same in plain torch.
+`tests/slot_attention_reference.py` says the same in plain torch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -5,7 +5,7 @@ position and those below, within the window; the new ones are taken from the arg
 A row at position -1 is padding: it reads and writes nothing, and its result is 0. Slots and positions are read on the
 device, so a captured graph serves any rows.
 
-`slot_attention_reference.py` says the same in plain torch.
+`tests/slot_attention_reference.py` says the same in plain torch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -1,7 +1,7 @@
 """The element-wise parts of a decoder layer, each in one launch: the residual with its RMS norm, and SiLU(gate) * up.
 
 Invariant: rounded where the families' own modules round, so that a layer made of these equals theirs to the last place
-but one. `layer_reference.py` says the same in plain torch.
+but one. `tests/layer_reference.py` says the same in plain torch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

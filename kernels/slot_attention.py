@@ -2,7 +2,7 @@
 
     attended = attend(query, key, value, keys, values, places, scale, window, rotary)
 
-`slot_attention_reference.py` is the same in plain torch.
+`tests/slot_attention_reference.py` is the same in plain torch.
 """
 
 import torch

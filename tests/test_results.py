@@ -95,10 +95,7 @@ def test_a_fit_states_its_device_and_hardware(
     readme = (tmp_path / "README.md").read_text()
     assert "correction minus base" in readme
     assert "| `mine` on `else.jsonl`, minus base | +0.100 [+0.050, +0.150] | tiny, 200 " in readme
-    assert (
-        "| `mine` on plain text | +0.1000 [+0.0000, +0.2000] nats a token, over windows | 9 tokens of `wiki.txt` |"
-        in readme
-    )
+    assert "| `mine` on plain text, loss minus the base's | +0.1000 [+0.0000, +0.2000] nats a token" in readme
 
 
 GAIN = {"policy": "head", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}
@@ -190,5 +187,5 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
     for only_in_results in ("head-greedy", "oracle"):
         assert only_in_results in shown
         assert only_in_results not in readme
-    assert "| tier head, and its gain | 0.600, +0.100 [+0.050, +0.150] |" in readme
-    assert "| tokens/s of the base's, head, gate always open | 97.0% at batch 8 |" in readme
+    assert "| tier head, and its gain | 0.600 at 50% of steps, +0.100 [+0.050, +0.150] |" in readme
+    assert "| tokens/s of the base's, head, gate always open | 97.0% [90.0%, 100.0%] at batch 8 |" in readme

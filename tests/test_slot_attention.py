@@ -4,15 +4,14 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import layer_reference
 import pytest
 import torch
 from attending import Case, make_case, run
 from interpreted import Interpreter
 from torch.nn import functional as F
 
-from trimtab.kernels import layer_reference
-
-KERNELS, REFERENCE = "trimtab.kernels.slot_attention", "trimtab.kernels.slot_attention_reference"
+KERNELS, REFERENCE = "trimtab.kernels.slot_attention", "slot_attention_reference"
 
 
 class Native:

@@ -6,12 +6,13 @@ base = tiny_base("gemma3")
 
 from typing import Any
 
+import layer_reference
+import slot_attention_reference
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from trimtab.kernels import layer_reference, slot_attention_reference
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.attention import IMPLEMENTATION

@@ -17,7 +17,7 @@ def attend(
     window: int | None,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """See slot_attention.py."""
+    """See kernels/slot_attention.py."""
     if rotary is not None:
         query = rotate(query, rotary, rotary.query_norm)
         key = rotate(key, rotary, rotary.key_norm)

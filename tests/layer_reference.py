@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See layer.py."""
+    """See kernels/layer.py."""
     summed = x if residual is None else x + residual
     y = summed.float()
     normed = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -14,6 +14,6 @@ def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See layer.py."""
+    """See kernels/layer.py."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
