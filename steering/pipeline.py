@@ -69,7 +69,10 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     with clock.time("features"):
         features = _learn_from(work, config, base, problems.training, items)
     used = {item.problem for item in items}
-    study = Study(config, base, task, [p for p in problems.training if p.id in used], items, features, work, clock)
+    learned = [problem for problem in problems.training if problem.id in used]
+    rewards = [rollout.reward for rollout in rollouts if rollout.problem in used]
+    reward = sum(rewards) / len(rewards)
+    study = Study(config, base, task, learned, items, features, work, clock, reward)
     route = choose_route(study, teacher)
     candidates = _keep(work / "candidates", route.candidates)
     with clock.time("validation"):

@@ -16,6 +16,7 @@ from trimtab.steering.config import FitConfig
 from trimtab.steering.controls import shuffle
 from trimtab.steering.features import Features, cache_features
 from trimtab.steering.problem import Problem
+from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Sampling, collect, open_core
 from trimtab.steering.selection import Item
 from trimtab.steering.tasks import Task
@@ -33,6 +34,7 @@ class Study(NamedTuple):
     features: Features  # of the items
     folder: Path  # for the work
     clock: Clock
+    reward: float  # of the base's completions of these problems, the mean
     label: str = ""  # before the names of its stages
 
     @property
@@ -59,6 +61,9 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
     with clock.time(stage):
         rollouts = collect(core, study.task, study.problems, sampling, folder / "rollouts", stage)
     del core  # its cache
+    reward = sum(r.reward for r in rollouts) / len(rollouts)
+    doubt = ": a correction that follows it will hardly gain" if reward <= study.reward and not study.label else ""
+    say(stage, f"mean reward {reward:.3f} on the training problems, the base's {study.reward:.3f}{doubt}")
     held_out = {item.problem for item in study.items if item.held_out}
     own = [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
     stage = f"{study.label}features of the teacher's"

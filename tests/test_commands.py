@@ -40,6 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def mean_reward(folder: str) -> float:
+    found = [json.loads(line)["reward"] for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
+    return float(sum(found) / len(found))
+
+
 def run(arguments: str) -> int:
     return main(arguments.split())
 
@@ -105,7 +110,12 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
     for teacher in ("taught/lora", "another"):
         out = f"from-{Path(teacher).name}"
         assert run(f"distill tiny {teacher} {TASK} --out {out} {HEAD} --strengths 1 --teacher-samples 2") == 0
-        assert "| correction - shuffled-teacher |" in capsys.readouterr().out
+        shown = capsys.readouterr()
+        assert "| correction - shuffled-teacher |" in shown.out
+        told = [mean_reward(f"{out}/run/{work}") for work in ("teacher/rollouts", "rollouts")]
+        said = "mean reward {:.3f} on the training problems, the base's {:.3f}".format(*told)
+        (line,) = (line for line in shown.err.splitlines() if said in line)
+        assert line.endswith(": a correction that follows it will hardly gain") == (told[0] <= told[1])
         correction = load(out)
         assert correction.provenance["config"]["teacher"] == teacher
         assert correction.provenance["config"]["via"] == "teacher"
