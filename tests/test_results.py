@@ -31,15 +31,21 @@ MACHINE = describe() | {"cpu": "Abacus 3000", "architecture": "wood64", "cores":
 MARKERS = "<!-- figures: written by benchmarks/results.py -->\n<!-- end of figures -->"
 
 
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/results.py, writing to a folder of the test's."""
+def read_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A file of benchmarks/."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as when it runs: tables.py lies beside it
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/results.py, writing to a folder of the test's."""
+    module = read_benchmark("results", monkeypatch)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text(f"Before\n{MARKERS}\nAfter\n")
     return module
@@ -50,6 +56,20 @@ def write(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str)
     results.main()
     text: str = (results.ROOT / "RESULTS.md").read_text()
     return text
+
+
+def test_what_the_repository_holds_is_what_its_results_say(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("results", "corrections"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    assert write(results, monkeypatch) == (ROOT / "RESULTS.md").read_text()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    capacity = read_benchmark("capacity", monkeypatch)
+    monkeypatch.setattr(capacity, "PAGE", tmp_path / "CAPACITY.md")
+    capacity.main()
+    assert (tmp_path / "CAPACITY.md").read_text() == (ROOT / "deploy" / "CAPACITY.md").read_text()
 
 
 @pytest.mark.parametrize(
