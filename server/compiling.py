@@ -3,30 +3,40 @@
 Invariant: a structure that never ends to compile holds one of PLACES and a thread that no exit waits for, and nothing
 else: its request is refused in time, and so are those that find every place taken.
 
-    compiler = Compiler(engine.compile);  await compiler.compile(structure, "response_format")
+    compiler = Compiler(engine);  await compiler.compile(structure, "response_format")
 """
 
 import asyncio
 import threading
-from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
-from trimtab.errors import Overloaded, Unfollowable
+from trimtab.errors import InvalidRequest, Overloaded
 from trimtab.server.engine.request import Structure
 
 PLACES = 4  # structures under way at once
 SECONDS = 30.0  # a structure may take; a common one takes milliseconds, the first one a second more
 
 
-class Compiler:
-    """Used by one event loop. compile: what a thread calls."""
+class Engine(Protocol):
+    """What compiles, in any thread."""
 
-    def __init__(self, compile: Callable[[Structure, str], None], seconds: float = SECONDS) -> None:
-        self._compile, self._seconds = compile, seconds
+    def compiled(self, structure: Structure) -> bool: ...
+
+    def compile(self, structure: Structure, field: str) -> None: ...
+
+
+class Compiler:
+    """Used by one event loop."""
+
+    def __init__(self, engine: Engine, seconds: float = SECONDS) -> None:
+        self._engine, self._seconds = engine, seconds
         self._places = asyncio.Semaphore(PLACES)
 
     async def compile(self, structure: Structure, field: str) -> None:
-        """Raises InvalidRequest, naming `field`: also Unfollowable for what takes too long; Overloaded."""
+        """Raises InvalidRequest, naming `field`, also for what takes too long; Overloaded."""
+        if self._engine.compiled(structure):
+            return
         try:
             async with asyncio.timeout(self._seconds):
                 await self._places.acquire()
@@ -47,16 +57,20 @@ class Compiler:
         def work() -> None:
             found: BaseException | None = None
             try:
-                self._compile(structure, field)
+                self._engine.compile(structure, field)
             except BaseException as error:
                 found = error
             with suppress(RuntimeError):  # the loop closed meanwhile
                 loop.call_soon_threadsafe(end, found)
 
-        threading.Thread(target=work, name="compile", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="compile", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left
+            self._places.release()
+            raise Overloaded("the server has no thread left to compile a structure: try again in a moment") from error
         try:
             async with asyncio.timeout(self._seconds):
                 await done
         except TimeoutError as error:
             message = f"{field} takes more than {self._seconds:g} s to compile: say it more simply"
-            raise Unfollowable(message, field) from error
+            raise InvalidRequest(message, field) from error

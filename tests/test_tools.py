@@ -1,8 +1,10 @@
 """Tools in chats: what clients see of calls, streamed or not, and what the engine is asked."""
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ from pydantic import BaseModel
 
 from scripted import BASE, EOS, Script, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_bank
 from tiny import TEMPLATE, tiny_base, tiny_correction, tiny_tokenizer
+from trimtab.server import tickets
 from trimtab.server.app import create_app
+from trimtab.server.compiling import Compiler
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine as RealEngine
 from trimtab.server.engine.pieces import Pieces
@@ -492,6 +496,22 @@ def test_a_strict_schema_that_would_be_refused_alone_is_refused_of_a_tool() -> N
     grammar, _ = grammar_of(tools=[{"type": "function", "function": function}])
     assert "^a$" in grammar
     assert "minProperties" not in grammar
+
+
+def test_tools_that_take_too_long_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar that cannot be followed is made plainer; one that is never finished would take place after place."""
+    tried: list[str] = []
+
+    def compile(engine: Engine, structure: Structure, field: str) -> None:
+        tried.append(field)
+        threading.Event().wait()
+
+    monkeypatch.setattr(Engine, "compile", compile)
+    monkeypatch.setattr(tickets, "Compiler", partial(Compiler, seconds=0.1))
+    response, _ = ask("x", tool_choice="required")
+    assert response.status_code == 400
+    assert "takes more than 0.1 s to compile" in response.json()["error"]["message"]
+    assert tried == [response.json()["error"]["param"]]
 
 
 # With a real engine and a random model: only the grammar makes it write what it writes

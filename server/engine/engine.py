@@ -93,6 +93,10 @@ class Engine:
         self._on_events = on_events
         self._thread.start()
 
+    def compiled(self, structure: Structure) -> bool:
+        """Whether that is done, and kept: then `compile` returns at once."""
+        return self._core.grammars.holds(structure)
+
     def compile(self, structure: Structure, field: str) -> None:
         """Compile what a request will need, which may take long: any thread. Raises InvalidRequest, naming `field`."""
         self._core.grammars.compile(structure, field)

@@ -40,6 +40,11 @@ class Grammars:
         self._kept: OrderedDict[Structure, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
+    def holds(self, structure: Structure) -> bool:
+        """Whether it is compiled and kept."""
+        with self._lock:
+            return structure in self._kept
+
     def compile(self, structure: Structure, field: str = "structure") -> "Grammar":
         """The grammar of a structure, new or kept. field: what the caller calls it. Raises Unfollowable, or
         InvalidRequest for a model that cannot be held to anything."""
