@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
+from trimtab.steering.final import NUMBER, final_number, marked_numbers, plain, read
 
 SOLVED = 1.0  # a reward of less is no success where successes are counted
 
@@ -38,18 +39,6 @@ class Extract(NamedTuple):
 
 Verifier = Callable[[str, Any], float]
 Extractor = Callable[[str], Extract | None]
-
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the minus of 10-12 is no sign
-_MARK = re.compile(r"####\s*|\\boxed(?=\{)")
-_GOES_ON = re.compile(r"\s*[\\^*+/-]")  # after a number: it is part of a formula
-_SPELLINGS = (  # of a number in LaTeX, and in print
-    (re.compile("\N{MINUS SIGN}"), "-"),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})"), ""),
-    (re.compile(r"\\(?:text|math)(?:bf|rm)?\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\[,!;: ]|\^\{?\\circ\}?"), " "),
-    (re.compile(r"(?<!\d)\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
-)
 
 
 def load_verifier(name: str) -> Verifier:
@@ -107,9 +96,9 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             return f"is not a regular expression ({error})"
     if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
-    if verifier == "math" and not _NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
+    if verifier == "math" and not NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
         return "is not a number or formula that math-verify can read"
-    if verifier == "final" and not _NUMBER.fullmatch(_plain(str(answer)).strip()):
+    if verifier == "final" and not NUMBER.fullmatch(plain(str(answer)).strip()):
         return "must be a number"
     return None
 
@@ -181,65 +170,17 @@ def _extract_math(completion: str) -> Extract | None:
         text = f"{float(found[0]):.10g}"  # 1/2 and 0.5 are one answer
     except (TypeError, ValueError, OverflowError):
         text = str(found[0])
-    return Extract(text, any(_marked_numbers(completion)) or "\\boxed{" in completion)
+    return Extract(text, any(marked_numbers(completion)) or "\\boxed{" in completion)
 
 
 def _verify_final(completion: str, answer: Any) -> float:
-    found = _final_number(completion)
-    if found is None:
-        return 0.0
-    wanted = _value(_plain(str(answer)))
-    return float(math.isclose(found[0], wanted, rel_tol=1e-6, abs_tol=1e-6))
+    found = final_number(completion)
+    return float(found is not None and math.isclose(found.value, read(plain(str(answer))), rel_tol=1e-6, abs_tol=1e-6))
 
 
 def _extract_final(completion: str) -> Extract | None:
-    found = _final_number(completion)
-    return None if found is None else Extract(f"{found[0]:.10g}", found[1])
-
-
-def _final_number(completion: str) -> tuple[float, bool] | None:
-    """The last number that is marked as the answer, or else the last one -> its value, whether it is marked."""
-    marked = _marked_numbers(completion)
-    every = marked or _NUMBER.findall(_plain(completion))
-    if not every or math.isnan(value := _value(every[-1])):
-        return None
-    return value, bool(marked)
-
-
-def _marked_numbers(completion: str) -> list[str]:
-    """The first number after #### on its line, and in \\boxed{}, of an equation on its right side. A boxed formula
-    that is no number stands as NaN."""
-    numbers = []
-    for part in _MARK.split(completion)[1:]:
-        boxed = part.startswith("{")
-        shown = _plain(_in_braces(part) if boxed else part.partition("\n")[0])
-        side = shown.rpartition("=")[2]
-        if first := _NUMBER.search(side):
-            formula = "\\" in side[: first.start()] or _GOES_ON.match(side, first.end())
-            numbers.append("nan" if boxed and formula else first[0])
-    return numbers
-
-
-def _in_braces(text: str) -> str:
-    """What stands within the braces that text begins with, or, where they do not end, after them."""
-    depth = 0
-    for at, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[1:at]
-    return text[1:]
-
-
-def _plain(text: str) -> str:
-    """The text with its numbers as they are usually typed."""
-    for spelling, plain in _SPELLINGS:
-        text = spelling.sub(plain, text)
-    return text
-
-
-def _value(number: str) -> float:
-    top, _, bottom = number.replace(",", "").replace("$", "").partition("/")
-    return float(top) / (float(bottom or 1) or math.nan)
+    found = final_number(completion)
+    return None if found is None else Extract(f"{found.value:.10g}", found.marked)
 
 
 def _verify_exact(completion: str, answer: Any) -> float:
