@@ -42,7 +42,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None),
     "use_qalora": (False, None),
     # Others change the base's weights too (pissa, olora, corda, loftq): PEFT can save those as a plain LoRA.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 
 
@@ -76,6 +76,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     path = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # as a folder is written from it
         content = (Path(folder) / WEIGHTS_FILE).read_bytes()
     except OSError as error:
         hint = "; pickled adapters are not read, save it as safetensors" if WEIGHTS_FILE in str(error) else ""

@@ -106,7 +106,7 @@ def _refuse_unused(values: Mapping[str, Any]) -> None:
         ),
         "lora": (values["tier"] != "lora" and values["via"] != "lora", "is of a LoRA: add --via lora or --tier lora"),
         "strengths": (direct, "is of what is distilled, or of a LoRA: add --via lora or --tier lora"),
-        "teacher_samples": (direct, "is of what is distilled: add --via lora"),
+        "teacher_samples": (values["via"] == "direct", "is of what is distilled, or of a teacher's imitation"),
         "kl_budgets": (not direct, "is of a head that is fitted directly: leave it out, or see --kl-limit"),
     }
     for field in dataclasses.fields(FitConfig):

@@ -62,8 +62,8 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
         rollouts = collect(core, study.task, study.problems, sampling, folder / "rollouts", stage)
     del core  # its cache
     reward = sum(r.reward for r in rollouts) / len(rollouts)
-    doubt = ": a correction that follows it will hardly gain" if reward <= study.reward and not study.label else ""
-    say(stage, f"mean reward {reward:.3f} on the training problems, the base's {study.reward:.3f}{doubt}")
+    # By chance the base does a little better there than it would again: by its answers these problems were chosen.
+    say(stage, f"mean reward {reward:.3f} on the problems that are learned from, where the base had {study.reward:.3f}")
     held_out = {item.problem for item in study.items if item.held_out}
     own = [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
     stage = f"{study.label}features of the teacher's"

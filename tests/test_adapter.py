@@ -1,6 +1,7 @@
 """A PEFT folder: what is read, and what is refused because it would be half applied."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_writing_what_was_read_gives_an_equal_adapter(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"lora_dropout": math.nan}, "is not JSON"),
+        ({"base_model_name_or_path": "\ud800"}, "is not JSON"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"lora_alpha": "8"}, "lora_alpha"),
     ],
