@@ -65,6 +65,7 @@ def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
 
 def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
     at = f", {run['gate']}" if "gate" in run else ""
+    at += f", strength {run['strength']:g}" if run.get("strength") is not None else ""
     for row in run["rows"]:
         if row["policy"] == "base":
             yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]

@@ -185,7 +185,8 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
     rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
     if not isinstance(entrants.correction, LoraCorrection):
-        rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}"))
+        asked = "" if entrants.strength is None else f", strength {entrants.strength:g}"
+        rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}{asked}"))
         greedy = first._replace(name=f"{first.name}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
     loras = [(LORA_GATED, LORA_ALWAYS, _LORA)] if entrants.lora and entrants.lora is not entrants.correction else []

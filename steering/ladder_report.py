@@ -45,6 +45,7 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
         "hardware": ran_on(base, exam.threads),
         "model": base.name,
         "gate": str(common_gate(entrants)),
+        "strength": entrants.strength,
         "corrections": [_describe(c) for c in corrections],
         "system": entrants.system,
         "rows": rows,

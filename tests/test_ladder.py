@@ -176,6 +176,8 @@ def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
         assert f"| {row.policy.name} | " in shown
         assert f"- {row.policy.name}: {row.what}" in shown
     assert "- the system message: Be odd." in shown
+    assert "- head: mine, gate entropy > 3 nats, strength 0.5" in shown
+    assert report["strength"] == 0.5
     assert "- shuffled-rewards was matched at strength" in shown
     (line,) = (line for line in shown.splitlines() if line.startswith("| lora-always |"))
     assert line.endswith(" |  |  |  |"), "without a base row nothing tells how far it is from the base"
