@@ -21,10 +21,12 @@ _OF_A_FIT = {("correction", "base"), ("correction", "shuffled-rewards"), ("teach
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the corrections' own reports, then of the runs, one kind after another; of each what a newcomer asks first."""
+    """Of the runs, one kind after another, after the reports of corrections that no ladder judged; of each what a
+    newcomer asks first."""
     rows = [["what", "figure", "measured on"]]
+    judged = {run["corrections"][0]["name"] for run in _of_kind(runs, "ladder")}
     for fit in fits:
-        rows += _of_fit(fit)
+        rows += [] if fit["name"] in judged else _of_fit(fit)
     made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
     for run in _of_kind(runs, "ladder"):
         rows += _of_ladder(run)
