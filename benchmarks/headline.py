@@ -21,15 +21,16 @@ _OF_A_FIT = {("correction", "base"), ("correction", "shuffled-rewards"), ("teach
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the runs, one kind after another, after the reports of corrections that no ladder judged; of each what a
-    newcomer asks first."""
+    """Of the ladders, the reports of corrections that no ladder judged, and the other runs, what a newcomer asks
+    first."""
     rows = [["what", "figure", "measured on"]]
-    judged = {run["corrections"][0]["name"] for run in _of_kind(runs, "ladder")}
+    made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
+    ladders = _of_kind(runs, "ladder")
+    for run in ladders:
+        rows += _of_ladder(run)
+    judged = {run["corrections"][0]["name"] for run in ladders}
     for fit in fits:
         rows += [] if fit["name"] in judged else _of_fit(fit)
-    made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
-    for run in _of_kind(runs, "ladder"):
-        rows += _of_ladder(run)
     for run in _of_kind(runs, "eval"):
         elsewhere = made_for.get(run["correction"], run["task"]) != run["task"]
         rows += _of_transfer(run) if elsewhere else [[f"`{run['correction']}`", run["verdict"]["summary"], _on(run)]]
