@@ -159,5 +159,5 @@ def tile_rows(group: int, itemsize: int) -> int:
 
 def tile_for(width: int, itemsize: int) -> dict[str, Any]:
     """Positions read at once, and how deep the reads are pipelined."""
-    block = 64 if width * itemsize <= 128 else 32
+    block = 64 if width * itemsize <= 128 else 32 if width * itemsize <= 512 else 16
     return {"BLOCK": block, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}

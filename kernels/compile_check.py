@@ -117,7 +117,7 @@ def builds() -> list[Build]:
 def _decoding(dtype: str, itemsize: int) -> list[Build]:
     """What a captured decode step launches for each layer, at the sizes of 7B models."""
     result = []
-    for size, splits in ((64, 16), (128, 1), (128, 4)):
+    for size, splits in ((64, 16), (128, 1), (128, 4), (256, 4)):
         tile = decode_attention.tile_for(size, itemsize)
         launch = {name: value for name, value in tile.items() if name != "BLOCK"}
         shape: dict[str, int | bool] = {"GROUP": 7, "SIZE": size, "M": 16, "WIDTH": size, "BLOCK": tile["BLOCK"]}

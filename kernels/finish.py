@@ -123,6 +123,7 @@ def finish_kernel(
     if (best == INF) | (best == NEG_INF):
         tl.store(state + row * 4, 0)
         tl.store(task + row * 2, 0)
+        tl.store(task + row * 2 + 1, 0)  # which steer.py reads of every row
         tl.store(token_out + row, -1)
         tl.store(status_out + row, DEAD)
         tl.store(base_token_out + row, -1)

@@ -156,6 +156,7 @@ def resolve_kernel(
             entry = start + tl.arange(0, 128)
             listed = entry < stop
             token = tl.load(edit_token + entry, mask=listed, other=0)
+            listed = listed & (token < vocab)
             count = tl.load(edit_count + entry, mask=listed, other=0)
             value = tl.load(z + token, mask=listed, other=0.0)
             value = tl.where(count < 0, value, tl.where(value > 0.0, tl.div_rn(value, repeat), value * repeat))

@@ -28,13 +28,13 @@ def attend(
     slot, position, decode, tiles = places
     if tiles is None:
         return decode_attention(query, key, value, keys, values, slot, position, scale, window, rotary)
-    query, key = store_rotated(query, key, value, keys, values, places, rotary)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    chunk_attention(query, keys, values, tiles, scale, window, out)
-    if decode:
-        out[:decode] = decode_attention(
-            query[:decode], key[:decode], value[:decode], keys, values, slot[:decode], position[:decode], scale, window
-        )
+    rotated, _ = store_rotated(query, key, value, keys, values, places, rotary)
+    out = torch.empty(rotated.shape, dtype=query.dtype, device=query.device)
+    chunk_attention(rotated, keys, values, tiles, scale, window, out)
+    if decode:  # by the kernels of a step that decodes alone: the same sums, and nothing more to compile
+        own = None if rotary is None else rotary._replace(cos=rotary.cos[:decode], sin=rotary.sin[:decode])
+        query, key, value, slot, position = (x[:decode] for x in (query, key, value, slot, position))
+        out[:decode] = decode_attention(query, key, value, keys, values, slot, position, scale, window, own)
     return out
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tiny import tiny_base, tiny_model, tiny_tokenizer
+from tiny import VOCAB, tiny_base, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest, UnsupportedModel
 from trimtab.server.model import attention
 from trimtab.server.model.attention import KVBatch, Span
@@ -28,6 +28,10 @@ def test_a_local_folder_loads_and_identifies_itself_alike_at_any_dtype(tmp_path:
     assert full.identity == half.identity
     assert full.identity.fingerprint != tiny_base(seed=1).identity.fingerprint
     assert full.eos == {256}
+
+
+def test_an_end_token_beyond_the_head_is_none() -> None:
+    assert tiny_base(eos_token_id=[3, VOCAB, 10**6]).eos == {3, 256}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from interpreted import Interpreter
 
 from steps import make_inputs
 from trimtab.kernels.dispatch import steer_for
-from trimtab.kernels.record import FIRED, StepInputs
+from trimtab.kernels.record import DEAD, FIRED, StepInputs
 from trimtab.kernels.steer import Candidates, Steered, find_on_cpu, rewrite, steer
 
 CPU = torch.device("cpu")
@@ -81,6 +81,15 @@ def test_what_changed_a_logit_since_stays() -> None:
     assert float(logits[0, second]) == pytest.approx(float(alone[0, second]) + 2.0)
     others = [i for i in range(300) if i not in (best, second)]
     assert torch.equal(logits[0, others], alone[0, others])
+
+
+def test_a_row_without_a_distribution_has_no_candidates(interpreter: Interpreter) -> None:
+    inputs = inputs_of(4)
+    inputs.logits[1, 7] = float("nan")
+    for found in (find_on_cpu(inputs), interpreter.call("trimtab.kernels.steer", "find_on_gpu", inputs)):
+        assert found[0].status[1] & DEAD
+        assert found[1][0][1] == 0
+        assert found[1][0][0] > 0
 
 
 @pytest.mark.parametrize("how", [{}, {"ties": True}, {"top_k": (3, 64)}])

@@ -158,14 +158,17 @@ class Core:
             yield from self.step()
 
     def _warm_up(self) -> None:
-        """Compile now what the first requests would wait for: prompts, draws, edits, masks, and a head's correction."""
+        """Compile now what the first requests would wait for: prompts, draws, edits, masks, a head, a companion."""
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
         head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
         prompt = (0,) * min(8, self.max_len - 1)
+        kinds = [Steering()] + [Steering(head)] * (head is not None)
+        if self.config.slots > 1:  # a companion takes the second
+            kinds.append(Steering(CONTRAST, companion_prompt=prompt))
         biased = replace(sampling, logit_bias={0: 1.0})
         masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
         for draws in (sampling, biased, *masked):
-            for steering in [Steering()] + [Steering(head)] * (head is not None):
+            for steering in kinds:
                 for event in self.run([Request("warm-up", prompt, draws, steering)]):
                     if event.error is not None:
                         raise EngineFailure(f"the engine's first step failed: {event.error}")

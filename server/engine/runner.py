@@ -26,6 +26,7 @@ from trimtab.server.model.adapters import Placed, Shelf
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base
 from trimtab.server.model.graphs import DecodeGraphs
+from trimtab.server.model.staging import stage
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import LoraCorrection
 
@@ -88,14 +89,14 @@ class Runner:
             states = self.base.forward(list(tokens), batch)
             lengths = ends - starts
             keep_states(work, states, (lengths.cumsum() - lengths).tolist())
-            hidden = states[batch.last[rows]]
+            hidden = states[batch.last[self._place(rows)]]
             return Forward(sampling, hidden, self.base.logits(hidden), False)
         hidden, logits = self._graphs.run([w.row.tokens[w.start] for w in work], slots, starts)
-        if any(w.row.told for w in work) and keep_states(work, hidden.clone(), range(len(work))):
-            return Forward(sampling, hidden[rows], logits[rows], False)
-        if rows == list(range(len(work))):
+        kept = any(w.row.told for w in work) and keep_states(work, hidden.clone(), range(len(work)))
+        if not kept and rows == list(range(len(work))):
             return Forward(sampling, hidden, logits, len(sequences) == len(rows))
-        return Forward(sampling, hidden[rows], logits[rows], False)
+        at = self._place(rows)
+        return Forward(sampling, hidden[at], logits[at], False)
 
     def sample(self, forward: Forward) -> StepRecord | None:
         """Launch the step kernel and wait for what it reports; None if no row samples."""
@@ -149,6 +150,10 @@ class Runner:
         mixes = {row: s.rule.companion.mix for row, s in enumerate(sequences) if s.rule.companion is not None}
         if not mixes:
             return None
-        rows, mix = torch.tensor(list(mixes)), torch.tensor(list(mixes.values()))
+        rows, mix = stage([np.array(list(mixes)), np.array(list(mixes.values()), dtype=np.float32)], logits.device)
         capped = any(sequences[row].request.steering.budget.kl is not None for row in mixes)
-        return Companions(rows.to(logits.device), logits, mix.to(logits.device), capped)
+        return Companions(rows, logits, mix, capped)
+
+    def _place(self, rows: list[int]) -> Tensor:
+        """Rows as an index on the device: a list would be copied by torch, which waits for all that was launched."""
+        return stage([np.array(rows, dtype=np.int64)], self.base.device)[0]

@@ -51,7 +51,7 @@ class Base:
         self.head_weight: Tensor = head.weight  # [vocab, hidden]
         self.vocab, self.hidden = head.weight.shape
         self.max_len = _position_limit(self.config)
-        self.eos = _end_tokens(model, tokenizer)
+        self.eos = frozenset(token for token in _end_tokens(model, tokenizer) if 0 <= token < self.vocab)
         self.identity = identify(model, tokenizer, name)
         self.adapted = AdaptedLayers(model)
         self._decoder = decoder
