@@ -117,10 +117,10 @@ def builds() -> list[Build]:
 def _decoding(dtype: str, itemsize: int) -> list[Build]:
     """What a captured decode step launches for each layer, at the sizes of 7B models."""
     result = []
-    for size, splits in ((64, 16), (128, 1), (128, 4), (256, 4)):
+    for size, splits, group in ((64, 16, 7), (128, 1, 7), (128, 4, 7), (256, 4, 4)):  # the last is Gemma's
         tile = decode_attention.tile_for(size, itemsize)
         launch = {name: value for name, value in tile.items() if name != "BLOCK"}
-        shape: dict[str, int | bool] = {"GROUP": 7, "SIZE": size, "M": 16, "WIDTH": size, "BLOCK": tile["BLOCK"]}
+        shape: dict[str, int | bool] = {"GROUP": group, "SIZE": size, "M": 16, "WIDTH": size, "BLOCK": tile["BLOCK"]}
         shape |= {"SPLITS": splits, "ROTARY": True, "NORM": splits == 4}
         name = f"attend {dtype}, {size} wide, {splits} splits"
         result.append(Build(name, decode_attention.attend_kernel, dtype, shape, launch))
@@ -128,7 +128,7 @@ def _decoding(dtype: str, itemsize: int) -> list[Build]:
             continue
         tile = chunk_attention.tile_for(size, itemsize)
         launch = {name: value for name, value in tile.items() if name != "BLOCK"}
-        shape = {"GROUP": 7, "SIZE": size, "M": chunk_attention.tile_rows(7, itemsize), "WIDTH": size}
+        shape = {"GROUP": group, "SIZE": size, "M": chunk_attention.tile_rows(group, itemsize), "WIDTH": size}
         name, shape = f"chunk {dtype}, {size} wide", shape | {"BLOCK": tile["BLOCK"]}
         result.append(Build(name, chunk_attention.chunk_kernel, dtype, shape, launch))
     shape = {"HEADS": 32, "KV_HEADS": 4, "SIZE": 128, "WIDTH": 128, "ROTARY": True, "NORM": True}

@@ -195,7 +195,7 @@ def splits_for(pairs: int, length: int, processors: int) -> int:
 
 def tile_for(width: int, itemsize: int) -> dict[str, Any]:
     """Positions read at once, and how deep the reads are pipelined."""
-    block, stages = (64, 3) if itemsize == 2 and width <= 128 else (32, 2)
+    block, stages = (64, 3) if itemsize == 2 and width <= 128 else (32, 2) if width * itemsize <= 512 else (16, 2)
     return {"BLOCK": block, "num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
 
 
