@@ -26,8 +26,13 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     rows = [["what", "figure", "measured on"]]
     made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
     ladders = _of_kind(runs, "ladder")
-    for run in ladders:
-        rows += _of_ladder(run)
+    shown = set()
+    for run in ladders:  # of several under one gate and strength the first: there is a pool of them
+        asked = run["corrections"][0]["name"], run.get("gate"), run.get("strength")
+        rows += [] if asked in shown else _of_ladder(run)
+        shown.add(asked)
+    for run in _of_kind(runs, "pool"):
+        rows += _of_pool(run)
     judged = {run["corrections"][0]["name"] for run in ladders}
     for fit in fits:
         rows += [] if fit["name"] in judged else _of_fit(fit)
@@ -79,6 +84,16 @@ def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
             against = [d for d in run["differences"] if held and d["against"] == row["policy"]]
             shown += "".join(f"; {d['policy']} minus it {_gain(d)}" for d in against)
             yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
+
+
+def _of_pool(run: Mapping[str, Any]) -> Iterator[Row]:
+    """What is judged against the base, and what it says among themselves."""
+    on = f"{run['model']}, {run['problems']}; {run['drawn on']}"
+    for row in run["results"]:
+        if row["gain"] and (row["against"] == "base" or not row["policy"].startswith("base")):
+            of = f"`{run['correction']}`, ladders together: {row['policy']} minus {row['against']}"
+            yield [of, _gain(row["gain"]), on]
+            on = "the same, paired seeds"
 
 
 def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:

@@ -83,6 +83,9 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
         "command": f"`{shlex.join(command)}`",
         "base": fit["base"]["model"],
         "correction": f"{fit['tier']}{head}, strength {fit['strength']:g}, gate {gate}",
+        "validation": ", ".join(
+            f"{name} {rate:.3f}" for name, rate in made.get("fit", {}).get("validation", {}).items()
+        ),
         "problems sha256": made.get("problems_sha256"),
         "seed": config.get("seed"),
         "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads" if here else None,

@@ -84,6 +84,17 @@ def test_gates_variants_and_answers_of_a_finished_fit(tmp_path: Path) -> None:
         empty = "gain_where_it_reasoned" if share else "gain_where_that_was_at_once"
         assert greedy[empty] is None
         assert greedy["gain"] is not None
+    for name, skip in (("one", "0"), ("two", "2")):
+        ladder = ["eval", "--correction", "fit", "--ladder", "--problems", "2", "--skip", skip, "--out", name]
+        call("-m", "trimtab.cli", *ladder, folder=tmp_path)
+    pooled = run("pool.py", "fit", "one/completions", "two/completions", folder=tmp_path)
+    assert pooled["problems"] == "4 of 2 ladders"
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    rates = [{row["policy"]: row["pass_at_1"] for row in report["rows"]} for report in reports]
+    means = {row["policy"]: row["pass@1"] for row in pooled["results"] if row["against"] is None}
+    assert means == {name: sum(rate[name] for rate in rates) / 2 for name in means}
+    gains = {(r["policy"], r["against"]): r["gain"]["mean"] for r in pooled["results"] if r["against"] is not None}
+    assert gains["head", "base"] == means["head"] - means["base"]
     few = ["fit", "--problems", "3", "--samples", "2"]
     gates = run("gates.py", *few, "--taus", "0.5", "2.5", "--kl", "0.01", folder=tmp_path)["results"]
     assert [row["tau"] for row in gates] == [0.5, 2.5]
