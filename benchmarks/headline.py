@@ -27,9 +27,9 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
     ladders = _of_kind(runs, "ladder")
     shown = set()
-    for run in ladders:  # of several under one gate and strength the first: there is a pool of them
-        asked = run["corrections"][0]["name"], run.get("gate"), run.get("strength")
-        rows += [] if asked in shown else _of_ladder(run)
+    for run in ladders:  # of several under one gate the first: there is a pool of them
+        asked = run["corrections"][0]["name"], run.get("gate")
+        rows += [] if asked in shown or run.get("strength") is not None else _of_ladder(run)
         shown.add(asked)
     for run in _of_kind(runs, "pool"):
         rows += _of_pool(run)
@@ -73,7 +73,6 @@ def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
 
 def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
     at = f", {run['gate']}" if "gate" in run else ""
-    at += f", strength {run['strength']:g}" if run.get("strength") is not None else ""
     for row in run["rows"]:
         if row["policy"] == "base":
             yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]

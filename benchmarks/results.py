@@ -79,13 +79,12 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     here = made.get("machine")
     gate = Gate(fit["gate"]["kind"], fit["gate"]["tau"], fit["gate"].get("ceiling") or math.inf)
     head = f", rank {fit['rank']}, {fit['top_k']} candidates" if fit["tier"] == "head" else ""
+    tried: Mapping[str, float] = made.get("fit", {}).get("validation", {})
     facts = {
         "command": f"`{shlex.join(command)}`",
         "base": fit["base"]["model"],
         "correction": f"{fit['tier']}{head}, strength {fit['strength']:g}, gate {gate}",
-        "validation": ", ".join(
-            f"{name} {rate:.3f}" for name, rate in made.get("fit", {}).get("validation", {}).items()
-        ),
+        "validation": ", ".join(f"{name} {rate:.3f}" for name, rate in tried.items()),
         "problems sha256": made.get("problems_sha256"),
         "seed": config.get("seed"),
         "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads" if here else None,
