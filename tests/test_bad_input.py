@@ -27,7 +27,7 @@ def loud(completion, answer): return 3
 def broken(completion, answer): return answer['gone']
 """
 GOOD: list[Any] = [{"id": i, "prompt": f"Line {i}:", "answer": "1"} for i in range(40)]
-LORA = "--lora-targets down_proj --lora-batch 4 --lora-warmup 1 --teacher-samples 1"
+LORA = "--lora-targets down_proj --lora-batch 4 --lora-warmup 1"
 
 
 @pytest.fixture
