@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("correction", type=Path, metavar="CORRECTION")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    correction = load(args.correction)
     found, apart = pool(args.folders)
     told = json.loads((args.folders[0] / BASE / "policy.json").read_text())
     facts = {
-        "model": load(args.correction).base.model,
-        "correction": load(args.correction).name,
+        "model": correction.base.model,
+        "correction": correction.name,
         "drawn on": " and ".join(sorted({json.loads(report(folder))["hardware"] for folder in args.folders})),
         "sampling": ", ".join(f"{name} {value}" for name, value in told["sampling"].items()),
         "problems": f"{len({rollout.problem for rollout in found[BASE]})} of {len(args.folders)} ladders",
