@@ -15,7 +15,7 @@
     |-- CorrectionError       a correction's folder is damaged, or made for another base
     `-- TaskError             a task file or verifier is wrong: names the line and the fix
 
-Only server/http_errors.py knows the HTTP statuses. Nothing here imports anything, so clients may use it too.
+server/http_errors.py knows their HTTP statuses. Nothing here imports anything, so clients may use it too.
 """
 
 
@@ -87,11 +87,7 @@ class RateLimited(TrimtabError):
 
 
 class Overloaded(TrimtabError):
-    """The server's queue is full. retry_after: seconds to wait before trying again."""
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    """The server's queue is full: the same request may be answered in a moment."""
 
 
 class EngineFailure(TrimtabError):

@@ -39,9 +39,6 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     for run in _of_kind(runs, "eval"):
         elsewhere = made_for.get(run["correction"], run["task"]) != run["task"]
         rows += _of_transfer(run) if elsewhere else [[f"`{run['correction']}`", run["verdict"]["summary"], _on(run)]]
-    for run in _of_kind(runs, "step"):
-        shares = ", ".join(f"{r['share']:.1%} at batch {r['batch']}" for r in run["results"])
-        rows.append(["steering's share of a decode step, gate always open", shares, _where(run)])
     for run in _of_kind(runs, "tiers"):
         rows += _of_tiers(run)
     return table(rows)

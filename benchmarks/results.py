@@ -1,6 +1,6 @@
 """Writes RESULTS.md, and the table between the README's markers, from what was measured. Nobody writes them by hand.
 
-    python benchmarks/step.py | tee results/step.txt
+    python benchmarks/tiers.py | tee results/tiers.txt
     trimtab eval --correction corrections/smollm2-135m-instructions --skip 200 --ladder --out results/demo
     python benchmarks/results.py
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from headline import fill_readme, headline
-from tables import plain_table, serve_table, step_table, table, tiers_table
+from tables import plain_table, serve_table, table, tiers_table
 
 from trimtab.steering import analyze_report, ladder_report, text
 from trimtab.steering.config import FitConfig
@@ -76,7 +76,6 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
         if name in defaults and name != "name" and value != _plain(defaults[name]):
             values = value if isinstance(value, list) else [value]
             command += [f"--{name.replace('_', '-')}", *map(str, values)]
-    here = made.get("machine")
     gate = Gate(fit["gate"]["kind"], fit["gate"]["tau"], fit["gate"].get("ceiling") or math.inf)
     head = f", rank {fit['rank']}, {fit['top_k']} candidates" if fit["tier"] == "head" else ""
     tried: Mapping[str, float] = made.get("fit", {}).get("validation", {})
@@ -87,8 +86,8 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
         "validation": ", ".join(f"{name} {rate:.3f}" for name, rate in tried.items()),
         "problems sha256": made.get("problems_sha256"),
         "seed": config.get("seed"),
-        "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads" if here else None,
-        **(_machine(here) if here else {}),
+        "device": f"{made['device']}, {made['dtype']}, {made['threads']} threads",
+        **_machine(made["machine"]),
     }
     body = to_markdown(fit["report"]) if fit.get("report") else "No report: nobody has judged this correction.\n"
     return f"## The correction {fit['name']}\n\n{_list(facts)}\n\n{body}"
@@ -116,10 +115,6 @@ def write_ladder(run: dict[str, Any], path: Path) -> str:
 def write_analyze(run: dict[str, Any], path: Path) -> str:
     facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"]}
     return _section(f"What tuning changed: {run['tuned']}", facts, run, analyze_report.to_markdown(run))
-
-
-def write_step(run: dict[str, Any], path: Path) -> str:
-    return _section(f"Steering's share of a decode step: {run['model']}", _facts(run), run, step_table(run))
 
 
 def write_serve(run: dict[str, Any], path: Path) -> str:
@@ -155,7 +150,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "analyze": write_analyze,
     "fit_time": write_fit_time,
     "tiers": write_tiers,
-    "step": write_step,
     "serve": write_serve,
     "gsm8k": write_data,
     "capitals": write_data,

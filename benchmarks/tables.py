@@ -20,14 +20,6 @@ def tiers_table(run: Mapping[str, Any]) -> str:
     return table(rows) + "\n\nMedians of rounds in which all took turns; 95 % bootstrap intervals of the ratio."
 
 
-def step_table(run: Mapping[str, Any]) -> str:
-    rows = [["batch", "base ms", "off - base, ms", "on - base, ms", "steering's share", "same tokens"]]
-    for r in run["results"]:
-        spans = [f"{r[k]['median']:+.3f} [{r[k]['low']:+.3f}, {r[k]['high']:+.3f}]" for k in ("off_ms", "on_ms")]
-        rows.append([str(r["batch"]), f"{r['base_ms']:.2f}", *spans, f"{r['share']:.1%}", f"{r['same_tokens']:.0%}"])
-    return table(rows) + "\n\nMedians of rounds in which the three took turns; 95 % bootstrap intervals."
-
-
 def serve_table(run: Mapping[str, Any]) -> str:
     rows = [["streams", "tokens/s", "first token p50, ms", "p99", "between tokens p50, ms", "p99"]]
     for r in run["results"]:

@@ -8,6 +8,7 @@ nothing, and a companion as much as open, as it must keep up. There is no top_p,
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -16,10 +17,10 @@ from typing import Any
 
 import machine
 import torch
-from step import WARM_UP, choose_correction, spread, start
 
+from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import CONTRAST, Core
-from trimtab.server.engine.request import Steering
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.engine.rule import rule_for
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.adapter import Adapter, LoraLayer
@@ -29,6 +30,7 @@ from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import device_of
 
+WARM_UP = 5  # rounds that are not counted
 OPEN = -1e6  # a tau below every statistic
 RANK, LAYER = 8, "o_proj"  # of the LoRA that stands in for a learned one
 
@@ -62,6 +64,27 @@ def main() -> None:
             share = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**found["of_base"])
             print(f"{r['batch']:>16}  {tier:>12}  {found['ms']:>9.3f}  {found['tokens_s']:>10.1f}  {share:>24}")
     print(json.dumps({"benchmark": "tiers", **facts, "machine": here, "results": results}))
+
+
+def choose_correction(base: Base, folder: str | None, seed: int) -> HeadCorrection:
+    """The correction to time, with a gate that is always open."""
+    if folder is not None:
+        loaded = load(folder)
+        check(loaded, base.identity)
+        return dataclasses.replace(loaded, gate=Gate(tau=-1.0))
+    draw, rank = torch.Generator().manual_seed(seed), 16
+    return HeadCorrection(
+        name="random",
+        rank=rank,
+        top_k=32,
+        base=base.identity,
+        A=torch.randn(rank, base.hidden, generator=draw) / base.hidden**0.5,
+        B=torch.randn(base.hidden, rank, generator=draw) / rank**0.5,
+        b=torch.zeros(base.hidden),
+        hidden_scale=1.0,
+        row_scale=1.0,
+        gate=Gate(tau=-1.0),
+    )
 
 
 def choose_lora(base: Base, folder: str | None, seed: int) -> LoraCorrection:
@@ -118,6 +141,29 @@ def measure(
         of_base = spread([r["base"] / r[tier] for r in rounds], args.seed)
         tiers[tier] = {"ms": round(ms, 4), "tokens_s": round(1000 * batch / ms, 2), "of_base": of_base}
     return {"batch": batch, "tiers": tiers}
+
+
+def start(base: Base, bank: Bank, steering: Steering, batch: int, args: argparse.Namespace, rows: int) -> Core:
+    """An engine whose whole batch, of so many rows a choice, has read its prompts and decodes from now on."""
+    total = WARM_UP + args.steps + 2
+    length = args.prompt + total + batch
+    core = Core(base, bank, EngineConfig(slots=rows * batch, max_model_len=length, threads=args.threads))
+    draw = random.Random(args.seed)
+    for row in range(batch):
+        prompt = tuple(draw.randrange(base.vocab) for _ in range(args.prompt))
+        sampling = SamplingParams(temperature=0.8, seed=row, max_tokens=total + batch, ignore_eos=True)
+        core.submit(Request(f"r{row}", prompt, sampling, steering))
+    while len(core.step()) < batch:
+        assert core.busy
+    return core
+
+
+def spread(values: list[float], seed: int, draws: int = 2000) -> dict[str, float]:
+    """The median and its 95 % bootstrap interval."""
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    low, high = medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    return {"median": round(statistics.median(values), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 if __name__ == "__main__":

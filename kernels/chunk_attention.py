@@ -25,11 +25,11 @@ STORE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 def store_kernel(
     query, query_row, query_head, key, key_row, key_head, value, value_row, value_head,
     keys, values, slot_stride, position_stride, head_stride, slot, position,
-    cos, sin, query_norm, key_norm, eps, heads, kv_heads, query_out, key_out,
+    cos, sin, query_norm, key_norm, eps, heads, kv_heads, query_out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     ROTARY: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens): rotated queries and keys to memory, keys and values to the cache."""
+    """Grid (tokens): rotated queries to memory, rotated keys and values to the cache."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(position + row)
     if at < 0:
@@ -49,7 +49,6 @@ def store_kernel(
     tl.store(keys + home, k, mask=mask)
     tl.store(values + home, v, mask=mask)
     if ROTARY:
-        tl.store(key_out + (row * kv_heads + kv) * SIZE + d, k, mask=mask)
         head = tl.arange(0, HEADS)[:, None]
         mask = (head < heads) & inside
         q = load_rotated(
@@ -110,21 +109,19 @@ def chunk_kernel(
 
 def store_rotated(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Places, rotary: Rotary | None
-) -> tuple[Tensor, Tensor]:
-    """Write the step's keys and values to the cache. -> its queries and keys [tokens, heads, head_dim], rotated."""
+) -> Tensor:
+    """Write the step's keys and values to the cache. -> its queries [tokens, heads, head_dim], rotated."""
     tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     assert keys.stride() == values.stride()
     assert query.stride(2) == key.stride(2) == value.stride(2) == keys.stride(3) == 1
-    rotated = (query, key)
-    if rotary is not None:
-        rotated = (query.new_empty(query.shape), key.new_empty(key.shape))
+    rotated = query if rotary is None else query.new_empty(query.shape)
     cos, sin, query_norm, key_norm, eps = rotary or (query, query, None, None, 0.0)
     store_kernel[tokens,](
         query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1),
         value, value.stride(0), value.stride(1), keys, values, *keys.stride()[:3], places.slot, places.position,
         cos, sin, query if query_norm is None else query_norm, query if key_norm is None else key_norm, eps,
-        heads, kv_heads, *rotated,
+        heads, kv_heads, rotated,
         HEADS=triton.next_power_of_2(heads), KV_HEADS=triton.next_power_of_2(kv_heads), SIZE=size,
         WIDTH=max(16, triton.next_power_of_2(size)), ROTARY=rotary is not None, NORM=query_norm is not None, **STORE,
     )  # fmt: skip

@@ -66,7 +66,7 @@ _ALIGNED = {
 }  # multiples of 16 in real models
 _INTEGERS = _ALIGNED | {"mix", "alternatives", "words", "heads", "kv_heads"}
 _FLOATS = (
-    "logits hidden head query key value keys values cos sin query_norm key_norm query_out key_out out "
+    "logits hidden head query key value keys values cos sin query_norm key_norm query_out out "
     "x residual scales summed gate_up"
 )
 _OF_DTYPE = set(_FLOATS.split())

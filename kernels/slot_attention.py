@@ -28,7 +28,7 @@ def attend(
     slot, position, decode, tiles = places
     if tiles is None:
         return decode_attention(query, key, value, keys, values, slot, position, scale, window, rotary)
-    rotated, _ = store_rotated(query, key, value, keys, values, places, rotary)
+    rotated = store_rotated(query, key, value, keys, values, places, rotary)
     out = torch.empty(rotated.shape, dtype=query.dtype, device=query.device)
     chunk_attention(rotated, keys, values, tiles, scale, window, out)
     if decode:  # by the kernels of a step that decodes alone: the same sums, and nothing more to compile

@@ -17,7 +17,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from trimtab.clients import facts
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.server import openapi
 from trimtab.server.http_errors import parse
 from trimtab.server.service import Service
 from trimtab.server.sources import FILES, read_files, read_named, rename
@@ -26,6 +28,7 @@ from trimtab.steering.correction import Correction
 
 PATH, LOAD, UNLOAD = "/v1/corrections", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 MAX_UPLOAD = 256 * 2**20  # bytes
+_PUT = {**openapi.plain(facts.Correction, "It replaced one."), **openapi.plain(facts.Correction, "It is new.", 201)}
 
 
 class _Put(BaseModel):
@@ -95,12 +98,12 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
     """root: where folders must lie; None: anywhere."""
     catalogue = service.catalogue
 
-    @app.get(PATH)
+    @app.get(PATH, responses=openapi.plain(facts.CorrectionList))
     async def list_corrections() -> dict[str, Any]:
         """List the corrections."""
         return catalogue.corrections()
 
-    @app.post(PATH, response_model=None)
+    @app.post(PATH, response_model=None, responses=_PUT)
     async def put_correction(request: Request) -> JSONResponse:
         """Load a correction, or swap the one of that name: from a folder (JSON) or from files (multipart)."""
         if request.headers.get("content-type", "").startswith("multipart/"):
@@ -116,7 +119,7 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
             entry, replaced = await install(service, body.path, body.name, root)
         return JSONResponse(catalogue.describe(entry), 200 if replaced else 201)
 
-    @app.delete(PATH + "/{name}")
+    @app.delete(PATH + "/{name}", responses=openapi.plain(facts.Deleted))
     async def delete_correction(name: str) -> dict[str, Any]:
         """Take a correction away: requests under way finish on it."""
         await remove(service, name)

@@ -42,16 +42,14 @@ class FrontDoor:
     def __init__(
         self,
         app: ASGIApp,
-        keys: Keys | None = None,
-        lifecycle: Lifecycle | None = None,
-        max_per_key: int | None = None,
-        observers: Sequence[Observer] = (),
-        max_body: int = MAX_BODY,
+        keys: Keys,
+        lifecycle: Lifecycle,
+        max_per_key: int | None,
+        observers: Sequence[Observer],
     ) -> None:
         """max_per_key: requests that one API key may have under way; None: any number."""
-        self._app, self._max_body, self._max_per_key = app, max_body, max_per_key
-        self._keys, self._lifecycle = keys or Keys(), lifecycle or Lifecycle()
-        self._observers = observers
+        self._app, self._keys, self._lifecycle = app, keys, lifecycle
+        self._max_per_key, self._observers = max_per_key, observers
         self._under_way: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +64,7 @@ class FrontDoor:
         path = _SLASHES.sub("/", scope["path"]).rstrip("\n")  # a line break at the end, which routes would not see
         visit = Visit(request_id, scope["method"], path, headers)
         scope = {**scope, "method": "GET" if bodiless else visit.method, "path": visit.path}
-        limit = self._max_body
+        limit = MAX_BODY
         received = 0
 
         async def receive_some() -> Message:

@@ -37,6 +37,7 @@ log = logging.getLogger("trimtab.server")
 B = TypeVar("B", bound=BaseModel)
 
 _INVALID = "invalid_request_error"
+_IN_A_MOMENT = {"Retry-After": "1"}  # seconds
 
 
 class Failure(NamedTuple):
@@ -76,8 +77,7 @@ def failure(error: BaseException) -> Failure:
         case Forbidden():
             return Failure(403, str(error), code="forbidden")
         case RateLimited():
-            headers = {"Retry-After": "1"}
-            return Failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
+            return Failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=_IN_A_MOMENT)
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case ClientDisconnect():
@@ -85,10 +85,9 @@ def failure(error: BaseException) -> Failure:
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():
-            headers = {"Retry-After": str(error.retry_after)}
-            return Failure(503, str(error), "server_error", code="server_overloaded", headers=headers)
+            return Failure(503, str(error), "server_error", code="server_overloaded", headers=_IN_A_MOMENT)
         case EngineStopped():
-            return Failure(503, str(error), "server_error", code="engine_stopped", headers={"Retry-After": "1"})
+            return Failure(503, str(error), "server_error", code="engine_stopped", headers=_IN_A_MOMENT)
         case EngineFailure():
             return Failure(500, str(error), "server_error", code="engine_failure")
         case _:

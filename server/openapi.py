@@ -60,9 +60,11 @@ def _streamed(whole: type[BaseModel], chunk: str) -> dict[int | str, dict[str, A
     return {200: {"model": whole, "description": "The answer.", "content": events}}
 
 
-def plain(model: type[BaseModel], description: str = "The answer.") -> dict[int | str, dict[str, Any]]:
+def plain(
+    model: type[BaseModel], description: str = "The answer.", status: int = 200
+) -> dict[int | str, dict[str, Any]]:
     """An answer in JSON."""
-    return {200: {"model": model, "description": description}}
+    return {status: {"model": model, "description": description}}
 
 
 def status(well: str, ill: str) -> dict[int | str, dict[str, Any]]:

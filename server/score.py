@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from trimtab.clients import facts
 from trimtab.errors import ContextOverflow, InvalidRequest
+from trimtab.server import openapi
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
@@ -55,7 +57,7 @@ class ScoreBody(BaseModel):
 def add_routes(app: FastAPI, service: Service) -> None:
     """What this file serves."""
 
-    @app.post("/v1/steering/score", response_model=None)
+    @app.post("/v1/steering/score", response_model=None, responses=openapi.plain(facts.Score))
     async def score(request: HttpRequest, body: ScoreBody) -> Response:
         """What steering would have done at every token of a completion, had the model written it."""
         return JSONResponse(await or_gone(request.receive, _score(service, body)))

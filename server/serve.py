@@ -11,11 +11,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.arguments import HelpFormatter
+from trimtab.arguments import HelpFormatter, Subparsers, at_least, split_named
 from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.model.weights import DEMO
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
 
 
-def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_serve(commands: Subparsers) -> None:
     """Add `serve` to the command line."""
     parser = commands.add_parser(
         "serve",
@@ -46,7 +46,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="a correction's folder or a PEFT LoRA's, and what it is called as a model; repeatable",
     )
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
-    add("--port", type=_at_least(0), default=8000, help="0 takes a free one")
+    add("--port", type=at_least(0), default=8000, help="0 takes a free one")
     add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {API_VARIABLE}")
     add("--api-key-file", type=Path, metavar="FILE", help="more of them, one a line")
     admin = f"a key for changing corrections at run time, repeatable; also read from {ADMIN_VARIABLE}"
@@ -74,17 +74,17 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--max-model-len", type=_at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
-    add("--max-num-seqs", type=_at_least(1), default=32, metavar="N", help="choices that run at once")
-    add("--max-num-batched-tokens", type=_at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
-    add("--max-queue", type=_at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
+    add("--max-model-len", type=at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
+    add("--max-num-seqs", type=at_least(1), default=32, metavar="N", help="choices that run at once")
+    add("--max-num-batched-tokens", type=at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
+    add("--max-queue", type=at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
     tokens = "tokens of prompts that may wait to be read; more get a 503"
-    add("--max-queue-tokens", type=_at_least(1), default=2**20, metavar="TOKENS", help=tokens)
-    add("--max-requests-per-key", type=_at_least(1), metavar="N", help="at once; more get a 429")
+    add("--max-queue-tokens", type=at_least(1), default=2**20, metavar="TOKENS", help=tokens)
+    add("--max-requests-per-key", type=at_least(1), metavar="N", help="at once; more get a 429")
     add("--enforce-eager", action="store_true", help="on CUDA, decode steps without graphs: far slower")
-    add("--threads", type=_at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
+    add("--threads", type=at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
     add("--no-page", action="store_true", help="without the page at /")
-    add("--drain-timeout", type=_at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
+    add("--drain-timeout", type=at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     add("--log-format", default="text", choices=("text", "json"), help="json: an object a line")
     add("--log-prompts", action="store_true", help="log what was asked, with each request")
@@ -197,8 +197,7 @@ def choose_corrections(model: str, given: Sequence[str]) -> list[tuple[str, Path
         return [(DEMO_CORRECTION.name, DEMO_CORRECTION)]
     chosen = []
     for item in given:
-        name, separator, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
-        path = Path(folder if separator else item)
+        name, path = split_named(item)
         if not path.is_dir():
             raise InvalidRequest(f"--correction {item}: there is no folder {path}", "correction")
         chosen.append((name or path.resolve().name, path))
@@ -223,18 +222,6 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     bank = Bank(base.hidden, base.device)
     bank.add(*loaded)
     return bank
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse, which names the flag that has another value."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
-        return value
-
-    return number
 
 
 def _end() -> None:

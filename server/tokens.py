@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab import __version__
+from trimtab.clients import facts
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
 from trimtab.server.many import Many
@@ -59,21 +60,6 @@ class DetokenizeBody(BaseModel):
     tokens: Many[int]
 
 
-class Tokenized(BaseModel):
-    """The ids, and with return_token_strs how the vocabulary writes them."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class Detokenized(BaseModel):
-    """The text."""
-
-    prompt: str
-
-
 class TokenizerInfo(BaseModel):
     """How the tokenizer was made: what its configuration says."""
 
@@ -103,20 +89,20 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return await chat.renderer(service, asked, "whole")([message.for_template() for message in asked.messages])
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Tokenized:
+    async def tokenize(body: TokenizeBody) -> facts.Tokens:
         """Turn a prompt or a chat into the ids that a generation would read."""
         ids = await read(body)
         strings = await prompter.strings(ids) if body.return_token_strs else None
-        return Tokenized(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
+        return facts.Tokens(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Detokenized:
+    async def detokenize(body: DetokenizeBody) -> facts.Detokenized:
         """Turn ids into text, special tokens included."""
         service.catalogue.choose(body.model, None)
         if not all(map(prompter.knows, body.tokens)):
             raise InvalidRequest("tokens holds an id that the tokenizer does not have", "tokens")
         (text,) = await prompter.decode([tuple(body.tokens)])
-        return Detokenized(prompt=text)
+        return facts.Detokenized(prompt=text)
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:

@@ -46,15 +46,12 @@ class Paper:
 
     def candidates(self) -> list[Correction]:
         """The LoRA at each strength within the limit."""
-        return _candidates(self._study, self._learn(self._study))
+        return _candidates(self._study, learn_from_rewards(self._study))
 
     def control(self, kind: str, kl: float) -> Correction:
         """shuffled-rewards: from advantages dealt anew within each problem."""
         study = shuffled(self._study)
-        return _match(study, self._learn(study), kind, kl)
-
-    def _learn(self, study: Study) -> Path:
-        return learn_from_rewards(study)
+        return _match(study, learn_from_rewards(study), kind, kl)
 
 
 class Imitation:

@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.arguments import HelpFormatter
+from trimtab.arguments import HelpFormatter, Subparsers
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.steering.config import FitConfig
 
 if TYPE_CHECKING:
     from trimtab.steering.correction import Correction
-
-Subparsers = Any  # argparse's own type is private
 
 
 def add_fit(subparsers: Subparsers) -> None:

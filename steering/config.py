@@ -86,14 +86,16 @@ class FitConfig:
     dtype: str = option("auto", "of the base: auto, float32, bfloat16, float16")
     device: str = option("auto", "auto, cpu or cuda")
 
-    problems: int = option(None, "training problems to sample; by default 128, or 256 where there is a teacher")
+    problems: int = option(None, "training problems to sample; by default 256, for a head fitted directly 128")
     samples: int = option(8, "completions sampled a training problem")
     temperature: float = option(0.6, "of sampling, in fitting and in judging; the fit's likelihood ratio uses it too")
     top_p: float = option(0.95, "nucleus of sampling")
     max_tokens: int = option(96, "most tokens a completion may have")
 
     gate: str = option("entropy", "where it acts: entropy, varentropy, margin (of the two best tokens) or always")
-    tau: float = option(None, "the gate opens above; by default 0.5 nats. With always: learned where entropy is above")
+    tau: float = option(
+        None, "the gate opens above; by default 0.5 (margin: -0.8). With always: learned where entropy is above"
+    )
     keep_problems: int = option(0, "use this many problems, those of pass rate nearest 0.5; 0: all of mixed success")
     drop_longest: float = option(0.2, "share of each problem's completions to leave out, the longest")
     advantage_clip: float = option(2.5, "largest absolute advantage")
@@ -123,7 +125,7 @@ class FitConfig:
     teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
     strengths: tuple[float, ...] = option(
         None,
-        "a distilled correction is tried at each; the best within the limit ships; default 0.5 0.7 1 1.4",
+        "a distilled correction is tried at each; the best within the limit ships; default 0.5 0.7 1 1.4, a LoRA 1",
     )
 
     validation_problems: int = option(64, "further problems, to choose a budget or strength on")

@@ -96,16 +96,16 @@ def distil(
     return best
 
 
-def measure(head: Head, watched: Watched, rows: Tensor, config: FitConfig, strength: float = 1.0) -> float:
+def measure(head: Head, watched: Watched, rows: Tensor, config: FitConfig) -> float:
     """Mean KL(teacher || corrected) over the positions, whatever the gate."""
     parts = torch.split(torch.arange(len(watched.targets), device=rows.device), MEASURE_ROWS)
     with torch.no_grad():
-        return float(torch.cat([_divergence(head, watched.at(at), rows, config, strength) for at in parts]).mean())
+        return float(torch.cat([_divergence(head, watched.at(at), rows, config) for at in parts]).mean())
 
 
-def _divergence(head: Head, watched: Watched, rows: Tensor, config: FitConfig, strength: float = 1.0) -> Tensor:
+def _divergence(head: Head, watched: Watched, rows: Tensor, config: FitConfig) -> Tensor:
     features, k = watched.features, config.top_k
-    delta = strength * head(features.h, embedding(features.ids[:, :k].long(), rows))
+    delta = head(features.h, embedding(features.ids[:, :k].long(), rows))
     corrected = torch.cat([features.logits[:, :k] + delta, features.logits[:, k:]], 1).log_softmax(1)
     teacher = watched.targets.log_softmax(1)
     return (teacher.exp() * (teacher - corrected)).sum(1)

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.arguments import Subparsers, at_least
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import Setting, add_what, count, keep_in, positive, refuse_learned, settle, several
+from trimtab.steering.setting import SEVERAL, Setting, add_what, keep_in, refuse_learned, settle
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from trimtab.steering.gate import Gate
     from trimtab.steering.ladder import Entrants
     from trimtab.steering.rollouts import Exam
-
-Subparsers = Any  # argparse's own type is private
 
 
 def add_eval(subparsers: Subparsers) -> None:
@@ -32,13 +31,13 @@ def add_eval(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--correction", required=True, type=Path, metavar="DIR", help="a correction's folder")
     add_what(parser)
-    parser.add_argument("--problems", type=several, help="held-out problems (default: as many as the fit's, or 200)")
+    parser.add_argument("--problems", type=SEVERAL, help="held-out problems (default: as many as the fit's, or 200)")
     parser.add_argument(
-        "--skip", type=count, default=0, help="leave out the first so many: others than the fit's report"
+        "--skip", type=at_least(0), default=0, help="leave out the first so many: others than the fit's report"
     )
-    parser.add_argument("--samples", type=positive, help="completions a problem and policy (default: as many, or 2)")
+    parser.add_argument("--samples", type=at_least(1), help="completions a problem and policy (default: as many, or 2)")
     parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
-    parser.add_argument("--tau", type=float, help="the gate of the correction and the controls (default: their own)")
+    parser.add_argument("--tau", type=float, help="of the gate, the controls' too (default: the correction's)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
     parser.add_argument("--text", type=Path, metavar="FILE", help="also: how likely this plain text is to both")
@@ -47,7 +46,7 @@ def add_eval(subparsers: Subparsers) -> None:
     ladder.add_argument("--lora", type=Path, metavar="DIR", help="a LoRA to compare with (default: the fit's own)")
     ladder.add_argument("--also", type=Path, action="append", default=[], metavar="DIR", help="a further correction")
     ladder.add_argument("--control-prompt", default="", metavar="TEXT", help="a system message for the base")
-    ladder.add_argument("--few-shot", type=count, default=0, metavar="N", help="solved examples for the base")
+    ladder.add_argument("--few-shot", type=at_least(0), default=0, metavar="N", help="solved examples for the base")
     ladder.add_argument("--without", nargs="+", default=[], metavar="ROW", help="rows to leave out, by name")
     parser.set_defaults(func=run_eval)
 
@@ -72,7 +71,7 @@ def run_eval(args: argparse.Namespace) -> None:
     with keep_in(args.out) as folder:
         report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)
         if text is not None:
-            read, words = _read_text(args, correction, setting.base, text)
+            read, words = _read_text(args, correction, setting, text)
             report, shown = report | {"text": read}, f"{shown}\n{words}"
         report |= {"model": setting.base.name, "machine": describe_run("trimtab")}
         if args.out is not None:
@@ -97,10 +96,11 @@ def _judge(args: argparse.Namespace, correction: "Correction", setting: Setting,
     from trimtab.steering.report import Judged, make, to_markdown
     from trimtab.steering.teacher import adapt
 
+    gate = _gate(args, correction)
     lora = args.correction / "lora"
     teacher = adapt(setting.base, lora) if lora.is_dir() else None
     controls = _controls(args.correction, setting.base)
-    report = make(setting.base, exam, Judged(correction, controls, teacher, args.strength, args.tau), folder)
+    report = make(setting.base, exam, Judged(correction, controls, teacher, args.strength, gate), folder)
     own = correction.report or {}
     seen = own["problems"] - args.skip if own.get("task") == exam.task.name else 0
     known = max(0, min(seen, args.problems))
@@ -126,27 +126,33 @@ def _read_file(path: Path) -> str:
         raise InvalidRequest(f"--text {path}: cannot be read: {error}", "text") from error
 
 
-def _read_text(args: argparse.Namespace, correction: "Correction", base: "Base", text: str) -> Told:
+def _read_text(args: argparse.Namespace, correction: "Correction", setting: Setting, text: str) -> Told:
     """How likely a plain text is to the base, and under the correction."""
     import hashlib
 
-    from trimtab.steering.correction import LoraCorrection
-    from trimtab.steering.teacher import adapt
     from trimtab.steering.text import read_text, to_markdown
 
-    lora = adapt(base, args.correction) if isinstance(correction, LoraCorrection) else None
-    measured = read_text(base, correction, text, lora, args.strength, _gate(args, correction))
+    measured = read_text(setting.base, correction, text, args.strength, _gate(args, correction), setting.threads)
     measured |= {"file": args.text.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return measured, to_markdown(measured)
 
 
 def _gate(args: argparse.Namespace, correction: "Correction") -> "Gate | None":
-    """With the tau that was asked for; None: the correction's own."""
+    """With the tau that was asked for; None: the correction's own.
+
+    Raises InvalidRequest for a threshold of a gate that has none; the ladder has a gate for a LoRA that is always on.
+    """
+    from trimtab.steering.correction import LoraCorrection
+    from trimtab.steering.gate import Gate
+
     if args.tau is None:
         return None
     gate = correction.gate
-    kind = "entropy" if gate.kind == "always" else gate.kind
-    return dataclasses.replace(gate, kind=kind, tau=args.tau, calibration=())
+    if gate.kind == "always":
+        if not (args.ladder and isinstance(correction, LoraCorrection)):
+            raise InvalidRequest(f"tau cannot be set: {correction.name}'s gate is always open", "tau")
+        gate = Gate()
+    return dataclasses.replace(gate, tau=args.tau, calibration=())
 
 
 def _entrants(args: argparse.Namespace, correction: "Correction", base: "Base") -> "Entrants":

@@ -72,12 +72,7 @@ def cache_features(
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
         return _read(base, problems, group, first, numbers, config)._asdict()
 
-    return from_columns(read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
-
-
-def from_columns(columns: Mapping[str, Tensor]) -> Features:
-    """Of shards. A run begun before there was `acts` kept gated and random positions only: it measures at the gated."""
-    return Features(**{"acts": columns["gated"], **columns})
+    return Features(**read_in_shards(items, folder, stage, READ_AT_ONCE[base.device.type], read))
 
 
 def read_in_shards(

@@ -71,6 +71,11 @@ def is_saved(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES.get(str(tier), ()))
 
 
+def holds_correction(folder: Path) -> bool:
+    """Whether it is a correction's folder, a PEFT folder included."""
+    return any((folder / name).is_file() for name in (JSON_FILE, CONFIG_FILE))
+
+
 def load(folder: str | Path) -> Correction:
     """Read a folder that `save` wrote, or a PEFT LoRA's, which is then always on. Raises CorrectionError."""
     folder = Path(folder)

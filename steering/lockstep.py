@@ -92,7 +92,7 @@ def write(first: Core, second: Core, pairs: Sequence[tuple[Request, Request]], c
 
 
 def _endless(request: Request) -> Request:
-    """End-of-text ends nothing: the other's token may be taken instead. Alternatives rank the other's choice."""
+    """End-of-text ends nothing: the other's token may be taken instead."""
     return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, ignore_eos=True))
 
 

@@ -108,7 +108,7 @@ def _learn_from(
     say("select", f"{len(kept)} of {len(problems)} problems and {len(items)} of their completions are learned from")
     features = cache_features(base, {problem.id: problem for problem in problems}, items, config, work / "features")
     share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
-    say("features", f"{int(features.gated.sum())} positions above {config.tau} nats, {share:.0%} of those read")
+    say("features", f"the gate opens at {int(features.gated.sum())} positions, {share:.0%} of those read")
     return features.to(base.device)
 
 

@@ -7,7 +7,6 @@ words, in the verdict. Strengths and the gate are those that were used, and are 
     report = make(base, exam, Judged(correction, controls), Path("run/report"));  print(to_markdown(report))
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,19 +60,12 @@ class Judged(NamedTuple):
     controls: Sequence[Correction] = ()  # their names are of controls.py
     teacher: Base | None = None  # what the correction was distilled from; it answers the base's prompts
     strength: float | None = None  # of the correction; None: its own
-    tau: float | None = None  # of the gate; None: its own
+    served_by: Gate | None = None  # None: the correction's own gate
 
     @property
     def gate(self) -> Gate:
-        """The correction's, which serves its controls too, whatever theirs was when they were learned.
-
-        Raises InvalidRequest for a threshold of a gate that has none."""
-        own = self.correction.gate
-        if self.tau is None:
-            return own
-        if own.kind == "always":
-            raise InvalidRequest(f"tau cannot be set: {self.correction.name}'s gate is always open", "tau")
-        return dataclasses.replace(own, tau=self.tau)
+        """It serves the controls too, whatever theirs was when they were learned."""
+        return self.served_by or self.correction.gate
 
 
 def strengths(judged: Judged) -> dict[str, float]:
@@ -187,12 +179,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """Two tables and the verdict."""
     sampling, verdict = report["sampling"], report["verdict"]
     served = ", ".join(f"{name} {strength:g}" for name, strength in report["strengths"].items())
-    gate = report.get("gate") or Gate(tau=report["tau"])  # a report of before there were other gates
     lines = [
         f"{report['problems']} {report['split']} problems of {report['task']}, {sampling['samples']} samples each, "
         f"temperature {sampling['temperature']}, top_p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; "
         f"interval: {report['interval']}. The correction is {report['correction']}; strengths: {served}; "
-        f"the gate: {gate}. On {report['hardware']}.",
+        f"the gate: {report['gate']}. On {report['hardware']}.",
         "",
     ]
     kinds = list(report["policies"][0]["by_kind"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trimtab.arguments import at_least
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.steering.config import FitConfig
 from trimtab.steering.lock import hold
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from trimtab.steering.problem import Problem
     from trimtab.steering.rollouts import Exam, Sampling
     from trimtab.steering.tasks import Task
+
+SEVERAL = at_least(2)  # problems: over one alone an interval has no width
 
 
 class Setting(NamedTuple):
@@ -49,11 +52,11 @@ def add_what(parser: argparse.ArgumentParser, model: bool = True) -> None:
     parser.add_argument("--seed", type=int, help="of the draws")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--max-tokens", type=positive)
+    parser.add_argument("--max-tokens", type=at_least(1))
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--slots", type=positive, default=32, help="completions sampled at once (default: 32)")
-    parser.add_argument("--threads", type=positive, default=1, help="torch threads (default: 1)")
+    parser.add_argument("--slots", type=at_least(1), default=32, help="completions sampled at once (default: 32)")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="torch threads (default: 1)")
 
 
 _AS_FITTED = ("model", "task", "verifier", "held_out", "seed", "temperature", "top_p", "max_tokens")
@@ -124,23 +127,3 @@ def keep_in(out: Path | None) -> Iterator[Path]:
 def _first(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def positive(text: str) -> int:
-    if (value := count(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, not 0")
-    return value
-
-
-def several(text: str) -> int:
-    """So many problems as an interval takes: over one alone it has no width."""
-    if (value := count(text)) < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, not {value}")
-    return value

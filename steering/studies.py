@@ -8,15 +8,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trimtab.arguments import Subparsers, at_least
 from trimtab.errors import InvalidRequest
-from trimtab.steering.setting import add_what, keep_in, positive, refuse_learned, settle, several
+from trimtab.steering.setting import SEVERAL, add_what, keep_in, refuse_learned, settle
 
 if TYPE_CHECKING:
     from trimtab.steering.correction import Correction
 
-Subparsers = Any  # argparse's own type is private
 CALIBRATION_PROBLEMS = 64
 
 
@@ -31,9 +31,9 @@ def add_calibrate(subparsers: Subparsers) -> None:
     add_what(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="instead of a task: a prompt a line, text or JSON")
     parser.add_argument(
-        "--problems", type=positive, help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all there are)"
+        "--problems", type=at_least(1), help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all there are)"
     )
-    parser.add_argument("--samples", type=positive, default=1, help="completions a prompt (default: 1)")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
     parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
     parser.add_argument("--gate", metavar="KIND", help="change the gate's kind first; needs --rate")
@@ -82,8 +82,8 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
     parser.add_argument("tuned", metavar="TUNED", help="a tuned model, a PEFT folder or a correction's folder")
     add_what(parser, model=False)
-    parser.add_argument("--problems", type=several, default=100, help="held-out problems (default: 100)")
-    parser.add_argument("--samples", type=positive, default=2, help="completions a problem and rule (default: 2)")
+    parser.add_argument("--problems", type=SEVERAL, default=100, help="held-out problems (default: 100)")
+    parser.add_argument("--samples", type=at_least(1), default=2, help="completions a problem and rule (default: 2)")
     parser.add_argument("--gate", default="entropy", metavar="KIND", help="of the gated interventions")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 1.0], help="their thresholds (default: 0.5 1.0)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
@@ -119,7 +119,6 @@ def run_analyze(args: argparse.Namespace) -> None:
 
 def _correction(folder: Path) -> "Correction | None":
     """What lies there, a PEFT folder included; None where it is no correction's folder."""
-    from trimtab.steering.adapter import CONFIG_FILE
-    from trimtab.steering.folder import JSON_FILE, load
+    from trimtab.steering.folder import holds_correction, load
 
-    return load(folder) if any((folder / name).is_file() for name in (JSON_FILE, CONFIG_FILE)) else None
+    return load(folder) if holds_correction(folder) else None

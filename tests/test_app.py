@@ -619,7 +619,7 @@ def test_an_overflow_is_a_400_with_both_lengths(path: str, word: str) -> None:
 @pytest.mark.parametrize(
     ("refusal", "status", "code"),
     [
-        (Overloaded("full", retry_after=3), 503, "server_overloaded"),
+        (Overloaded("full"), 503, "server_overloaded"),
         (ContextOverflow(10, 20, 1), 400, "context_length_exceeded"),
         (InvalidRequest("prompt holds a token id outside 0..5", "prompt"), 400, None),
         (EngineFailure("the engine is not running"), 500, "engine_failure"),
@@ -631,7 +631,7 @@ def test_what_the_engine_refuses_has_its_status_streaming_or_not(
     with in_memory(ScriptedEngine(say("x"), refusal)) as ask:
         response = ask("POST", CHAT_PATH, json=CHAT | {"stream": stream})
     assert (response.status_code, error_of(response)["code"]) == (status, code)
-    assert response.headers.get("retry-after") == ("3" if status == 503 else None)
+    assert response.headers.get("retry-after") == ("1" if status == 503 else None)
 
 
 def failing(request: Request, index: int) -> list[Event]:

@@ -116,10 +116,12 @@ def test_compare_asks_both_alike_and_tells_what_was_changed(screen: Screen) -> N
     assert base["messages"][0] == {"role": "system", "content": "Be kind."}
 
 
-def test_the_demo_is_the_same_with_the_question_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `scripts/demo` calls it; that no server is there is one line."""
-    command = [sys.executable, "-m", "trimtab.clients.show", "--url", "http://127.0.0.1:1", "--require-correction"]
-    ran = subprocess.run([*command, "-- why?"], capture_output=True, text=True, check=False)
+def test_that_no_server_is_there_is_one_line() -> None:
+    """Called as `scripts/demo` does, with a question that begins like an option."""
+    command = [sys.executable, "-m", "trimtab.cli", "chat", "--compare", "--url", "http://127.0.0.1:1"]
+    ran = subprocess.run(
+        [*command, "--require-correction", "--once=-- why?"], capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout) == (1, "")
     assert re.fullmatch("trimtab: cannot talk to http://127.0.0.1:1/v1 .*\n", ran.stderr)
 

@@ -161,6 +161,8 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "eval --correction mine --lora peft --problems 2": "--lora is of the ladder: add --ladder",
         "eval --correction mine --few-shot 2 --problems 2": "--few-shot is of the ladder: add --ladder",
         "eval --correction mine --problems 2 --text gone.txt": "--text gone.txt: cannot be read",
+        "eval --correction always --problems 2 --tau 1": "tau cannot be set: mine's gate is always open",
+        "eval --correction always --problems 2 --tau 1 --ladder": "tau cannot be set: mine's gate is always open",
         "analyze tiny mine --gate sometimes --problems 2": "gate.kind must be one of",
     }.items():
         assert run(arguments) == 1

@@ -14,7 +14,7 @@ from trimtab.server.model.base import Base
 from trimtab.steering import features as features_module
 from trimtab.steering.bank import Bank
 from trimtab.steering.config import FitConfig
-from trimtab.steering.features import Features, cache_features, from_columns, states_of
+from trimtab.steering.features import Features, cache_features, states_of
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import encode, open_core
 from trimtab.steering.selection import Item
@@ -93,13 +93,6 @@ def test_long_completions_are_read_fewer_at_a_time(base: Base, tmp_path: Path, m
     assert [len(call.args[0]) for call in read.call_args_list] == [2, 1, 1]
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_features_of_a_run_begun_before_act_where_the_gate_opens(base: Base, tmp_path: Path) -> None:
-    columns = cache_features(base, PROMPTS, sample(base)[0], FitConfig(tau=TAU), tmp_path)._asdict()
-    del columns["acts"]
-    before = from_columns(columns)
-    assert torch.equal(before.acts, before.gated)
 
 
 def test_a_finished_file_is_read_and_not_computed_again(

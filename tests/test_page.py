@@ -380,14 +380,14 @@ def test_a_stop_ends_the_work_and_frees_the_slots(browser: Browser, way: str, mo
 
 @in_a_browser
 def test_a_refusal_is_told_in_the_servers_words_and_can_be_tried_again(browser: Browser) -> None:
-    engine = ScriptedEngine(MIXED, refusal=Overloaded("the queue is full", retry_after=3))
+    engine = ScriptedEngine(MIXED, refusal=Overloaded("the queue is full"))
     with opened(browser, engine) as visited:
         visited.allowed.append("503")
         visited.page.get_by_label("Base beside it").uncheck()
         ask(visited.page)
         alert = visited.page.locator(".answer").get_by_role("alert")
         expect(alert).to_contain_text("the queue is full")
-        expect(alert).to_contain_text("the server asks for 3 s")
+        expect(alert).to_contain_text("the server asks for 1 s")
         engine.refusal = None
         alert.get_by_role("button").click()
         answered(visited.page)

@@ -23,6 +23,7 @@ REPORT: dict[str, Any] = {
     "correction": "mine",
     "strengths": {"correction": 1.0},
     "tau": 0.5,
+    "gate": "entropy > 0.5 nats",
     "policies": [{"policy": "base", **POLICY}, {"policy": "correction", **POLICY}],
     "differences": [{"policy": "correction", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}],
     "verdict": {"ship": True, "beats": {}, "summary": "+0.100 over the base"},

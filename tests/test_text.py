@@ -22,7 +22,6 @@ TEXT = ("A trim tab is the small rudder on a ship's rudder: a little force there
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "WINDOW", 48)
-    monkeypatch.setattr(text_module, "ROWS", 20)
 
 
 def windows(base: Base) -> list[Tensor]:
@@ -76,12 +75,34 @@ def test_a_gated_lora_mixes_where_it_opens(base: Base, tmp_path: Path) -> None:
     lora = tiny_lora(base, gate=Gate(tau=3.0), size=0.1)
     save(lora, tmp_path)
     tuned = adapt(base, tmp_path)
-    measured = read_text(base, lora, TEXT, tuned)
+    measured = read_text(base, lora, TEXT)
     expected = []
     for ids in windows(base):
         z, z_tuned = (m.logits(m.states([ids.tolist()])[0][:-1]).float() for m in (base, tuned))
         expected.append(nats(torch.where((entropy(z) > 3.0)[:, None], z_tuned, z), ids[1:]))
     assert measured["corrected"] == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
+
+
+def test_a_lora_that_is_always_on_is_told_beside_the_base(base: Base, tmp_path: Path) -> None:
+    lora = tiny_lora(base, gate=Gate("always"), size=0.1)
+    save(lora, tmp_path)
+    measured = read_text(base, lora, TEXT)
+    for name, model in (("base", base), ("corrected", adapt(base, tmp_path))):
+        read = [nats(model.logits(model.states([ids.tolist()])[0][:-1]).float(), ids[1:]) for ids in windows(base)]
+        assert measured[name] == pytest.approx(float(torch.cat(read).mean()), abs=1e-4)
+    assert measured["fired"] == 1
+    assert abs(measured["change"]["mean"]) > 1e-3
+
+
+def test_a_random_gate_opens_at_its_share_of_the_text(base: Base) -> None:
+    measured = read_text(base, tiny_correction(base), TEXT, gate=Gate("random", tau=0.5))
+    assert 0.35 < measured["fired"] < 0.65
+
+
+def test_markers_in_the_text_shut_no_gate(base: Base) -> None:
+    marked = f"Here: <tool_call> {TEXT}"
+    measured = read_text(base, tiny_correction(base), marked, gate=Gate("always"))
+    assert measured["fired"] == 1
 
 
 def test_a_shut_gate_changes_no_bit(base: Base) -> None:

@@ -35,8 +35,14 @@ requests = [
             seed=i,
             max_tokens=6,
         ),
-        Steering((None, "c0", "c1")[i % 3], strength=2.0, tau=1.0, mode="shadow" if i == 4 else "apply"),
-        structure=Structure("regex", "[a-z]{3}[0-9]+", steer=i == 5) if i in (2, 3, 5) else None,
+        Steering(
+            (None, "c0", "c1")[i % 3],
+            strength=2.0,
+            tau=1.0,
+            mode="shadow" if i == 4 else "apply",
+            budget=Budget(structured=i == 5),
+        ),
+        structure=Structure("regex", "[a-z]{3}[0-9]+") if i in (2, 3, 5) else None,
     )
     for i in range(9)
 ]

@@ -172,7 +172,6 @@ class Structure:
 
     kind: StructureKind
     text: str  # a JSON schema; nothing for json_object; a regex; a JSON list of choices; a Lark grammar
-    steer: bool = False  # corrections may act inside; a budget may say so too
     lazy: tuple[str, ...] = ()  # it holds only from where one of these was generated, special tokens by their names
     braced: bool = False  # it is lazy, and holds too where the text begins with a brace, white space aside
 

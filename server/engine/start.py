@@ -59,7 +59,7 @@ class Starter:
         if structure is None and sampling.allowed_tokens is None:
             return None
         matcher = None if structure is None else self._grammars.compile(structure).start()
-        steer = request.steering.budget.structured or bool(structure and structure.steer)
+        steer = request.steering.budget.structured
         return Constraint(matcher, sampling, stops, self._base.eos, self._base.vocab, steer)
 
     @cached_property

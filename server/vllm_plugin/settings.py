@@ -1,6 +1,6 @@
 """Which corrections an engine has, and where it logs: from `--additional-config`, else from the environment.
 
-    TRIMTAB_CORRECTIONS=DIR                  or NAME=DIR, or several with commas between; a DIR may hold folders
+    TRIMTAB_CORRECTIONS=DIR                  or NAME=DIR, or several, with , or : between; a DIR may hold folders
     TRIMTAB_RECEIPTS=FILE                    a line of JSON a step of a steered request; with {rank} in it, of each rank
     TRIMTAB_ANY_BASE=1                       a correction's base is not insisted on
     --additional-config '{"trimtab": {"corrections": {"NAME": "DIR"}, "receipts": "FILE", "any_base": true}}'
@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.arguments import split_named
 from trimtab.errors import CorrectionError
 from trimtab.steering.correction import HeadCorrection
-from trimtab.steering.folder import JSON_FILE, load
+from trimtab.steering.folder import JSON_FILE, holds_correction, load
 
 KEY = "trimtab"  # in additional_config
 CORRECTIONS, RECEIPTS, ANY_BASE = "TRIMTAB_CORRECTIONS", "TRIMTAB_RECEIPTS", "TRIMTAB_ANY_BASE"
@@ -46,7 +47,7 @@ def read_settings(vllm_config: Any, environment: Mapping[str, str] = os.environ)
         where, asked = f"additional_config.{KEY}.corrections", given["corrections"]
     else:
         where, asked = CORRECTIONS, environment.get(CORRECTIONS, "")
-    folders = [found for name, folder in _split(asked, where) for found in _expand(name, Path(folder), where)]
+    folders = [found for name, folder in _split(asked, where) for found in _expand(name, folder, where)]
     names = [name for name, _ in folders]
     if not names:
         example = f'{CORRECTIONS}=DIR, or --additional-config \'{{"{KEY}": {{"corrections": "DIR"}}}}\''
@@ -57,7 +58,7 @@ def read_settings(vllm_config: Any, environment: Mapping[str, str] = os.environ)
     return Settings(tuple(folders), given.get("receipts") or environment.get(RECEIPTS) or None, bool(any_base))
 
 
-def _split(asked: Any, where: str) -> list[tuple[str, str]]:
+def _split(asked: Any, where: str) -> list[tuple[str, Path]]:
     """(name or nothing, folder) of each item of a mapping, a list, or a text with commas or the system's separator."""
     if isinstance(asked, dict):
         items = [f"{name}={folder}" for name, folder in asked.items()]
@@ -67,27 +68,19 @@ def _split(asked: Any, where: str) -> list[tuple[str, str]]:
         items = asked
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise CorrectionError(f"{where} must be a folder, a list of them or a mapping of names to them, not {asked!r}")
-    pairs = []
-    for item in filter(None, items):
-        name, separator, folder = ("", "", item) if Path(item).is_dir() else item.partition("=")
-        pairs.append((name, folder if separator else item))
-    return pairs
+    return [split_named(item) for item in items if item]
 
 
 def _expand(name: str, folder: Path, where: str) -> list[tuple[str, Path]]:
     """The folder itself, or those in it where it holds no correction."""
     if not folder.is_dir():
         raise CorrectionError(f"{where}: there is no folder {folder}")
-    if _is_correction(folder):
+    if holds_correction(folder):
         return [(name or folder.resolve().name, folder)]
-    inside = [(path.name, path) for path in sorted(folder.iterdir()) if path.is_dir() and _is_correction(path)]
+    inside = [(path.name, path) for path in sorted(folder.iterdir()) if path.is_dir() and holds_correction(path)]
     if name or not inside:
         raise CorrectionError(f"{where}: {folder} holds no {JSON_FILE}: is it a correction's folder?")
     return inside
-
-
-def _is_correction(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in (JSON_FILE, "adapter_config.json"))
 
 
 def _load(name: str, folder: Path) -> HeadCorrection:
