@@ -15,8 +15,10 @@
     |-- CorrectionError       a correction's folder is damaged, or made for another base
     `-- TaskError             a task file or verifier is wrong: names the line and the fix
 
-server/http_errors.py knows their HTTP statuses. Nothing here imports anything, so clients may use it too.
+server/http_errors.py knows their HTTP statuses. Nothing here imports anything of ours, so clients may use it too.
 """
+
+from typing import Any
 
 
 class TrimtabError(Exception):
@@ -53,6 +55,7 @@ class ContextOverflow(InvalidRequest):
     def __init__(
         self, limit: int, prompt: int, completion: int, field: str = "messages", at_least: bool = False
     ) -> None:
+        self._made_of = (limit, prompt, completion, field, at_least)
         some = "at least " if at_least else ""
         self._words = (
             f"This model's maximum context length is {limit} tokens. However, you requested {some}"
@@ -60,6 +63,10 @@ class ContextOverflow(InvalidRequest):
             "reduce the length of the {field} or completion."
         )
         super().__init__(self._words.format(field=field), field)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it was made."""
+        return type(self), self._made_of, {"args": self.args, "field": self.field}
 
     def rename(self, field: str) -> None:
         """As of any field. This message holds the field's name within, so it is written anew."""

@@ -10,7 +10,7 @@ raised is decided in requests.py, connection.py, retry.py, types.py and errors.p
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import Self, Unpack
 import httpx
 
 from trimtab.clients import requests
-from trimtab.clients.connection import R, connection, read
+from trimtab.clients.connection import LIMITS, R, connection, read
 from trimtab.clients.facts import Correction, CorrectionList, Deleted, Detokenized, Model, ModelList, Score, Tokens
-from trimtab.clients.options import Messages, Options, Prompt, ResponseOptions, Steer, Text
+from trimtab.clients.options import Extra, Messages, Options, Prompt, ResponseOptions, Steer, Text
 from trimtab.clients.requests import Call
 from trimtab.clients.responses import Response, ResponseEvent
 from trimtab.clients.stream import C, Stream
@@ -30,7 +30,8 @@ from trimtab.clients.types import ChatChunk, ChatCompletion, Completion
 
 
 class Client:
-    """base_url: the server, with or without /v1. timeout: seconds between two signs of life of the server.
+    """base_url: the server, with or without /v1. timeout: seconds between two signs of life of the server; None: for
+    ever. headers: sent with every request.
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
     admin_key: for changing the server's corrections; the api_key, unless given. An address or a key that is left out
@@ -44,17 +45,25 @@ class Client:
         *,
         api_key: str | None = None,
         admin_key: str | None = None,
-        timeout: float = 600.0,
+        timeout: float | None = 600.0,
         max_retries: int = 2,
+        headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._connection = connection(base_url, api_key, admin_key, timeout, max_retries)
-        self._http = httpx.Client(transport=transport)
+        self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
+        self._http = httpx.Client(transport=transport, limits=LIMITS)
 
-    def with_options(self, *, timeout: float | None = None, max_retries: int | None = None) -> Self:
-        """This client with another timeout or other retries, over the same connections: they are closed together."""
+    def with_options(
+        self,
+        *,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Self:
+        """This client with another timeout, other retries or further headers, over the same connections: they are
+        closed together."""
         other = copy.copy(self)
-        other._connection = self._connection.changed(timeout, max_retries)
+        other._connection = self._connection.changed(timeout, max_retries, headers)
         return other
 
     # what is generated
@@ -97,19 +106,44 @@ class Client:
 
     # what is measured
 
-    def score(self, prompt: Text, completion: Text, *, model: str | None = None, steering: Steer = None) -> Score:
-        """How likely the completion is after the prompt: a receipt for each of its tokens. Nothing is drawn."""
-        return self._get(requests.score(prompt, completion, model, steering), Score)
+    def score(
+        self,
+        prompt: Text,
+        completion: Text,
+        *,
+        model: str | None = None,
+        steering: Steer = None,
+        extra: Extra = None,
+    ) -> Score:
+        """How likely the completion is after the prompt: a receipt for each of its tokens. Nothing is drawn.
+
+        extra: further keys of the body, such as seed."""
+        return self._get(requests.score(prompt, completion, model, steering, extra), Score)
 
     def score_chat(
-        self, messages: Messages, completion: Text, *, model: str | None = None, steering: Steer = None
+        self,
+        messages: Messages,
+        completion: Text,
+        *,
+        model: str | None = None,
+        steering: Steer = None,
+        extra: Extra = None,
     ) -> Score:
-        """How likely the completion is as the chat's next message."""
-        return self._get(requests.score_chat(messages, completion, model, steering), Score)
+        """How likely the completion is as the chat's next message. extra: as of `score`."""
+        return self._get(requests.score_chat(messages, completion, model, steering, extra), Score)
 
-    def tokenize(self, text: Messages, *, model: str | None = None, add_special_tokens: bool | None = None) -> Tokens:
-        """The token ids of a string, or of messages as the model's chat template writes them."""
-        return self._get(requests.tokenize(text, model, add_special_tokens), Tokens)
+    def tokenize(
+        self,
+        text: Messages,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        extra: Extra = None,
+    ) -> Tokens:
+        """The token ids of a string, or of messages as the model's chat template writes them.
+
+        extra: further keys of the body, such as tools or return_token_strs."""
+        return self._get(requests.tokenize(text, model, add_special_tokens, extra), Tokens)
 
     def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
         """The text of token ids."""

@@ -5,7 +5,8 @@ differ in `await` alone. What the caller left out is taken from TRIMTAB_BASE_URL
 """
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
@@ -18,6 +19,7 @@ from trimtab.errors import InvalidRequest
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 _CONNECT_TIMEOUT = 5.0
+LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # the server says when it is full
 _VERSION = "/v1"
 R = TypeVar("R")
 
@@ -31,13 +33,16 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Connection:
-    """base_url: with its /v1. timeout: seconds between two signs of life of the server."""
+    """base_url: with its /v1. timeout: seconds between two signs of life of the server; None: any time.
+
+    headers: sent with every request."""
 
     base_url: httpx.URL
     api_key: str | None
     admin_key: str | None
-    timeout: float
+    timeout: float | None
     retries: Retries
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
         """A call as httpx's request, ready to be sent; built anew for each attempt."""
@@ -45,8 +50,9 @@ class Connection:
         if call.root:
             server = server.removesuffix(_VERSION)
         key = self.admin_key or self.api_key if call.admin else self.api_key
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        timeout = httpx.Timeout(self.timeout, connect=min(_CONNECT_TIMEOUT, self.timeout))
+        headers = dict(self.headers) if key is None else {"authorization": f"Bearer {key}", **self.headers}
+        soon = _CONNECT_TIMEOUT if self.timeout is None else min(_CONNECT_TIMEOUT, self.timeout)
+        timeout = httpx.Timeout(self.timeout, connect=soon)
         options: dict[str, Any] = {"headers": headers, "timeout": timeout}
         if call.files is None:
             options["json"] = call.body
@@ -55,12 +61,15 @@ class Connection:
             options |= {"data": call.body, "files": files}
         return http.build_request(call.method, server + call.path, **options)
 
-    def changed(self, timeout: float | None, max_retries: int | None) -> "Connection":
-        """The same server, with what is not None."""
+    def changed(
+        self, timeout: float | None, max_retries: int | None, headers: Mapping[str, str] | None
+    ) -> "Connection":
+        """The same server, with what is not None; headers: in addition. Raises InvalidRequest."""
         return replace(
             self,
-            timeout=self.timeout if timeout is None else timeout,
+            timeout=self.timeout if timeout is None else _seconds(timeout),
             retries=self.retries if max_retries is None else Retries(max_retries),
+            headers={**self.headers, **_checked(headers)},
         )
 
     def after_error(self, attempt: int, error: httpx.RequestError) -> Verdict:
@@ -73,14 +82,20 @@ class Connection:
 
 
 def connection(
-    base_url: str | None, api_key: str | None, admin_key: str | None, timeout: float, max_retries: int
+    base_url: str | None,
+    api_key: str | None,
+    admin_key: str | None,
+    timeout: float | None,
+    max_retries: int,
+    headers: Mapping[str, str] | None,
 ) -> Connection:
     """Raises InvalidRequest for what cannot be meant."""
     if base_url is None:
         base_url = os.environ.get("TRIMTAB_BASE_URL", "").strip() or DEFAULT_URL
     try:
         url = httpx.URL(base_url)
-    except (httpx.InvalidURL, TypeError) as error:
+        url.host.encode("idna")  # as a socket will
+    except (httpx.InvalidURL, TypeError, UnicodeError) as error:
         raise InvalidRequest(f"base_url {base_url!r} is not a URL: {error}", "base_url") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InvalidRequest(f"base_url must look like {DEFAULT_URL}, not {base_url!r}", "base_url")
@@ -88,7 +103,8 @@ def connection(
         url = url.copy_with(path=_VERSION)
     api_key = _key("api_key", api_key, "TRIMTAB_API_KEY")
     admin_key = _key("admin_key", admin_key, "TRIMTAB_ADMIN_KEY")
-    return Connection(url, api_key, admin_key, timeout=timeout, retries=Retries(max_retries))
+    seconds = None if timeout is None else _seconds(timeout)
+    return Connection(url, api_key, admin_key, seconds, Retries(max_retries), _checked(headers))
 
 
 def read(response: httpx.Response, kind: type[R]) -> R:
@@ -97,6 +113,20 @@ def read(response: httpx.Response, kind: type[R]) -> R:
         return TypeAdapter(kind).validate_json(response.content)
     except ValidationError as error:
         raise BadAnswer(f"{response.url} did not answer in this API's shape: is base_url right? ({error})") from error
+
+
+def _seconds(timeout: float) -> float:
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise InvalidRequest(f"timeout must be seconds above 0, not {timeout!r}", "timeout")
+    return timeout
+
+
+def _checked(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Header fields that can travel, by names without upper case: they mean the same."""
+    for name, value in (headers or {}).items():
+        if not all(isinstance(part, str) and part.isascii() and part.isprintable() for part in (name, value)):
+            raise InvalidRequest(f"headers must be of printable ASCII, not {name!r}: {value!r}", "headers")
+    return {name.lower(): value for name, value in (headers or {}).items()}
 
 
 def _key(name: str, given: str | None, variable: str) -> str | None:

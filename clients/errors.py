@@ -17,6 +17,8 @@
 Invariant: only this file maps statuses to classes on the client's side. A status without a class is StatusError itself.
 """
 
+from typing import Any
+
 import httpx
 
 from trimtab.errors import TrimtabError
@@ -58,6 +60,11 @@ class StatusError(ClientError):
         super().__init__(message)
         self.status, self.code, self.type, self.param = status, code, type, param
         self.request_id, self.retry_after = request_id, retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it was made: a pool of processes brings errors home so."""
+        told = (self.status, self.code, self.type, self.param, self.request_id, self.retry_after)
+        return type(self), (str(self), *told)
 
 
 class BadRequest(StatusError):
@@ -112,6 +119,8 @@ def status_error(response: httpx.Response, retry_after: float | None) -> StatusE
 
 def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFailed:
     """httpx's error as ours, naming the server."""
+    if isinstance(error, httpx.PoolTimeout):
+        return TimedOut("this client has as many requests under way as it has connections, and none came free in time")
     if isinstance(error, httpx.TimeoutException):
         return TimedOut(f"{base_url} did not answer in time ({type(error).__name__}); raise `timeout` if it is slow")
     return ConnectionFailed(f"cannot talk to {base_url} ({error}); is the server running?")

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the user
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 Text = str | Sequence[int]  # one text, or its token ids
+Extra = Mapping[str, Any] | None  # further keys of the body
 
 Gate = Literal["entropy", "varentropy", "margin", "random", "always"]
 Format = Mapping[str, Any] | type[BaseModel]  # a pydantic class stands for its JSON schema

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
 
-from trimtab.clients.options import Budget, Messages, Options, Prompt, ResponseOptions, Steer, Steering, Text
+from trimtab.clients.options import Budget, Extra, Messages, Options, Prompt, ResponseOptions, Steer, Steering, Text
 from trimtab.errors import InvalidRequest
 
 # What a correction's folder may hold that the server reads: its own two files, or a PEFT adapter's.
@@ -64,21 +64,23 @@ def respond(asked: Messages, model: str | None, steering: Steer, options: Respon
     return Call("POST", "/responses", _streamed(stream) | body)
 
 
-def score(prompt: Text, completion: Text, model: str | None, steering: Steer) -> Call:
+def score(prompt: Text, completion: Text, model: str | None, steering: Steer, extra: Extra) -> Call:
     """Teacher-forced: a receipt for each token of the completion."""
-    return Call("POST", "/steering/score", _body({"prompt": prompt, "completion": completion}, model, steering, {}))
+    subject = {"prompt": prompt, "completion": completion}
+    return Call("POST", "/steering/score", _body(subject, model, steering, _set(extra=extra)))
 
 
-def score_chat(messages: Messages, completion: Text, model: str | None, steering: Steer) -> Call:
+def score_chat(messages: Messages, completion: Text, model: str | None, steering: Steer, extra: Extra) -> Call:
     """The same after a chat."""
     subject = {"messages": _list_messages(messages), "completion": completion}
-    return Call("POST", "/steering/score", _body(subject, model, steering, {}))
+    return Call("POST", "/steering/score", _body(subject, model, steering, _set(extra=extra)))
 
 
-def tokenize(text: Messages, model: str | None, special: bool | None) -> Call:
+def tokenize(text: Messages, model: str | None, special: bool | None, extra: Extra) -> Call:
     """vLLM's shape. text: a string as it is, or messages, which the chat template renders."""
     subject = {"prompt": text} if isinstance(text, str) else {"messages": _list_messages(text)}
-    return Call("POST", "/tokenize", _body(subject, model, None, _set(add_special_tokens=special)), root=True)
+    options = _set(add_special_tokens=special, extra=extra)
+    return Call("POST", "/tokenize", _body(subject, model, None, options), root=True)
 
 
 def detokenize(tokens: Sequence[int], model: str | None) -> Call:

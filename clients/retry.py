@@ -26,8 +26,8 @@ class Retries:
     patience: float = 60.0  # the longest Retry-After that is waited for; beyond it the error is raised at once
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise InvalidRequest(f"max_retries must be at least 0, not {self.limit}", "max_retries")
+        if not isinstance(self.limit, int) or self.limit < 0:
+            raise InvalidRequest(f"max_retries must be at least 0, not {self.limit!r}", "max_retries")
 
     def after_response(self, attempt: int, response: httpx.Response) -> float | None:
         """Seconds to wait after the refusal of attempt 0, 1, ...; None: give up."""

@@ -28,7 +28,7 @@ class Decoder:
     """Holds the unfinished line and the unfinished event between two pieces."""
 
     def __init__(self) -> None:
-        self._rest = b""  # the unfinished line
+        self._rest: list[bytes] = []  # the unfinished line, in the pieces in which it came
         self._after_cr = False  # the last line ended in CR: an LF that comes now belongs to it
         self._first_line = True
         self._data: list[str] = []
@@ -42,7 +42,12 @@ class Decoder:
         if not piece:
             return []
         self._after_cr = piece.endswith(b"\r")
-        *lines, self._rest = _LINE_END.split(self._rest + piece)
+        first, *others = _LINE_END.split(piece)
+        self._rest.append(first)
+        if not others:
+            return []
+        lines = [b"".join(self._rest), *others[:-1]]
+        self._rest = [others[-1]]
         return [event for line in lines if (event := self._read_line(line)) is not None]
 
     def _read_line(self, line: bytes) -> Event | None:

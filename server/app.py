@@ -9,10 +9,10 @@ with it. The engine starts with the app and is closed with it.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -45,7 +45,8 @@ from trimtab.steering.bank import Bank
 log = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
-_MAX_UNKNOWN = 100  # unknown body keys that are remembered as logged
+B = TypeVar("B", bound=Body)
+Prepared = Coroutine[Any, Any, Generation]
 
 
 def create_app(
@@ -78,13 +79,14 @@ def create_app(
     pieces = Pieces(base.tokenizer)
     service = Service(
         tickets=Tickets(engine),
-        prompter=Prompter(base.tokenizer, pieces, engine.max_len),
+        prompter=Prompter(base.tokenizer, pieces, engine.max_len, engine.capacity),
         pieces=pieces,
         catalogue=Catalogue(names, bank, engine.max_len),
         metrics=Metrics(names[0]),
         max_len=engine.max_len,
         capacity=engine.capacity,
         queue_tokens=engine.queue_tokens,
+        vocab=base.vocab,
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         swap=Swap(engine, base, bank),
         keep_alive=keep_alive,
@@ -114,16 +116,11 @@ def create_app(
             expose_headers=["X-Request-Id", "Retry-After", "openai-processing-ms"],  # else a page cannot read them
         )
     http_errors.install(app)
-    logged: set[str] = set()
 
-    def log_unknown(body: Body) -> None:
-        new = sorted(body.unknown_keys() - logged)
-        if new and len(logged) < _MAX_UNKNOWN:
-            logged.update(new)
-            log.warning("accepted without effect, as nothing here knows them: %s", ", ".join(map(repr, new)))
-
-    async def answer(request: Request, body: Body, generation: Generation) -> Response:
-        log_unknown(body)
+    async def answer(request: Request, body: B, prepare: Callable[[Service, B], Prepared]) -> Response:
+        service.tickets.check_room()
+        generation = await or_gone(request.receive, prepare(service, body))
+        service.unknown.tell(body.unknown_keys())
         if body.stream:
             return EventStream(generation)
         content = await or_gone(request.receive, generation.whole())
@@ -132,17 +129,17 @@ def create_app(
     @app.post("/v1/chat/completions", response_model=None, responses=openapi.CHATS)
     async def create_chat(request: Request, body: ChatBody) -> Response:
         """Answer a chat."""
-        return await answer(request, body, await chat.prepare(service, body))
+        return await answer(request, body, chat.prepare)
 
     @app.post("/v1/completions", response_model=None, responses=openapi.TEXTS)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         """Continue a prompt, or each of several."""
-        return await answer(request, body, await completions.prepare(service, body))
+        return await answer(request, body, completions.prepare)
 
     @app.post("/v1/responses", response_model=None, responses=openapi.RESPONSES)
     async def create_response(request: Request, body: ResponseBody) -> Response:
         """Answer a conversation, in OpenAI's newer words. Nothing is stored."""
-        return await answer(request, body, await responses.prepare(service, body))
+        return await answer(request, body, responses.prepare)
 
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", responses=openapi.plain(facts.ModelList))

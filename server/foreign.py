@@ -3,12 +3,19 @@
 Invariant: a key of OpenAI's or vLLM's that would change the answer, and that this server does not do, is refused, never
 ignored; null is the same as not sent. Keys that nobody knows are accepted.
 
-    refuse(extra);  unknown(extra)
+    refuse(extra);  unknown(extra);  Unknown().tell(keys)
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
+from itertools import islice
 
 from trimtab.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+MOST = 100  # unknown keys that are told of
+SHOWN = 64  # characters of each
 
 # Accepted and without effect, by OpenAI's or vLLM's own definition.
 _IGNORED = {
@@ -69,3 +76,17 @@ def refuse(extra: Mapping[str, object]) -> None:
 def unknown(extra: Mapping[str, object]) -> set[str]:
     """The keys that nothing here knows."""
     return set(extra) - _IGNORED - set(_REFUSED)
+
+
+class Unknown:
+    """Tells the log, once of each, of keys that nothing here knows: a misspelled one has no effect."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, keys: Collection[str]) -> None:
+        """No more than MOST in all, and the beginning of each: a caller may send any number, of any length."""
+        new = sorted({key[:SHOWN] for key in islice(keys, MOST)} - self._told)[: MOST - len(self._told)]
+        if new:
+            self._told.update(new)
+            log.warning("accepted without effect, as nothing here knows them: %s", ", ".join(map(repr, new)))

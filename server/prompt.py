@@ -4,9 +4,9 @@ Invariant: a rendered chat is tokenised without adding special tokens, as its te
 does all of it: fast tokenizers must not be entered twice, and a long prompt must not hold up the streams. So that no
 caller holds up the others, prompts of a batch take turns with theirs, and what cannot fit is not tokenised: it is
 refused, or only its end or its beginning is read, for a caller who wants no more. Who asks for the tokens alone may
-send WHOLE bytes.
+send WHOLE bytes. What waits for a caller who has left is dropped, and no more wait than the engine could take.
 
-    prompter = Prompter(tokenizer, pieces, max_len);  ids = await prompter.chat(messages)
+    prompter = Prompter(tokenizer, pieces, max_len, most);  ids = await prompter.chat(messages)
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from trimtab.errors import SHUTTING_DOWN, ContextOverflow, EngineStopped, InvalidRequest
+from trimtab.errors import SHUTTING_DOWN, ContextOverflow, EngineStopped, InvalidRequest, Overloaded
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.tools.template import ToolTemplate
 
@@ -35,10 +35,11 @@ def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
 
 
 class Prompter:
-    """The prompts of one tokenizer. max_len: tokens that a prompt may have at most."""
+    """The prompts of one tokenizer. max_len: tokens that one may have; most: how many may wait here at once."""
 
-    def __init__(self, tokenizer: Any, pieces: Pieces, max_len: int) -> None:
+    def __init__(self, tokenizer: Any, pieces: Pieces, max_len: int, most: int) -> None:
         self._tokenizer, self._max_len = tokenizer, max_len
+        self._waiting, self._most = 0, most
         self._known = frozenset(tokenizer.get_vocab().values())
         self._longest = max(len(pieces.content(token)) for token in self._known)  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
@@ -134,10 +135,13 @@ class Prompter:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
+        if self._waiting >= self._most:
+            raise Overloaded(f"{self._waiting} prompts wait to be read: try again in a moment")
         try:
             future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:  # after its shutdown
             raise EngineStopped(SHUTTING_DOWN) from error
+        self._waiting += 1
         try:
             return await future
         except asyncio.CancelledError:
@@ -145,6 +149,8 @@ class Prompter:
             if task is not None and task.cancelling():
                 raise
             raise EngineStopped(SHUTTING_DOWN) from None  # not the caller was cancelled, but the work
+        finally:
+            self._waiting -= 1
 
     def _encode(self, text: str, special: bool, field: str, long: Long = "refuse") -> Ids:
         try:

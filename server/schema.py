@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.many import Many, Most, Table
+from trimtab.server.many import Many, Most, Table, too_many
 from trimtab.server.messages import Messages
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
@@ -25,6 +25,7 @@ from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
 MAX_STOPS = 16
 MAX_TOKENS = 2**31 - 1  # more than any context holds
+MAX_PROMPTS = 2**14  # in a body; how many a server takes, its queue says
 MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
@@ -178,12 +179,19 @@ class Body(StructuredBody):
         return self.prompt_logprobs
 
 
+def _count_prompts(prompt: Any) -> Any:
+    """Before it is known what they are: each is tried as all of the kinds."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise too_many(MAX_PROMPTS, len(prompt), "prompts")
+    return prompt
+
+
 class CompletionBody(Body):
     """POST /v1/completions."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int] = 16  # OpenAI's
 
-    prompt: str | Many[int] | Many[str] | Many[Many[int]]
+    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], BeforeValidator(_count_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     add_special_tokens: bool | None = None

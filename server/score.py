@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from trimtab.clients import facts
 from trimtab.errors import ContextOverflow, InvalidRequest
-from trimtab.server import openapi
+from trimtab.server import foreign, openapi
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
@@ -34,7 +34,7 @@ from trimtab.server.wire import or_gone
 class ScoreBody(BaseModel):
     """A completion, and what it follows: a prompt or messages. Ids are taken as they are."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     prompt: str | Many[int] | None = None
@@ -60,7 +60,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/steering/score", response_model=None, responses=openapi.plain(facts.Score))
     async def score(request: HttpRequest, body: ScoreBody) -> Response:
         """What steering would have done at every token of a completion, had the model written it."""
-        return JSONResponse(await or_gone(request.receive, _score(service, body)))
+        service.tickets.check_room()
+        told = await or_gone(request.receive, _score(service, body))
+        service.unknown.tell(foreign.unknown(body.model_extra or {}))
+        return JSONResponse(told)
 
 
 async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
@@ -71,6 +74,8 @@ async def _score(service: Service, body: ScoreBody) -> dict[str, Any]:
         raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
     if not completion:
         raise InvalidRequest("the completion is empty: send at least one token", "completion")
+    if not all(0 <= token < service.vocab for token in completion):
+        raise InvalidRequest(f"completion holds a token id outside 0..{service.vocab - 1}", "completion")
     subject = "prompt" if body.messages is None else "messages"
     for field, read in ((subject, prompt), ("steering.negative_prompt", companion or ())):
         if len(read) + len(completion) > service.max_len:

@@ -84,6 +84,8 @@ def add_serve(commands: Subparsers) -> None:
     add("--enforce-eager", action="store_true", help="on CUDA, decode steps without graphs: far slower")
     add("--threads", type=at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
     add("--no-page", action="store_true", help="without the page at /")
+    idle = "that a connection may be idle: longer than a load balancer before it keeps one"
+    add("--timeout-keep-alive", type=at_least(1), default=75, metavar="SECONDS", help=idle)
     add("--drain-timeout", type=at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")
     add("--log-format", default="text", choices=("text", "json"), help="json: an object a line")
@@ -139,7 +141,15 @@ def serve(args: argparse.Namespace) -> None:
         with_page=not args.no_page,
     )
     print(describe(base, bank, names, config.slots, engine.max_len, defaults), flush=True)
-    settings = uvicorn.Config(app, args.host, args.port, log_config=None, access_log=False, server_header=False)
+    settings = uvicorn.Config(
+        app,
+        args.host,
+        args.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=args.timeout_keep_alive,
+    )
     server = DrainingServer(settings, engine, args.drain_timeout, lifecycle)
     try:
         server.run()

@@ -10,6 +10,7 @@ from typing import Any
 from trimtab.errors import InvalidRequest
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine.pieces import Pieces
+from trimtab.server.foreign import Unknown
 from trimtab.server.metrics import Metrics
 from trimtab.server.prompt import Ids, Prompter
 from trimtab.server.swap import Swap
@@ -30,11 +31,13 @@ class Service:
     max_len: int
     capacity: int  # choices under way at once
     queue_tokens: int | None  # of prompts that may wait at once, where there are several
+    vocab: int  # ids that the model has
     fingerprint: str
     swap: Swap
     keep_alive: float = 10.0  # seconds of silence in a stream
     defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling's, where a body is silent
     trust_templates: bool = False  # a request may bring its own chat template
+    unknown: Unknown = field(default_factory=Unknown)
 
     def check_room(self, prompts: int, n: int) -> None:
         """Raise InvalidRequest for more choices than can ever be under way."""

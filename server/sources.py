@@ -31,6 +31,8 @@ def read_named(path: str, name: str | None, root: Path | None) -> Correction:
 
     Without a root it may also be a URL that fsspec reads, where the package for its store is installed: s3://bucket/folder.
     """
+    if not path.strip():
+        raise InvalidRequest("path is empty: name a correction's folder", "path")
     if root is None and "://" in path:
         return _read_url(path, name)
     try:

@@ -5,13 +5,13 @@ caller is told the field. null is the same as not sent.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.engine.request import Budget, Mode, Steering
-from trimtab.server.many import Many, Table
+from trimtab.server.engine.request import MAX_MIX, MAX_SPANS, Budget, Mode, Steering
+from trimtab.server.many import Many, Most, Table
 from trimtab.steering.gate import GateKind
 
 Report = Literal["none", "summary", "tokens"]
@@ -27,7 +27,7 @@ class BudgetBody(BaseModel):
     cooldown: int | None = None
     kl: float | None = None
     until: str | None = None
-    spans: Many[tuple[str, str]] | None = None
+    spans: Annotated[Many[tuple[str, str]], Most(MAX_SPANS)] | None = None
     structured: bool | None = None
 
     def budget(self) -> Budget:
@@ -44,7 +44,7 @@ class SteeringBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     correction: str | None = None
-    corrections: Table[str, float] | None = None
+    corrections: Annotated[Table[str, float], Most(MAX_MIX)] | None = None
     strength: float | None = None
     gate: GateKind | None = None
     tau: float | None = None

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from trimtab.errors import EngineStopped
+from trimtab.errors import EngineStopped, Overloaded
 from trimtab.server.compiling import Compiler
 from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.request import Event, Request, Structure
@@ -81,6 +81,12 @@ class Tickets:
     async def compile(self, structure: Structure, field: str) -> None:
         """Compile what a request will need, off the event loop. Raises InvalidRequest, naming `field`; Overloaded."""
         await self._compiler.compile(structure, field)
+
+    def check_room(self) -> None:
+        """Raise Overloaded where no request could be taken now: before the work on its prompt."""
+        stats = self._engine.stats()
+        if stats.running + stats.waiting >= self._engine.capacity:
+            raise Overloaded(f"the queue is full: {stats.running + stats.waiting} choices are under way")
 
     @contextmanager
     def open(self, requests: Sequence[Request]) -> Iterator[Ticket]:

@@ -22,6 +22,8 @@ from trimtab.server.prompt import Ids
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
 
+_PATHS = {"name_or_path", "vocab_file", "tokenizer_file", "merges_file"}  # where the files lie concerns nobody
+
 
 class TokenizeBody(BaseModel):
     """POST /tokenize: a prompt or a chat's messages. Further keys are read as a chat's."""
@@ -107,7 +109,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
         """Tell how the tokenizer was made, its chat template included."""
-        return TokenizerInfo(**{name: value for name, value in prompter.info().items() if _is_json(value)})
+        told = {name: value for name, value in prompter.info().items() if name not in _PATHS and _is_json(value)}
+        return TokenizerInfo(**told)
 
     @app.get("/version")
     async def version() -> Version:

@@ -19,7 +19,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from tiny import tiny_tokenizer
+from tiny import VOCAB, tiny_tokenizer
 from trimtab.server.app import create_app
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine.engine import EngineStats
@@ -125,7 +125,7 @@ def scripted_bank() -> Bank:
 
 
 BASE: Any = SimpleNamespace(
-    name="tiny", tokenizer=TOKENIZER, identity=BaseIdentity("tiny", "0123456789abcdef", "t", "c")
+    name="tiny", vocab=VOCAB, tokenizer=TOKENIZER, identity=BaseIdentity("tiny", "0123456789abcdef", "t", "c")
 )
 
 

@@ -673,6 +673,27 @@ def test_unknown_keys_are_accepted_and_logged_once(caplog: pytest.LogCaptureFixt
     assert "'user'" not in caplog.text
 
 
+def test_a_body_of_many_unknown_keys_or_long_ones_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        for junk in ({"k" * 5000: 1}, {f"junk{i}": 1 for i in range(500)}, {f"more{i}": 1 for i in range(500)}):
+            assert ask("POST", CHAT_PATH, json=CHAT | junk).status_code == 200
+    assert "k" * 64 + "'" in caplog.text
+    assert caplog.text.count("junk") == 99, "with the long one, a hundred"
+    assert "more" not in caplog.text
+
+
+def test_a_full_engine_is_told_before_the_work_on_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine(say("x"))
+    engine.capacity = 3  # as many as its stats say are under way
+    monkeypatch.setattr(Prompter, "_encode", None)
+    with in_memory(engine) as ask:
+        for path, body in ((CHAT_PATH, CHAT), ("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"})):
+            refused = ask("POST", path, json=body)
+            assert (refused.status_code, error_of(refused)["code"]) == (503, "server_overloaded")
+            assert refused.headers["retry-after"] == "1"
+
+
 # The other routes
 
 

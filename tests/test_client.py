@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import pickle
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -30,7 +31,7 @@ from trimtab.clients import (
     TimedOut,
 )
 from trimtab.clients.retry import Retries
-from trimtab.errors import InvalidRequest, TrimtabError
+from trimtab.errors import ContextOverflow, InvalidRequest, TrimtabError
 
 # what is sent
 
@@ -102,13 +103,50 @@ def test_the_base_url_may_leave_v1_out(both: Both, url: str) -> None:
     assert str(server.requests[0].url) == "http://h:1/v1/models"
 
 
+def test_headers_are_sent_with_every_request(both: Both) -> None:
+    server = Server(httpx.Response(200, json={"object": "list", "data": []}))
+    both.call(
+        server, "models", settings={"api_key": "k", "headers": {"X-Session-Id": "s1", "Authorization": "Basic x"}}
+    )
+    assert server.requests[0].headers["x-session-id"] == "s1"
+    assert server.requests[0].headers.get_list("authorization") == ["Basic x"], "the caller's own goes first"
+
+
+def test_a_client_with_options_adds_to_its_headers_and_waits_for_ever_if_told_so() -> None:
+    sent: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        return httpx.Response(200, json={"object": "list", "data": []})
+
+    with Client(timeout=None, headers={"a": "1", "b": "2"}, transport=httpx.MockTransport(handle)) as client:
+        client.with_options(headers={"B": "3"}).models()
+        client.models()
+    assert [(one.headers["a"], one.headers["b"]) for one in sent] == [("1", "3"), ("1", "2")]
+    assert sent[0].extensions["timeout"] == {"connect": 5.0, "read": None, "write": None, "pool": None}
+
+
+def test_further_keys_of_a_score_and_of_tokens_are_sent(both: Both) -> None:
+    server = Server(httpx.Response(200, json={}), httpx.Response(200, json={"tokens": [], "count": 0}))
+    both.call(server, "score", "a", "b", extra={"seed": 3})
+    assert server.body == {"prompt": "a", "completion": "b", "seed": 3}
+    both.call(server, "tokenize", "a", extra={"return_token_strs": True})
+    assert server.body == {"prompt": "a", "return_token_strs": True}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"base_url": "localhost:8000"},
         {"base_url": "http://"},
         {"base_url": 8000},
+        {"base_url": "http://a..b"},
         {"max_retries": -1},
+        {"max_retries": None},
+        {"timeout": -1},
+        {"timeout": "5"},
+        {"headers": {"x-name": "schlüssel"}},
+        {"headers": {"x-name": 1}},
         {"api_key": "schlüssel"},
         {"api_key": "a\nb"},
     ],
@@ -203,6 +241,18 @@ def test_transport_failures_name_the_server(both: Both) -> None:
     assert isinstance(caught.value, ClientError)
     with pytest.raises(TimedOut, match="timeout"):
         both.call(Server(httpx.ReadTimeout("slow")), "models", settings=settings)
+    with pytest.raises(TimedOut, match="this client has as many requests under way as it has connections"):
+        both.call(Server(httpx.PoolTimeout("none free")), "models", settings=settings)
+
+
+@pytest.mark.parametrize("error", [BadRequest("m", 400, "c", "t", "p", "id", 1.5), ContextOverflow(10, 20, 1)])
+def test_errors_come_home_from_a_pool_of_processes(error: TrimtabError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found)) == (type(error), str(error))
+    assert vars(found) == vars(error)
+    renamed = ContextOverflow(10, 20, 1)
+    renamed.rename("prompt")
+    assert str(pickle.loads(pickle.dumps(renamed))) == str(renamed)
 
 
 # what is retried

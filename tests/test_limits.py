@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from scripted import ScriptedEngine, in_memory, say
-from trimtab.server.schema import ChatBody
+from trimtab.server.schema import ChatBody, CompletionBody
 
 CHAT_PATH, RESPONSE_PATH, TOKENS_PATH = "/v1/chat/completions", "/v1/responses", "/tokenize"
 HI: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -34,6 +34,14 @@ def allowed(count: int) -> dict[str, Any]:
 
 def biases(count: int) -> dict[str, float]:
     return {str(token): 0.5 for token in range(count)}
+
+
+def metadata(count: int) -> dict[str, str]:
+    return {f"key{i}": "value" for i in range(count)}
+
+
+def spans(count: int) -> dict[str, Any]:
+    return {"correction": "polite", "budget": {"spans": [["<a>", "</a>"]] * count}}
 
 
 def said(parts: int) -> dict[str, Any]:
@@ -80,6 +88,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, int]] = [
     (RESPONSE_PATH, {"tools": functions(128)}, {"tools": functions(129)}, "tools", 128),
     (CHAT_PATH, {"logit_bias": biases(1024)}, {"logit_bias": biases(1025)}, "logit_bias", 1024),
     (RESPONSE_PATH, {"logit_bias": biases(1024)}, {"logit_bias": biases(1025)}, "logit_bias", 1024),
+    (RESPONSE_PATH, {"metadata": metadata(16)}, {"metadata": metadata(17)}, "metadata", 16),
+    (CHAT_PATH, {"steering": spans(64)}, {"steering": spans(65)}, "steering.budget.spans", 64),
 ]
 
 
@@ -104,3 +114,28 @@ def test_what_is_refused_for_its_length_is_not_read() -> None:
     with pytest.raises(ValidationError) as caught:
         ChatBody.model_validate({"messages": [{"role": "assistant", "tool_calls": [{}] * 200_000}]})
     assert [found["type"] for found in caught.value.errors()] == ["too_many"], "none of them names a function"
+
+
+def test_more_corrections_than_act_together_are_counted_before_they_are_read() -> None:
+    with in_memory(Roomy(say("x"))) as ask:
+        steering = {"corrections": {f"c{i}": 1.0 for i in range(9)}}
+        error = ask("POST", CHAT_PATH, json={"messages": [HI], "steering": steering}).json()["error"]
+    assert error["param"] == "steering.corrections"
+    assert "at most 8 entries are taken, not 9" in error["message"]
+
+
+def test_a_batch_of_prompts_is_counted_before_it_is_known_what_they_are() -> None:
+    for prompts in ([[1]] * 16385, ["a"] * 16385, [None] * 16385):
+        with pytest.raises(ValidationError) as caught:
+            CompletionBody.model_validate({"prompt": prompts})
+        assert [found["type"] for found in caught.value.errors()] == ["too_many"]
+    assert len(CompletionBody.model_validate({"prompt": [1] * 20000}).prompt) == 20000, "ids are one prompt"
+    assert CompletionBody.model_validate({"prompt": []}).prompt == []
+
+
+def test_what_a_tool_is_called_with_costs_no_walk_through_it() -> None:
+    """pydantic's own type for JSON looks at each value: of a body's seven hundred thousand, for seconds."""
+    deep = {"a": {str(i): i for i in range(1000)}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
+    (message,) = ChatBody.model_validate({"messages": [call]}).messages
+    assert message.for_template()["tool_calls"][0]["function"]["arguments"] == deep

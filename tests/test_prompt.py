@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from tiny import tiny_tokenizer
-from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest
+from trimtab.errors import ContextOverflow, EngineStopped, InvalidRequest, Overloaded
 from trimtab.server import prompt as prompt_module
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.prompt import Ids, Prompter
@@ -16,12 +16,12 @@ from trimtab.server.prompt import Ids, Prompter
 HI = [{"role": "user", "content": "hi"}]
 
 
-MAX_LEN = 50
+MAX_LEN, MOST = 50, 8
 LONGEST = len("<|im_start|>")
 
 
 def prompter_of(tokenizer: Any) -> Prompter:
-    return Prompter(tokenizer, Pieces(tokenizer), MAX_LEN)
+    return Prompter(tokenizer, Pieces(tokenizer), MAX_LEN, MOST)
 
 
 def chat(template: str | None = None, messages: Any = HI, **options: Any) -> Ids:
@@ -198,3 +198,28 @@ def test_a_caller_that_leaves_is_no_end_of_the_server() -> None:
         prompter.close()
 
     asyncio.run(main())
+
+
+def test_no_more_prompts_wait_than_the_engine_could_take_and_none_whose_caller_has_left() -> None:
+    begun, going, prompter = held()
+    read: list[str] = []
+
+    async def main() -> None:
+        first = asyncio.create_task(prompter.text(["a"]))
+        await asyncio.to_thread(begun.wait, 60)
+        prompter._tokenizer.encode = lambda text, **_: [read.append(text) or 2]
+        waiting = [asyncio.create_task(prompter.text([f"w{i}"])) for i in range(MOST - 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match=f"{MOST} prompts wait"):
+            await prompter.text(["one too many"])
+        for task in waiting[1:]:
+            task.cancel()
+        await asyncio.gather(*waiting[1:], return_exceptions=True)
+        last = asyncio.create_task(prompter.text(["last"]))
+        going.set()
+        assert await first == [(1,)]
+        assert await waiting[0] == await last == [(2,)]
+        prompter.close()
+
+    asyncio.run(main())
+    assert read == ["w0", "last"]

@@ -236,7 +236,8 @@ def test_a_score_reads_text_or_ids_or_messages(ask: httpx.Client, base: Base) ->
         ("/v1/steering/score", {"completion": "ab"}, "prompt"),
         ("/v1/steering/score", {"prompt": "", "completion": "ab"}, "prompt"),
         ("/v1/steering/score", {"prompt": "ab", "completion": ""}, "completion"),
-        ("/v1/steering/score", {"prompt": "ab", "completion": [999]}, "prompt"),
+        ("/v1/steering/score", {"prompt": "ab", "completion": [999]}, "completion"),
+        ("/v1/steering/score", {"prompt": [999], "completion": "ab"}, "prompt"),
         ("/v1/steering/score", {"prompt": "ab", "completion": "x" * 63}, "prompt"),
         ("/v1/steering/score", {"prompt": "ab", "messages": [], "completion": "x"}, "messages"),
     ],
@@ -247,6 +248,12 @@ def test_what_cannot_be_scored_is_refused_and_names_the_field(
     error = post(ask, path, 400, **body)["error"]
     assert error["param"] == param
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_misspelled_key_of_a_score_is_logged(ask: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    post(ask, "/v1/steering/score", 200, prompt="ab", completion="c", strenght=5, seed=1)
+    assert "'strenght'" in caplog.text
+    assert "'seed'" not in caplog.text
 
 
 def test_a_prompt_that_fills_the_context_is_scored(ask: httpx.Client) -> None:

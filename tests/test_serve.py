@@ -68,6 +68,11 @@ def test_every_flag_of_the_engine_reaches_it() -> None:
     assert serve.engine_config(build_parser().parse_args(["serve"])).graphs
 
 
+def test_connections_outlast_those_of_load_balancers() -> None:
+    assert build_parser().parse_args(["serve"]).timeout_keep_alive == 75
+    assert build_parser().parse_args(["serve", "--timeout-keep-alive", "5"]).timeout_keep_alive == 5
+
+
 def test_the_image_has_left_before_docker_stop_kills_it() -> None:
     """Its 10 seconds must hold the drain, the time for a reader that hangs, and the process's own end."""
     dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ def test_what_is_not_there_is_said_by_its_url(url: str) -> None:
     assert refused.value.field in ("path", "correction")
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a" * 5000, "a\0b", "", " "])
 @pytest.mark.parametrize("rooted", [False, True])
 def test_a_path_that_can_be_none_is_a_mistake_of_the_callers(path: str, rooted: bool, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as refused:

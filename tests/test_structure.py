@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from schemas import SCHEMAS
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest
+from trimtab.server.engine import structure as structure_module
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.pieces import Pieces
@@ -131,6 +132,25 @@ def test_what_cannot_be_followed_is_refused_with_its_reason(
 def test_a_model_without_an_end_of_text_has_no_structures(base: Base) -> None:
     with pytest.raises(InvalidRequest, match="no token that ends a text"):
         Grammars(base.tokenizer, base.vocab, ()).compile(Structure("regex", "a"))
+
+
+def test_a_grammar_that_is_read_in_ever_more_ways_ends_early_and_in_words(
+    grammars: Grammars, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token's mask holds up every choice. Each further letter has more ways to have come about."""
+    monkeypatch.setattr(structure_module, "STEP_ITEMS", 300)  # the demo's vocabulary takes ten thousand at once
+    structure = Structure("grammar", 'start: e\ne: e e e | e e | /[a-z ]/ | "" ')
+    matcher = grammars.compile(structure).start()
+    words = bitmask((), -(-base.vocab // 32))
+    for _ in range(200):
+        matcher.fill(words)
+        if matcher.error:
+            break
+        matcher.take(ids(base, "a")[0])
+    assert matcher.error is not None
+    assert matcher.error.startswith("parser error: Too many items (limit 300;")
+    assert "non-verbose" not in matcher.error
+    assert not words.any()
 
 
 def test_choices_may_be_many(grammars: Grammars, base: Base) -> None:

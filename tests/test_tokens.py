@@ -89,6 +89,15 @@ def test_the_tokenizer_and_the_version_are_told() -> None:
     assert info["chat_template"] == TOKENIZER.chat_template
 
 
+def test_where_the_tokenizer_lies_is_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOKENIZER.init_kwargs, "name_or_path", "/root/models/mine")
+    monkeypatch.setitem(TOKENIZER.init_kwargs, "padding_side", "left")
+    with in_memory(ScriptedEngine(say("x"))) as ask:
+        info = ask("GET", "/tokenizer_info").json()
+    assert info["padding_side"] == "left"
+    assert "/root" not in str(info)
+
+
 def test_a_tokenizer_with_several_templates_tells_them_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     templates = {"default": TOKENIZER.chat_template, "tool_use": "{{ messages }}"}
     monkeypatch.setattr(TOKENIZER, "chat_template", templates)

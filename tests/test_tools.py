@@ -278,7 +278,7 @@ def served(template: str | None, engine: Engine, special: tuple[str, ...] = ()) 
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *special]})
     tokenizer.chat_template = template or tokenizer.chat_template
-    base: Any = SimpleNamespace(name="tiny", tokenizer=tokenizer, identity=BASE.identity)
+    base: Any = SimpleNamespace(name="tiny", vocab=BASE.vocab, tokenizer=tokenizer, identity=BASE.identity)
     app = create_app(engine, base, scripted_bank())  # type: ignore[arg-type]
     with loopback(app, engine) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client

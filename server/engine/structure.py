@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 
 KEPT = 64  # compiled structures
+# Of the parser, a mask: a hundred times what common grammars take, and of the most ambiguous one some 10 ms of a step
+# that all choices wait for. (llguidance's own limit is five times that, and lets it take a second.)
+STEP_ITEMS = 10_000
 # A model that may write any whitespace may write nothing else: a space, or a line break and an indentation.
 WHITESPACE = r" |\r?\n[ \t]{0,40}"
 
@@ -60,8 +63,7 @@ class Grammars:
             raise Unfollowable(f"{field}: {error}", field) from error
         matcher = new_matcher(vocabulary.tokenizer, source)
         if matcher.is_error():
-            reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise Unfollowable(f"{field} cannot be followed: {reason}", field)
+            raise Unfollowable(f"{field} cannot be followed: {_reason(matcher)}", field)
         grammar = Grammar(matcher, vocabulary, structure)
         with self._lock:
             self._kept[structure] = grammar
@@ -116,7 +118,7 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why it cannot go on: a limit of the parser's."""
-        return self._matcher.get_error() or None
+        return _reason(self._matcher) or None
 
     def fill(self, words: Words) -> None:
         """Write which tokens may come next, without those that end the text."""
@@ -168,7 +170,13 @@ class Matcher:
 
 def new_matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
     """One that tells errors without quoting the grammar."""
-    return LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    limits = LLParserLimits(verbose_errors=False, step_max_items=STEP_ITEMS)
+    return LLMatcher(tokenizer, source, log_level=0, limits=limits)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Its error, without the mark that says that it was kept short."""
+    return matcher.get_error().removesuffix("<non-verbose/>").strip()
 
 
 def _write_grammar(structure: Structure) -> str:

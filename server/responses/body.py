@@ -20,6 +20,7 @@ from trimtab.server.responses.items import CallItem, Items, MessageItem, OutputI
 from trimtab.server.schema import Body, ChatBody
 from trimtab.server.tools.body import MAX_TOOLS
 
+MAX_METADATA = 16  # OpenAI's
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 _FIELDS = {
     "messages": "input",
@@ -70,7 +71,7 @@ class ResponseBody(Body):
     tools: Annotated[Many[dict[str, Any]], Most(MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Table[str, str] | None = None
+    metadata: Annotated[Table[str, str], Most(MAX_METADATA)] | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None

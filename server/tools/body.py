@@ -7,13 +7,13 @@ field. null is the same as not sent.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.many import Many, Most
 
 MAX_TOOLS = 128  # OpenAI's
-NO_PARAMETERS: dict[str, JsonValue] = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class Function(BaseModel):
@@ -23,7 +23,7 @@ class Function(BaseModel):
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None  # the schema holds to the letter, or the request is refused
 
 
@@ -34,7 +34,7 @@ class Tool(BaseModel):
     function: Function
 
     @property
-    def schema_of_arguments(self) -> dict[str, JsonValue]:
+    def schema_of_arguments(self) -> dict[str, Any]:
         """As OpenAI has it: no parameters are an empty list of them."""
         return self.function.parameters or NO_PARAMETERS
 
@@ -78,7 +78,7 @@ class CalledFunction(BaseModel):
     """A call that the assistant made: arguments as JSON in a string, as it wrote them."""
 
     name: str
-    arguments: str | dict[str, JsonValue] | None = None
+    arguments: str | dict[str, Any] | None = None
 
 
 class CalledTool(BaseModel):
