@@ -30,6 +30,7 @@ from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 KINDS = ("off", "on", "on 256")
+COPIES = 8
 
 
 def main() -> None:
@@ -37,8 +38,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "7B"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of prompt")
-    parser.add_argument("--steps", type=int, default=16, help="counted steps of a kind in a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=48, help="counted steps of a kind in a round")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compare", default="1.5B", help="the shape to compare rows without steering on")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,7 +64,7 @@ def main() -> None:
         core = Core(base, bank, EngineConfig(slots=max(args.batches), max_model_len=args.prompt + 8 * args.steps,
                                              step_tokens=8192))  # fmt: skip
         for batch in args.batches:
-            results.append({"shape": shape, "floor_ms": round(floor, 4), **measure(core, batch, args)})
+            results.append({"shape": shape, "floor_ms": round(floor, 4), **measure(core, batch, floor, args)})
             print(line(results[-1]), flush=True)
         del core
         if shape == args.compare:
@@ -86,8 +87,8 @@ def line(r: dict[str, Any]) -> str:
     )
 
 
-def measure(core: Core, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a decode step of each kind, and what steering adds to it within a round."""
+def measure(core: Core, batch: int, floor: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a decode step of each kind, and what steering adds to it within a round; floor: in them too."""
     draw, order = random.Random(args.seed), list(KINDS)
     rounds: list[dict[str, float]] = []
     for number in range(args.rounds + 1):
@@ -96,7 +97,6 @@ def measure(core: Core, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     rounds = rounds[1:]  # the first warms up
     ms = {kind: round(statistics.median(r[kind] for r in rounds), 4) for kind in KINDS}
     cost = {kind: round(statistics.median(r[kind] / r["off"] - 1 for r in rounds), 5) for kind in KINDS[1:]}
-    floor = weight_bytes(core.base) / copy_rate(args.device) * 1000
     return {
         "batch": batch,
         "graph_ms": time_graph(core, batch, args.prompt),
@@ -170,26 +170,25 @@ def time_graph(core: Core, batch: int, position: int) -> float | None:
     return round(begin.elapsed_time(end) / 10, 4)
 
 
-def copy_rate(device: str, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of a copy from one buffer to another."""
-    if device not in _RATES:
-        size = size if device == "cuda" else 1 << 24
-        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        seconds = []
-        for _ in range(10):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+def copy_rate(device: str) -> float:
+    """Bytes a second, read and written, of a copy from one buffer to another: several are launched at once."""
+    size = 1 << 30 if device == "cuda" else 1 << 24
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(COPIES):
             target.copy_(source)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        _RATES[device] = 2 * size / statistics.median(seconds)
-    return _RATES[device]
+        _wait(device)
+        seconds.append((time.perf_counter() - began) / COPIES)
+    return 2 * size / statistics.median(seconds)
 
 
-_RATES: dict[str, float] = {}
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

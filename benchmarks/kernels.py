@@ -1,10 +1,11 @@
 """The step's kernels against one read of their logits, and against the same work in torch. Needs a CUDA device.
 
-    python benchmarks/kernels.py [--vocab 49152 151936 262144] [--batches 1 8 32 128 256]
+    python benchmarks/kernels.py [--vocab 49152 151936 262144] [--batches 1 8 32 64 128 256]
 
 Every figure is the time of one call inside a captured CUDA graph, so that no launch from the host is in it: the median
-over replays. The calls of a graph take turns over enough logits to overflow the L2 cache. A logit is 2 * Exp(1), so
-that p falls as rank^-2: about 1.5 nats, as decoding has it, and top_p = 0.95 keeps a dozen tokens. `copy` moves the
+over replays. The calls of a graph take turns over enough logits to overflow the L2 cache (over 64
+sets at most: those of a few rows stay in it). A logit is 2 * Exp(1), so that p falls as rank^-2: about 1.5 nats, as
+decoding has it, and top_p = 0.95 keeps a dozen tokens. `copy` moves the
 same bytes from one buffer to another, in the same rotation; a share of it compares bytes a second, a copy's counted
 twice. `read` is the time that one read of the logits takes at the rate of a large copy.
 """
@@ -36,7 +37,14 @@ CASES = {  # gate open, temperature, top_p
     "open, sampled": (True, 0.8, 1.0),
     "open, top_p": (True, 0.8, 0.95),
 }
-PARTS = {"stats": "shut, sampled", "finish": "shut, sampled", "tilt": "open, sampled", "resolve": "shut, sampled"}
+PARTS = {  # a kernel of the step, and the case whose rows it is given
+    "stats": ("stats", "shut, sampled"),
+    "finish": ("finish", "shut, sampled"),
+    "finish top_p": ("finish", "shut, top_p"),
+    "finish open": ("finish", "open, top_p"),
+    "tilt": ("tilt", "open, sampled"),
+    "resolve": ("resolve", "shut, sampled"),
+}
 DEVICE = torch.device("cuda")
 REPLAYS, BUDGET = 15, 0.3  # of a graph, and seconds after which five are enough
 KEPT = 20  # most likely tokens that the torch paths report
@@ -47,7 +55,7 @@ Call = Callable[[], Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the step's kernels on this GPU.")
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 151936, 262144])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--compiled", type=int, nargs="*", default=[32, 256], help="batches to run torch.compile on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -57,7 +65,7 @@ def main() -> None:
     correction = f"rank {RANK}, {TOP_K} candidates, hidden {HIDDEN}"
     here = machine.describe()
     print(machine.card(here, **facts, correction=correction), flush=True)
-    columns = ["vocab", "batch", "read", "copy", "stats", "of copy", "of big", "finish", "tilt", "resolve", *CASES]
+    columns = ["vocab", "batch", "read", "copy", "stats", "of copy", "of big", *list(PARTS)[1:], *CASES]
     columns += ["torch", "torch top_p", "compiled"]
     print("\nmicroseconds\n" + "  ".join(f"{name:>7}" for name in columns), flush=True)
     results = []
@@ -100,7 +108,7 @@ def measure(vocab: int, batch: int, rate: float, compiled: bool) -> dict[str, An
     took: dict[str, Any] = {"vocab": vocab, "batch": batch, "read": 1e6 * size / rate}
     took["copy"] = time_calls([lambda a=a, b=b: b.copy_(a) for a, b in zip(logits, spare, strict=True)])
     del spare
-    took |= {part: time_part(part, inputs(case)) for part, case in PARTS.items()}
+    took |= {name: time_part(part, inputs(case)) for name, (part, case) in PARTS.items()}
     took["of copy"] = took["copy"] / 2 / took["stats"]
     took["of big"] = took["read"] / took["stats"]
     for case in CASES:

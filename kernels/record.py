@@ -137,6 +137,9 @@ class StepRecord(NamedTuple):
     top_logprobs: Tensor  # [rows, alternatives]
 
 
+TOKEN = StepRecord._fields.index("token")  # its column in a packed record
+
+
 def pack(record: StepRecord) -> Tensor:
     """-> int32 [rows, FIELDS + 2 * alternatives]: one tensor, so that one copy brings a step home."""
     integers = (record.token, record.status, record.base_token, record.steered_token)

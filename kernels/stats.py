@@ -36,12 +36,32 @@ class Groups(NamedTuple):
 
 
 @triton.jit
+def read_quarter(logits, vocab, group, QUARTER: tl.constexpr):
+    """float32 [groups, 32] logits: of each eight that lie together, a lane's own.
+
+    So what a lane reads at once is one wide read, and its numbers of a group meet before lanes exchange any.
+    """
+    lane = tl.arange(0, 32)
+    token = group[:, None] * GROUP + (lane // 8 * 32 + QUARTER * 8 + lane % 8)[None, :]
+    return tl.load(logits + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
+
+
+@triton.jit
 def read_groups(logits, vocab, group):
-    """-> the groups' maxima [groups], and the logits below them [groups, GROUP]."""
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = tl.load(logits + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
-    peak = tl.max(z, axis=1)
-    return peak, z - tl.where(peak == NEG_INF, 0.0, peak)[:, None]
+    """-> the groups' maxima [groups], and the logits below them, in quarters [groups, 32]."""
+    a = read_quarter(logits, vocab, group, 0)
+    b = read_quarter(logits, vocab, group, 1)
+    c = read_quarter(logits, vocab, group, 2)
+    d = read_quarter(logits, vocab, group, 3)
+    peak = tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), axis=1)
+    shift = tl.where(peak == NEG_INF, 0.0, peak)[:, None]
+    return peak, a - shift, b - shift, c - shift, d - shift
+
+
+@triton.jit
+def depth(below):
+    """z - peak, where exp of it is not 0."""
+    return tl.maximum(below, FLOOR)
 
 
 @triton.jit
@@ -52,20 +72,23 @@ def stats_kernel(
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
-    peak, below = read_groups(logits + row * logits_stride, vocab, group)
-    e = tl.exp2(below * LOG2_E)
-    mass = tl.sum(e, axis=1)
+    scale = inverse_temperature(tl.load(temperature + row)) * LOG2_E
+    kind = tl.load(gate + row)
+    peak, a, b, c, d = read_groups(logits + row * logits_stride, vocab, group)
     at = row * stride + group
+    e, f, g, h = tl.exp2(a * LOG2_E), tl.exp2(b * LOG2_E), tl.exp2(c * LOG2_E), tl.exp2(d * LOG2_E)
+    mass = tl.sum((e + f) + (g + h), axis=1)
     tl.store(peak_out + at, tl.where(mass == mass, peak + 0.0, INF))  # a NaN or +inf has spoiled the mass
     tl.store(mass_out + at, mass)
-    tl.store(moment_out + at, tl.sum(e * tl.maximum(below, FLOOR), axis=1))
-    inverse = inverse_temperature(tl.load(temperature + row))
-    if inverse != 1.0:
-        tl.store(tempered_out + at, tl.sum(tl.exp2(below * (inverse * LOG2_E)), axis=1))
-    if tl.load(gate + row) == VARENTROPY:  # read once more: what is kept for this rare case would halve the occupancy
-        peak, below = read_groups(logits + row * logits_stride, vocab, group)
-        depth = tl.maximum(below, FLOOR)
-        tl.store(spread_out + at, tl.sum(tl.exp2(below * LOG2_E) * depth * depth, axis=1))
+    tl.store(moment_out + at, tl.sum((e * depth(a) + f * depth(b)) + (g * depth(c) + h * depth(d)), axis=1))
+    if scale != LOG2_E:
+        tempered = (tl.exp2(a * scale) + tl.exp2(b * scale)) + (tl.exp2(c * scale) + tl.exp2(d * scale))
+        tl.store(tempered_out + at, tl.sum(tempered, axis=1))
+    if kind == VARENTROPY:  # read once more: what is kept for this rare case would halve the occupancy
+        peak, a, b, c, d = read_groups(logits + row * logits_stride, vocab, group)
+        e, f, g, h = tl.exp2(a * LOG2_E), tl.exp2(b * LOG2_E), tl.exp2(c * LOG2_E), tl.exp2(d * LOG2_E)
+        a, b, c, d = depth(a), depth(b), depth(c), depth(d)
+        tl.store(spread_out + at, tl.sum((e * a * a + f * b * b) + (g * c * c + h * d * d), axis=1))
 
 
 def measure_groups(logits: Tensor, params: RowParams) -> Groups:

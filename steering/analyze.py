@@ -29,7 +29,7 @@ from trimtab.steering.evaluate import compare, kept, summarise
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
-from trimtab.steering.lockstep import Choose, Turn, Written, answer_in_turns, watched
+from trimtab.steering.lockstep import NO_MARKERS, Choose, Turn, Written, answer_in_turns, watched
 from trimtab.steering.machine import ran_on
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Exam, request_for
@@ -201,7 +201,7 @@ def _steered(tuned: Tuned) -> tuple[Bank, Steering]:
         bank.add(correction)
         return bank, Steering(correction.name, strength=1.0, gate="always")
     bank.add(correction)
-    return bank, Steering(correction.name)
+    return bank, Steering(correction.name, budget=NO_MARKERS)
 
 
 def _draw(turn: Turn) -> float:

@@ -115,7 +115,7 @@ class HeadCorrection(Correction):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LoraCorrection(Correction):
-    """A LoRA inside the network. Gated, a companion row computes it; with the gate `always` there is no base row."""
+    """A LoRA inside the network. A companion row computes it; one that is always on may run alone (rule.py)."""
 
     tier: ClassVar[str] = "lora"
 

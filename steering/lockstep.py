@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import EngineFailure
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Event, FinishReason, Receipt, Request, Steering
+from trimtab.server.engine.request import Budget, Event, FinishReason, Receipt, Request, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.calibrate import idle
@@ -57,6 +57,7 @@ class Written(NamedTuple):
 
 
 Choose = Callable[[Turn], bool]
+NO_MARKERS = Budget(spans=())  # in a text of which either may write the next token
 
 
 def write(first: Core, second: Core, pairs: Sequence[tuple[Request, Request]], choose: Choose) -> Iterator[Written]:
@@ -134,7 +135,7 @@ def watched(base: Base, gate: Gate) -> tuple[Bank, Steering]:
     """A bank and a steering under which the base's receipts tell its gate, and nothing is steered."""
     bank = Bank(base.hidden, base.device)
     bank.add(idle(base, gate))
-    return bank, Steering(bank.names[0], mode="shadow")
+    return bank, Steering(bank.names[0], mode="shadow", budget=NO_MARKERS)
 
 
 def answer_in_turns(

@@ -128,8 +128,15 @@ def encode_beside(base: Base, problem: Problem, prompt: str) -> tuple[int, ...]:
 
 
 def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: int, slots: int, threads: int) -> Core:
-    """An engine with room for these problems and no more. Raises TaskError for a prompt that fills the context."""
-    longest, label = max((len(encode(base, p)), p.label) for p in problems)
+    """An engine with room for these problems, and for what the bank's contrasts read beside them, and no more.
+
+    Raises TaskError for a prompt that fills the context."""
+    sizes = [(len(encode(base, p)), p.label) for p in problems]
+    for correction in (entry.correction for entry in bank.entries):
+        if isinstance(correction, ContrastCorrection) and correction.prompt:
+            beside = f"what {correction.name} reads beside "
+            sizes += [(len(encode_beside(base, p, correction.prompt)), f"{beside}{p.label}") for p in problems]
+    longest, label = max(sizes)
     if longest >= base.max_len:
         raise TaskError(f"{label} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
     length = max(2, min(base.max_len, longest + max_tokens))

@@ -117,6 +117,15 @@ def test_end_of_text_waits_for_min_tokens_and_is_ignored_while_there_is_another_
         assert (len(told), told[-1].finish) == (4, "stop")
 
 
+@pytest.mark.parametrize("late", [{"min_tokens": 9}, {"ignore_eos": True}])
+@pytest.mark.parametrize("limit", [{"allowed_tokens": frozenset(ids("a"))}, {"bad_words": (tuple(ids("b")),)}])
+def test_a_way_that_is_barred_is_none(core: Core, late: dict[str, Any], limit: dict[str, Any]) -> None:
+    """The grammar alone would go on: the text is complete, and nothing else is left of it."""
+    told = run(core, Structure("regex", "ab*"), **late, **limit)
+    assert [event.token for event in told] == [*ids("a"), EOS]
+    assert told[-1].finish == "stop"
+
+
 def test_only_allowed_tokens_are_drawn(core: Core) -> None:
     allowed = frozenset(ids("xyz"))
     told = run(core, allowed_tokens=allowed)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from tiny import FAMILIES, VOCAB, tiny_base, tiny_correction
+from tiny import FAMILIES, VOCAB, tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest, NotFound
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -19,6 +19,7 @@ from trimtab.server.engine.request import Event, Request, SamplingParams, Steeri
 from trimtab.server.model.attention import IMPLEMENTATION
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.gate import Gate
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -321,6 +322,40 @@ def test_what_a_sick_request_wrote_reaches_nobody(base: Base, monkeypatch: pytes
     for event in core.run([long, short, dataclasses.replace(sick, id="again")]):
         got[event.request_id].append(event.token)
     assert got == {"long": expected["long"], "short": expected["short"], "again": expected["sick"]}
+
+
+@pytest.mark.parametrize("ending", ["abort", "score"])
+def test_what_nobody_was_told_of_reaches_nobody(base: Base, ending: str) -> None:
+    """A LoRA that overflows leaves NaN in a slot. Aborted before its first token, or as the second of two choices of
+    which the first is scored, nothing has found that out."""
+    bank = Bank(base.hidden, "cpu")
+    bank.add(tiny_lora(base, "bad", gate=Gate("always"), size=1e15))
+    core = Core(base, bank, EngineConfig(slots=2, step_tokens=32, max_model_len=200))
+    sick, long, short = prompts([150, 140, 3])
+    if ending == "abort":
+        core.submit(Request("sick", sick, steering=Steering("bad")))
+        for _ in range(3):
+            core.step()
+        assert core._runner.cache.keys.isnan().any()
+        core.abort("sick", 0)
+    else:
+        scored = SamplingParams(max_tokens=0)
+        told = list(core.run([Request("sick", sick, scored, Steering("bad"), n=2, score_from=100)]))
+        assert any(event.error for event in told)
+    greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    events = list(core.run([Request("long", long, greedy), Request("short", short, greedy)]))
+    assert [event.error for event in events if event.error] == []
+
+
+def test_who_leaves_after_a_token_leaves_its_prefix(base: Base) -> None:
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=2, max_model_len=100))
+    (prompt,) = prompts([50])
+    core.submit(Request("a", prompt))
+    while not core.step():
+        pass
+    core.abort("a", 0)
+    (first, *_) = core.run([Request("b", prompt, SamplingParams(max_tokens=2))])
+    assert first.cached == 49
 
 
 def test_bfloat16_computes_what_float32_does_up_to_rounding(base: Base) -> None:

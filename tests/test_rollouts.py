@@ -15,6 +15,7 @@ from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
 from trimtab.steering import rollouts as module
 from trimtab.steering.bank import Bank
+from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.journal import Journal, Rollout
 from trimtab.steering.problem import Problem, Split
 from trimtab.steering.rollouts import Sampling, collect, open_core
@@ -130,3 +131,13 @@ def test_a_file_that_two_runs_wrote_to_is_refused(base: Base, undisturbed: Path,
     (tmp_path / "00000.journal").write_bytes(content + content)
     with pytest.raises(TaskError, match=r"00000\.jsonl does not hold each completion of its problems once"):
         sample(base, tmp_path, Counting())
+
+
+def test_what_a_contrast_reads_beside_a_problem_takes_none_of_the_answers_room(base: Base) -> None:
+    bank = Bank(base.hidden, base.device)
+    bank.add(ContrastCorrection(name="plain", prompt="x" * 60))
+    core = open_core(base, bank, PROBLEMS, 9, slots=2, threads=1)
+    assert core.max_len == 60 + 9
+    bank.add(ContrastCorrection(name="long", prompt="x" * base.max_len))
+    with pytest.raises(TaskError, match=f"what long reads beside problem 'p6' has {base.max_len} tokens"):
+        open_core(base, bank, PROBLEMS, 9, slots=2, threads=1)

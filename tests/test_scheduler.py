@@ -203,7 +203,9 @@ def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, s
                 sequences[i].row.adapter = adapter
                 scheduler.add(sequences[i])
             if leaves is not None and step == comes + leaves:
-                scheduler.abort(str(i), 0)
+                leaving = scheduler.find(str(i), 0)
+                if leaving is not None:
+                    scheduler.remove(leaving)
         work = scheduler.plan()
         if not work and step > 12:
             break

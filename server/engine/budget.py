@@ -21,7 +21,7 @@ class Allowance:
         self._rest = 0  # steps to stay shut, after one that fired
         self._until = None if budget.until is None else budget.until.encode()
         self._spans = [(opening.encode(), closing.encode()) for opening, closing in budget.spans]
-        self._reads = self._until is not None or bool(self._spans)
+        self.reads = self._until is not None or bool(self._spans)  # what is open depends on the text
         markers = [marker for span in self._spans for marker in span] + ([self._until] if self._until else [])
         self._ends = frozenset(marker[-1] for marker in markers)  # bytes of which one completes any marker
         self._text = bytearray()
@@ -35,7 +35,7 @@ class Allowance:
         self._steps += 1
         self._fired += fired
         self._rest = self._budget.cooldown if fired else max(0, self._rest - 1)
-        if self._reads:
+        if self.reads:
             self._read(self._pieces.content(token))
         self.open = self._allows()
 
@@ -55,7 +55,7 @@ class Allowance:
             return
         if self._until is not None:
             self._ended = self._text.find(self._until, max(0, before + 1 - len(self._until))) >= 0
-            self._reads = not self._ended
+            self.reads = not self._ended
         while (found := self._find_edge(before)) is not None:
             self._start, self._closing = found
 

@@ -4,9 +4,11 @@ Invariant: a token that ends the text is legal only where the grammar may end, a
 min_tokens, and under ignore_eos for as long as there is another way. With no grammar, or one that has not begun, they
 are as legal as without a constraint.
 
-    if constraint.holds: constraint.fill(words)        # before a draw
-    constraint.take(token)                             # after it
+    if constraint.holds: constraint.fill(words, barred)    # before a draw
+    constraint.take(token)                                 # after it
 """
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -52,19 +54,21 @@ class Constraint:
         """Why its structure cannot be followed further."""
         return self._matcher.error if self._matcher is not None else None
 
-    def fill(self, words: Words) -> None:
-        """Write which tokens are legal."""
-        if self._matcher is None:
-            words[:] = -1
-        else:
+    def fill(self, words: Words, barred: Collection[int] = ()) -> None:
+        """Write which tokens are legal. barred: those that a bad word forbids now."""
+        words[:] = -1
+        if self._matcher is not None:
             self._matcher.fill(words)
-            self._end(words, self._matcher)
         if self._allowed is not None:
-            words &= self._allowed | self._ends if self.inside else self._allowed
+            words &= self._allowed
+        if barred:
+            words &= ~bitmask(barred, len(words))
+        if self._matcher is not None:
+            self._end(words, self._matcher)
         self.legal = int(np.bitwise_count(words.view(np.uint32)).sum())
 
     def _end(self, words: Words, matcher: Matcher) -> None:
-        """Let the text end where it may."""
+        """Let the text end where it may: sooner than asked where there is no other way left."""
         if matcher.waits:
             words &= ~self._ignored  # what min_tokens forbids there is an edit
             return

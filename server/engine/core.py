@@ -16,7 +16,7 @@ from typing import Any
 
 from trimtab.errors import EngineFailure
 from trimtab.kernels import philox
-from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
+from trimtab.kernels.record import DEAD, FIRED, OPEN, TOKEN, StepRecord, unpack
 from trimtab.server.engine.admission import Admission
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.inputs import Sampling
@@ -99,7 +99,9 @@ class Core:
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
         self._ahead = None
-        self._scheduler.abort(request_id, index)
+        sequence = self._scheduler.find(request_id, index)
+        if sequence is not None:
+            self._leave(sequence)
 
     def publish(self, draft: Draft, placed: Placed | None) -> bool:
         """Take a correction between two steps. placed: its adapter, brought. -> whether it takes another's place."""
@@ -112,6 +114,7 @@ class Core:
         sequence = self._scheduler.running[request_id, index]
         assert not sequence.penalised, "penalties have counted the token that was sampled"
         assert sequence.constraint is None, "its structure has taken the token that was sampled"
+        assert sequence.allowance is None or not sequence.allowance.reads, "its budget has read what was sampled"
         if sequence.row.tokens[-1] != token:
             self._ahead = None
         for row in sequence.rows:
@@ -135,17 +138,17 @@ class Core:
         try:
             forward = forward or self._runner.forward(work)
             scored = self._runner.score(work)
-            record = self._runner.sample(forward)
-            if record is not None and self.runs_ahead and self._scheduler.settled(len(work)):
-                self._ahead = self._runner.forward_again(forward, record.token)
+            packed = self._runner.sample(forward)
+            if packed is not None and self.runs_ahead and self._scheduler.settled(len(work)):
+                self._ahead = self._runner.forward_again(forward, packed[:, TOKEN])
         except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
             log.exception("a step failed; its sequences end")
             return [self._fail(s, f"the engine failed: {error}") for s in dict.fromkeys(w.sequence for w in work)]
         for w in work:
             self._scheduler.computed(w)
         events = [event for tokens, told in scored for event in self._read(tokens, told)]
-        if record is not None:
-            events += self._read(forward.sampling, record)
+        if packed is not None:
+            events += self._read(forward.sampling, unpack(packed))  # no sooner: the GPU would wait for it
         return events + [self._end(w.sequence) for w in work if w.ends and self._only_scores(w.sequence)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -213,8 +216,8 @@ class Core:
 
     def _end(self, sequence: Sequence) -> Event:
         """End a sequence that samples nothing."""
-        self._scheduler.remove(sequence)
         cached = sequence.row.cached
+        self._leave(sequence)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "length", cached=cached)
 
     @staticmethod
@@ -224,12 +227,20 @@ class Core:
             return [[()] * len(sequences)] * 2
         return [column.tolist() for column in record[-2:]]
 
-    def _fail(self, sequence: Sequence, reason: str, refused: bool = False) -> Event:
-        """End a sequence whose slots may hold NaN, which a mask's zero weight would carry to a slot's next user.
+    def _leave(self, sequence: Sequence) -> None:
+        """Free a sequence's slots, for reuse where a token shows that what they hold is numbers."""
+        if self._runs(sequence) and not sequence.vouched:
+            self._wipe(sequence)
+        else:
+            self._scheduler.remove(sequence)
 
-        refused: see Event.
-        """
+    def _wipe(self, sequence: Sequence) -> None:
+        """Free slots that may hold NaN, which a mask's zero weight would carry to a slot's next user."""
         for row in sequence.rows:
             self._runner.cache.clear(row.slot)
         self._scheduler.remove(sequence, reusable=False)
+
+    def _fail(self, sequence: Sequence, reason: str, refused: bool = False) -> Event:
+        """refused: see Event."""
+        self._wipe(sequence)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "error", reason, refused=refused)

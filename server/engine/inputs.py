@@ -78,7 +78,7 @@ def _mask(sampling: Sampling, slate: Slate, logits: Tensor) -> Masks | None:
     words = np.empty((len(held), -(-logits.shape[1] // 32)), dtype=np.int32)
     for line, (row, constraint) in enumerate(held):
         lines[row] = line
-        constraint.fill(words[line])
+        constraint.fill(words[line], sampling.sequences[row].barred)
     return Masks(*stage([lines, words], logits.device))
 
 

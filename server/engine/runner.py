@@ -98,8 +98,8 @@ class Runner:
         at = self._place(rows)
         return Forward(sampling, hidden[at], logits[at], False)
 
-    def sample(self, forward: Forward) -> StepRecord | None:
-        """Launch the step kernel and wait for what it reports; None if no row samples."""
+    def sample(self, forward: Forward) -> Tensor | None:
+        """Launch the step kernel and wait for what it reports, packed; None if no row samples."""
         sampling, hidden, logits, _ = forward
         if not sampling.sequences:
             return None
@@ -115,19 +115,19 @@ class Runner:
         slots = np.array([choice.row.slot for choice in piece.choices])
         sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
         logits = self.base.logits(torch.cat([piece.states, piece.companions]))
-        record = self._report(sampling, piece.states, logits)
+        record = unpack(self._report(sampling, piece.states, logits))
         allowed = allow(piece, record)
         if overruled(allowed, record):
-            record = self._report(sampling._replace(allowed=allowed), piece.states, logits)
+            record = unpack(self._report(sampling._replace(allowed=allowed), piece.states, logits))
         return sampling, record
 
-    def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> StepRecord:
-        """What the step kernel reports of rows, after which their companions stand."""
+    def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> Tensor:
+        """What the step kernel reports of rows, after which their companions stand: packed, on the host."""
         own = len(sampling.sequences)
         weight, bank = self.base.head_weight, self.bank.tensors()
         inputs = build_inputs(sampling, self._slate, logits[:own], hidden[:own], weight, bank)
         record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
-        return unpack(pack(record).cpu())  # the step's one copy and synchronisation
+        return pack(record).cpu()  # the step's one copy and synchronisation
 
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
         """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.

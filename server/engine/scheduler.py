@@ -111,11 +111,9 @@ class Scheduler:
                     self._slots.forget(row.slot)
                 self._slots.release(row.slot)
 
-    def abort(self, request_id: str, index: int) -> None:
-        """Remove a choice wherever it is; one that has ended is ignored."""
-        sequence = self.waiting.get((request_id, index)) or self.running.get((request_id, index))
-        if sequence is not None:
-            self.remove(sequence)
+    def find(self, request_id: str, index: int) -> Sequence | None:
+        """A choice, wherever it is; None: it has ended."""
+        return self.waiting.get((request_id, index)) or self.running.get((request_id, index))
 
     def _admit(self) -> None:
         self._filling = self._filling or self._slots.free >= self._refill or not self.running

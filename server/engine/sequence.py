@@ -91,6 +91,11 @@ class Sequence:
         self.rows = (self.row,) if self.companion is None else (self.row, self.companion)
 
     @property
+    def vouched(self) -> bool:
+        """A token was sampled, or the last of the prompt scored: had it computed a NaN before, it would be dead."""
+        return self.sampled > 0 or (self.scores is not None and self.scores.done == len(self.scores.tokens))
+
+    @property
     def steered(self) -> bool:
         """Whether a correction may act at the next step, if the gate opens; its legal tokens are filled in."""
         allowed = self.rule.steered and (self.allowance is None or self.allowance.open)
@@ -99,13 +104,20 @@ class Sequence:
         return allowed and self.constraint.steers
 
     @property
+    def barred(self) -> list[int]:
+        """Tokens that would complete a bad word."""
+        written = self.row.tokens
+        return [
+            last
+            for *before, last in self.request.sampling.bad_words
+            if written[max(self.row.prompt, len(written) - len(before)) :] == before
+        ]
+
+    @property
     def edits(self) -> Listed:
         """What is edited at the next step."""
         s = self.request.sampling
-        forbidden: dict[int, None] = {}
-        for *before, last in s.bad_words:
-            if self.row.tokens[max(self.row.prompt, len(self.row.tokens) - len(before)) :] == before:
-                forbidden[last] = None
+        forbidden = dict.fromkeys(self.barred)
         if self.sampled < s.min_tokens and not (self.constraint and self.constraint.inside):
             forbidden.update(dict.fromkeys(self.stops))
         return self._edits.listed(forbidden)
@@ -120,7 +132,7 @@ class Sequence:
         """Why no token may come next; None where what was asked leaves some."""
         words: Words = np.full(-(-vocab // 32), -1, dtype=np.int32)
         if self.constraint is not None:
-            self.constraint.fill(words)
+            self.constraint.fill(words, self.barred)
             if self.constraint.error is not None:
                 return f"the structure cannot be followed further: {self.constraint.error}"
         edits = self.edits
