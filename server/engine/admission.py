@@ -1,6 +1,6 @@
 """What a request must be to run on one engine: what request.py, which knows no model, cannot say.
 
-Invariant: a request that `check` returns has its rule and can be carried out; a refusal names the field.
+Invariant: a request that `check` returns has its rule and grammar, and can be carried out; a refusal names the field.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Admission:
         self._grammars, self._has = grammars, has
 
     def check(self, request: Request) -> Request:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule.
+        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, its rule and grammar.
 
         Reads only, save that a structure is compiled where `grammars` has not done so before.
         """
@@ -49,15 +49,14 @@ class Admission:
         for word in request.sampling.bad_words:
             self._check_tokens("bad_words", word)
         self._check_ends(request)
-        if request.structure is not None:
-            self._grammars.compile(request.structure)
+        grammar = None if request.structure is None else self._grammars.compile(request.structure)
         rule = request.rule or rule_for(request.steering, self._bank)
         if not all(map(self._has, (rule.adapter, rule.companion.adapter if rule.companion else NO_ADAPTER))):
             message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"
             raise InvalidRequest(message, "steering.correction")
         if rule.companion is not None:
             self._check_companion(request, rule.companion)
-        return request if request.rule is not None else replace(request, rule=rule)
+        return replace(request, rule=rule, grammar=grammar)
 
     def _check_ends(self, request: Request) -> None:
         """A text that may not end yet needs another token that is allowed."""

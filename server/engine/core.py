@@ -50,7 +50,7 @@ class Core:
         self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._admission = Admission(base, bank, self.config, self.max_len, self.grammars, self._runner.has)
-        self._starter = Starter(base, self.grammars, self.max_len)
+        self._starter = Starter(base, self.max_len)
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
@@ -81,7 +81,7 @@ class Core:
         return self._scheduler.free_slots
 
     def check(self, request: Request) -> Request:
-        """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, and its rule."""
+        """Raise what is wrong with one: ContextOverflow, InvalidRequest, NotFound. -> it, its rule, its grammar."""
         return self._admission.check(request)
 
     def submit(self, request: Request) -> None:

@@ -14,6 +14,7 @@ from trimtab.steering.gate import KINDS, GateKind
 
 if TYPE_CHECKING:
     from trimtab.server.engine.rule import Rule
+    from trimtab.server.engine.structure import Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
@@ -197,6 +198,7 @@ class Request:
     n: int = 1
     rule: "Rule | None" = None  # what `steering` came to when it was read; None: it is read at submission
     structure: Structure | None = None
+    grammar: "Grammar | None" = None  # what `structure` was compiled to when it was checked
     score_from: int | None = None  # the first token of the prompt that is scored
     score_alternatives: int = 0  # most likely tokens to report with each of them, 0..20
 

@@ -2,7 +2,7 @@
 
 Invariant: it changes nothing but what it makes: an allowance, a place in a grammar and a companion of its own.
 
-    sequence = Starter(base, grammars, max_len).start(request, rule, index, seed)
+    sequence = Starter(base, max_len).start(request, rule, index, seed)
 """
 
 from functools import cached_property
@@ -14,15 +14,14 @@ from trimtab.server.engine.request import Request
 from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.sequence import Row, Scores, Sequence
 from trimtab.server.engine.slots import NO_ADAPTER
-from trimtab.server.engine.structure import Grammars
 from trimtab.server.model.base import Base
 
 
 class Starter:
     """Of one core. max_len: tokens that a slot holds."""
 
-    def __init__(self, base: Base, grammars: Grammars, max_len: int) -> None:
-        self._base, self._grammars, self._max_len = base, grammars, max_len
+    def __init__(self, base: Base, max_len: int) -> None:
+        self._base, self._max_len = base, max_len
 
     def start(self, request: Request, rule: Rule, index: int, seed: int) -> Sequence:
         """Choice `index`, with every default resolved."""
@@ -55,10 +54,10 @@ class Starter:
         )
 
     def _constrain(self, request: Request, stops: frozenset[int]) -> Constraint | None:
-        structure, sampling = request.structure, request.sampling
-        if structure is None and sampling.allowed_tokens is None:
+        grammar, sampling = request.grammar, request.sampling
+        if grammar is None and sampling.allowed_tokens is None:
             return None
-        matcher = None if structure is None else self._grammars.compile(structure).start()
+        matcher = None if grammar is None else grammar.start()
         steer = request.steering.budget.structured
         return Constraint(matcher, sampling, stops, self._base.eos, self._base.vocab, steer)
 
