@@ -72,7 +72,7 @@ def stats_kernel(
     """Grid (chunks, rows). Bound by the rate of instructions as much as by memory: nothing here that can wait."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
-    scale = inverse_temperature(tl.load(temperature + row)) * LOG2_E
+    inverse = inverse_temperature(tl.load(temperature + row))
     kind = tl.load(gate + row)
     peak, a, b, c, d = read_groups(logits + row * logits_stride, vocab, group)
     at = row * stride + group
@@ -81,7 +81,8 @@ def stats_kernel(
     tl.store(peak_out + at, tl.where(mass == mass, peak + 0.0, INF))  # a NaN or +inf has spoiled the mass
     tl.store(mass_out + at, mass)
     tl.store(moment_out + at, tl.sum((e * depth(a) + f * depth(b)) + (g * depth(c) + h * depth(d)), axis=1))
-    if scale != LOG2_E:
+    if inverse != 1.0:  # as finish.py asks, to the bit
+        scale = inverse * LOG2_E
         tempered = (tl.exp2(a * scale) + tl.exp2(b * scale)) + (tl.exp2(c * scale) + tl.exp2(d * scale))
         tl.store(tempered_out + at, tl.sum(tempered, axis=1))
     if kind == VARENTROPY:  # read once more: what is kept for this rare case would halve the occupancy

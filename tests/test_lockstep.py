@@ -17,7 +17,7 @@ from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.gate import Gate
 from trimtab.steering.journal import Rollout
-from trimtab.steering.lockstep import Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
+from trimtab.steering.lockstep import NO_MARKERS, Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
 from trimtab.steering.problem import Problem
 from trimtab.steering.rollouts import Exam, Sampling, collect, open_core, request_for
 
@@ -109,9 +109,9 @@ def test_a_correction_may_be_the_other(base: Base, tmp_path: Path) -> None:
     its = Bank(base.hidden, base.device)
     its.add(tiny_correction(base, "mine", tau=3.0))
     cores = (engine(base, bank), engine(base, its))
+    steered = Steering("mine", budget=NO_MARKERS)
     pairs = [
-        (request_for(cores[0], p, SAMPLING, steering), request_for(cores[1], p, SAMPLING, Steering("mine")))
-        for p in PROBLEMS
+        (request_for(cores[0], p, SAMPLING, steering), request_for(cores[1], p, SAMPLING, steered)) for p in PROBLEMS
     ]
     found = sorted(write(*cores, pairs, lambda turn: True), key=lambda w: (w.problem, w.sample))
     wanted = collect(cores[1], Odd(), PROBLEMS, SAMPLING, tmp_path, "mine", Steering("mine"))
