@@ -89,7 +89,7 @@ def finish_kernel(
     group_mass += row * stride
     group_moment += row * stride
     group_tempered += row * stride
-    exists = group * GROUP < vocab
+    exists = group < stride  # those past the vocabulary weigh nothing; a multiple of so many is read widely
     # Everything that every row reads, at once: a read costs more than most of what is done with it.
     peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
     mass1 = tl.load(group_mass + group, mask=exists, other=0.0)

@@ -17,7 +17,7 @@ from trimtab.kernels.keys import GROUP, INF, NEG_INF, inverse_temperature
 from trimtab.kernels.record import RowParams
 
 CHUNK = 1024  # tokens a program: one warp, which waits for no other
-PADDED = 16  # a row has a multiple of so many groups: whole chunks, and rows begin where wide reads may
+PADDED = 16  # a row has a multiple of so many groups: whole chunks, and reads of a row may be wide
 assert PADDED * GROUP.value % CHUNK == 0
 LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -93,10 +93,10 @@ def stats_kernel(
 
 
 def measure_groups(logits: Tensor, params: RowParams) -> Groups:
-    """logits [rows, vocab]; of params the temperature and the gate."""
+    """logits [rows, vocab]; of params the temperature and the gate. Padding has no mass: its peaks are -inf."""
     rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, CHUNK)
     stride = triton.cdiv(vocab, PADDED * GROUP.value) * PADDED
+    chunks = stride * GROUP.value // CHUNK
     groups = Groups(*logits.new_empty(5, rows, stride, dtype=torch.float32).unbind(0))
     stats_kernel[chunks, rows](
         logits, logits.stride(0), vocab, params.temperature, params.gate, *groups, stride, CHUNK=CHUNK, **LAUNCH
