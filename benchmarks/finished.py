@@ -8,7 +8,7 @@ import torch
 
 from trimtab.steering.config import FitConfig
 from trimtab.steering.distil import Watched, merge
-from trimtab.steering.features import Features, from_columns, read_shards
+from trimtab.steering.features import Features, read_shards
 
 
 def read_config(run: Path) -> FitConfig:
@@ -19,7 +19,7 @@ def read_config(run: Path) -> FitConfig:
 
 def read_features(run: Path, device: torch.device) -> Features:
     """Of the base's completions."""
-    return from_columns(read_shards(run / "features")).to(device)
+    return Features(**read_shards(run / "features")).to(device)
 
 
 def read_watched(run: Path, device: torch.device) -> Watched:
@@ -27,5 +27,5 @@ def read_watched(run: Path, device: torch.device) -> Watched:
     parts = []
     for features, targets in (("features", "teacher/on-base"), ("teacher/features", "teacher/on-own")):
         log_p = read_shards(run / targets)["log_p"].to(device)
-        parts.append(Watched(from_columns(read_shards(run / features)).to(device), log_p))
+        parts.append(Watched(Features(**read_shards(run / features)).to(device), log_p))
     return merge(parts)

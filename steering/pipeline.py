@@ -15,7 +15,7 @@ done. So a killed run, started again, continues; and `correction.json` exists on
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
         features = _learn_from(work, config, base, problems.training, items)
     used = {item.problem for item in items}
     learned = [problem for problem in problems.training if problem.id in used]
-    rewards = [rollout.reward for rollout in rollouts if rollout.problem in used]
-    reward = sum(rewards) / len(rewards)
-    study = Study(config, base, task, learned, items, features, work, clock, reward)
+    study = Study(config, base, task, learned, items, features, work, clock, _mean_rewards(rollouts, used))
     route = choose_route(study, teacher)
     candidates = _keep(work / "candidates", route.candidates)
     with clock.time("validation"):
@@ -110,6 +108,15 @@ def _learn_from(
     share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
     say("features", f"the gate opens at {int(features.gated.sum())} positions, {share:.0%} of those read")
     return features.to(base.device)
+
+
+def _mean_rewards(rollouts: Sequence[Rollout], problems: Set[str]) -> dict[str, float]:
+    """Of each problem."""
+    found: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.problem in problems:
+            found.setdefault(rollout.problem, []).append(rollout.reward)
+    return {problem: sum(rewards) / len(rewards) for problem, rewards in found.items()}
 
 
 def _keep(folder: Path, make: Callable[[], list[Correction]]) -> list[Correction]:

@@ -3,7 +3,7 @@
 Invariant: a teacher's log-probabilities are of the base's candidates, row by row of the features beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from trimtab.steering.clock import Clock
 from trimtab.steering.config import FitConfig
 from trimtab.steering.controls import shuffle
 from trimtab.steering.features import Features, cache_features
+from trimtab.steering.journal import Rollout
 from trimtab.steering.problem import Problem
 from trimtab.steering.progress import say
 from trimtab.steering.rollouts import Sampling, collect, open_core
@@ -34,7 +35,7 @@ class Study(NamedTuple):
     features: Features  # of the items
     folder: Path  # for the work
     clock: Clock
-    reward: float  # of the base's completions of these problems, the mean
+    rewards: Mapping[str, float]  # of the base's completions, the mean of each problem
     label: str = ""  # before the names of its stages
 
     @property
@@ -61,10 +62,8 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
     with clock.time(stage):
         rollouts = collect(core, study.task, study.problems, sampling, folder / "rollouts", stage)
     del core  # its cache
-    reward = sum(r.reward for r in rollouts) / len(rollouts)
-    # By chance the base does a little better there than it would again: by its answers these problems were chosen.
-    say(stage, f"mean reward {reward:.3f} on the problems that are learned from, where the base had {study.reward:.3f}")
     held_out = {item.problem for item in study.items if item.held_out}
+    say(stage, f"mean reward {_tell_rewards(study, rollouts, held_out)}")
     own = [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
     stage = f"{study.label}features of the teacher's"
     with clock.time(stage):
@@ -76,6 +75,23 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
             targets = cache_targets(teacher, study.by_id, items, rows, config.temperature, folder / f"on-{what}", stage)
         seen.append(Seen(items, rows, targets))
     return seen
+
+
+def _tell_rewards(study: Study, rollouts: Sequence[Rollout], held_out: Set[str]) -> str:
+    """The teacher's beside the base's. A gain on the first alone is learned by heart; the others are few.
+
+    By chance the base does a little better there than it would again: by its answers these problems were chosen."""
+
+    def told(apart: bool) -> tuple[str, str, int]:
+        its = [r.reward for r in rollouts if (r.problem in held_out) == apart]
+        own = [reward for problem, reward in study.rewards.items() if (problem in held_out) == apart]
+        return f"{sum(its) / len(its):.3f}", f"{sum(own) / len(own):.3f}", len(own)
+
+    (its, own, _), (apart, own_apart, count) = told(False), told(True)
+    return (
+        f"{its} on the problems that are learned from, where the base had {own}; {apart} on {count} kept apart, where "
+        f"it had {own_apart}"
+    )
 
 
 def shuffled(study: Study) -> Study:

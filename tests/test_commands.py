@@ -113,9 +113,21 @@ def test_distill_takes_a_peft_folder_or_a_model(capsys: pytest.CaptureFixture[st
         assert run(f"distill tiny {teacher} {TASK} --out {out} {HEAD} --strengths 1 --teacher-samples 2") == 0
         shown = capsys.readouterr()
         assert "| correction - shuffled-teacher |" in shown.out
-        told = [mean_reward(f"{out}/run/{work}") for work in ("teacher/rollouts", "rollouts")]
-        said = "mean reward {:.3f} on the problems that are learned from, where the base had {:.3f}".format(*told)
-        assert f"[teacher rollouts] {said}\n" in shown.err
+        told = re.search(
+            r"\[teacher rollouts\] mean reward (\S+) on the problems that are learned from, where the base had (\S+); "
+            r"(\S+) on (\d+) kept apart, where it had (\S+)\n",
+            shown.err,
+        )
+        assert told is not None
+        teachers, bases, teachers_apart, apart, bases_apart = map(float, told.groups())
+        problems = load(out).provenance["config"]["problems"]
+        assert 0 < apart < problems
+        for learned, others, work in (
+            (teachers, teachers_apart, "teacher/rollouts"),
+            (bases, bases_apart, "rollouts"),
+        ):
+            together = (learned * (problems - apart) + others * apart) / problems
+            assert together == pytest.approx(mean_reward(f"{out}/run/{work}"), abs=1e-3)
         correction = load(out)
         assert correction.provenance["config"]["teacher"] == teacher
         assert correction.provenance["config"]["via"] == "teacher"

@@ -14,7 +14,7 @@ from tiny import tiny_base, tiny_correction
 from trimtab.kernels.step import step
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
+from trimtab.server.engine.request import Budget, Request, SamplingParams, Steering, Structure
 from trimtab.steering.bank import Bank
 
 torch.set_num_threads(1)
