@@ -4,9 +4,9 @@
 
 Three kinds of requests take turns, round by round, in a shuffled order, on one engine: steering off; on, one correction
 for all; on, another correction for each row of up to 256. On is the worst case: the gate is always open. Its strength
-is tiny, so that all draw alike. A figure is the wall time of whole steps, host included, per step: the
-median of the rounds. `floor` is the bytes of the layers' and the head's weights over the rate of a large device copy;
-`graph` is the model alone, replayed without host.
+is tiny, so that all draw alike. A figure is the wall time of whole steps, host included, per step: the median of the
+rounds. `floor` is the bytes of the layers' and the head's weights over the rate of a large device copy; `graph` is the
+model alone, replayed without host.
 
 The last line of the card says whether rows without steering, in a batch whose other rows are steered, came out bit for
 bit as from an engine without corrections.

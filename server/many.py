@@ -36,21 +36,27 @@ def _in_turn(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
 
 @dataclass(frozen=True)
 class Most:
-    """So many entries at most in a list or an object, counted before any is read."""
+    """So many entries at most in a list or an object, counted before any is read. but: of these, any number."""
 
     count: int
+    but: type | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         told = handler(schema)
+        if self.but is not None:  # no single bound holds
+            return told
         return told | {"maxProperties" if told.get("type") == "object" else "maxItems": self.count}
 
     def _check(self, value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > self.count:
+        if isinstance(value, list | dict) and len(value) > self.count and not self._excepts(value):
             raise too_many(self.count, len(value))
         return value
+
+    def _excepts(self, value: list[Any] | dict[Any, Any]) -> bool:
+        return self.but is not None and isinstance(value, list) and isinstance(value[0], self.but)
 
 
 def too_many(most: int, found: int, what: str = "entries") -> PydanticCustomError:

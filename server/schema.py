@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.many import Many, Most, Table, too_many
+from trimtab.server.many import Many, Most, Table
 from trimtab.server.messages import Messages
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
@@ -179,19 +179,12 @@ class Body(StructuredBody):
         return self.prompt_logprobs
 
 
-def _count_prompts(prompt: Any) -> Any:
-    """Before it is known what they are: each is tried as all of the kinds."""
-    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
-        raise too_many(MAX_PROMPTS, len(prompt), "prompts")
-    return prompt
-
-
 class CompletionBody(Body):
     """POST /v1/completions."""
 
     DEFAULT_MAX_TOKENS: ClassVar[int] = 16  # OpenAI's
 
-    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], BeforeValidator(_count_prompts)]
+    prompt: Annotated[str | Many[int] | Many[str] | Many[Many[int]], Most(MAX_PROMPTS, but=int)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     add_special_tokens: bool | None = None

@@ -347,6 +347,20 @@ def test_what_nobody_was_told_of_reaches_nobody(base: Base, ending: str) -> None
     assert [event.error for event in events if event.error] == []
 
 
+def test_a_slot_is_wiped_as_far_as_it_was_written(base: Base) -> None:
+    """On a CPU, what nobody wrote takes no memory: writing zeros there would, and hold up every choice meanwhile."""
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, step_tokens=32, max_model_len=200))
+    cache = core._runner.cache
+    cache.keys[:, 0, 151:] = 7
+    (prompt,) = prompts([150])
+    core.submit(Request("a", prompt))
+    core.step()
+    assert cache.keys[:, 0, :32].any()
+    core.abort("a", 0)
+    assert not cache.keys[:, 0, :151].any()
+    assert (cache.keys[:, 0, 151:] == 7).all()
+
+
 def test_who_leaves_after_a_token_leaves_its_prefix(base: Base) -> None:
     core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=2, max_model_len=100))
     (prompt,) = prompts([50])

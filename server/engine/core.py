@@ -237,7 +237,7 @@ class Core:
     def _wipe(self, sequence: Sequence) -> None:
         """Free slots that may hold NaN, which a mask's zero weight would carry to a slot's next user."""
         for row in sequence.rows:
-            self._runner.cache.clear(row.slot)
+            self._runner.cache.clear(row.slot, len(row.tokens) + 1)  # a step that ran ahead may have written one more
         self._scheduler.remove(sequence, reusable=False)
 
     def _fail(self, sequence: Sequence, reason: str, refused: bool = False) -> Event:

@@ -35,10 +35,10 @@ class KVCache:
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
 
-    def clear(self, slot: int) -> None:
-        """Forget all that a slot holds."""
-        self.keys[:, slot] = 0
-        self.values[:, slot] = 0
+    def clear(self, slot: int, length: int) -> None:
+        """Forget the first `length` positions of a slot; what nobody wrote is not touched."""
+        self.keys[:, slot, :length] = 0
+        self.values[:, slot, :length] = 0
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
