@@ -71,7 +71,7 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     before = json.loads(path.read_text(encoding="utf-8"))
     say("fit", f"{work} holds a run: it goes on where it was")
     same_verifier = before["config"].get("verifier") == config.verifier
-    if same_verifier and before["made_with"]["verifier_source"] != source:
+    if same_verifier and before["made_with"].get("verifier_source") != source:
         raise InvalidRequest(
             f"the file of the verifier {config.verifier} has changed since {work} was begun, and its rewards with it: "
             f"restore it, choose another --out, or delete {work}",
