@@ -1,51 +1,62 @@
-"""The README's one table: what was gained, against what is simpler, and what steering costs. RESULTS.md has the rest.
+"""The README's figures: what was gained, against what is simpler, and what steering costs. RESULTS.md has the rest.
 
-Invariant: a row is the figures of one run or report, as they are; nothing is computed from them.
+Invariant: a cell is one figure of one run or report, as it is; a column is one set of problems, answered in pairs.
 
     fill_readme(ROOT / "README.md", headline(fits, runs))
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tables import table
 
-from trimtab.steering.ladder import LORA_ALWAYS
+from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS
 from trimtab.steering.machine import hardware
 
 BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"
 
-Row = list[str]  # what, figure, measured on
-_OF_A_FIT = {("correction", "base"), ("correction", "shuffled-rewards"), ("teacher", "base")}
+HEAD = "head"
+AGAINST_THE_BASE = [
+    *(GREEDY, "contrast", HEAD, "lora-gated", LORA_ALWAYS),
+    *("shuffled-rewards", "random-positions", "random-gate", "random-gate-matched"),
+]
+OF_THE_HEAD = [GREEDY, LORA_ALWAYS, "shuffled-rewards", "random-positions", "random-gate", "random-gate-matched"]
+IN_A_FIT = {"correction": HEAD, "teacher": LORA_ALWAYS}  # what a fit's own report calls the tiers of a ladder
+
+Pair = tuple[str, str]
+
+
+class Column(NamedTuple):
+    """What was found on one set of problems: of its policies' names, those of a ladder."""
+
+    of: str
+    base: float  # pass@1
+    fired: float | None  # at which share of its steps the head acted
+    gains: Mapping[Pair, Mapping[str, float]]  # mean, low and high of the first minus the second
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
     """Of the ladders, the reports of corrections that no ladder judged, and the other runs, what a newcomer asks
     first."""
-    rows = [["what", "figure", "measured on"]]
-    made_for = {fit["name"]: fit["report"]["task"] for fit in fits if fit.get("report")}
+    shown: dict[tuple[str, str | None], Column] = {}
     ladders = _of_kind(runs, "ladder")
-    shown = set()
     for run in ladders:  # of several under one gate the first: there is a pool of them
-        asked = run["corrections"][0]["name"], run.get("gate")
-        rows += [] if asked in shown or run.get("strength") is not None else _of_ladder(run)
-        shown.add(asked)
-    for run in _of_kind(runs, "pool"):
-        rows += _of_pool(run)
+        if run.get("strength") is None:
+            shown.setdefault((run["corrections"][0]["name"], run.get("gate")), _of_ladder(run))
     judged = {run["corrections"][0]["name"] for run in ladders}
-    for fit in fits:
-        rows += [] if fit["name"] in judged else _of_fit(fit)
-    for run in _of_kind(runs, "eval"):
-        elsewhere = made_for.get(run["correction"], run["task"]) != run["task"]
-        rows += _of_transfer(run) if elsewhere else [[f"`{run['correction']}`", run["verdict"]["summary"], _on(run)]]
-    for run in _of_kind(runs, "tiers"):
-        rows += _of_tiers(run)
-    return table(rows)
+    unjudged = [fit for fit in fits if fit["name"] not in judged and fit.get("report")]
+    columns = [*shown.values(), *map(_of_pool, _of_kind(runs, "pool")), *map(_of_fit, unjudged)]
+    elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
+    parts = [_gains(columns)] if columns else []
+    parts += ["\n".join(elsewhere)] if elsewhere else []
+    parts += map(_costs, _of_kind(runs, "tiers"))
+    return "\n\n".join(parts)
 
 
 def fill_readme(readme: Path, figures: str) -> None:
-    """Put the table between the README's markers."""
+    """Put the figures between the README's markers."""
     text = readme.read_text()
     assert text.count(BEGIN) == text.count(END) == 1, f"{readme} must hold each marker once"
     before, rest = text.split(BEGIN)
@@ -56,74 +67,83 @@ def _of_kind(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, 
     return [run for run in runs if run["benchmark"] == kind]
 
 
-def _of_fit(fit: Mapping[str, Any]) -> Iterator[Row]:
-    report = fit.get("report")
-    if not report:
-        return
-    rates = {policy["policy"]: policy["pass_at_1"] for policy in report["policies"]}
-    shown = f"base {rates['base']:.3f}, correction {rates['correction']:.3f}"
-    yield [f"`{fit['name']}`, pass@1", shown, _on(report | {"model": fit["base"]["model"]})]
-    for d in report["differences"]:
-        if (d["policy"], d["against"]) in _OF_A_FIT:
-            yield [f"{d['policy']} minus {d['against']}", _gain(d), "the same, paired seeds"]
+def _of_ladder(run: Mapping[str, Any]) -> Column:
+    rows = {row["policy"]: row for row in run["rows"]}
+    judged = run["corrections"][0]
+    gate = run.get("gate") or judged["facts"].rpartition("gate ")[2]  # the first ladders tell it there alone
+    of = f"`{judged['name']}`, {_on({**run, 'gate': gate})}"
+    return Column(of, rows[BASE]["pass_at_1"], rows.get(HEAD, {}).get("fired"), _pairs(run["differences"]))
 
 
-def _of_ladder(run: Mapping[str, Any]) -> Iterator[Row]:
-    at = f", {run['gate']}" if "gate" in run else ""
-    for row in run["rows"]:
-        if row["policy"] == "base":
-            yield [f"`{run['corrections'][0]['name']}`, the ladder{at}: base", f"{row['pass_at_1']:.3f}", _on(run)]
-        elif row["role"] in ("tier", "control") and not row["policy"].endswith("-greedy"):
-            often = f" at {row['fired']:.0%} of steps" if 0 < row["fired"] < 1 else ""
-            shown = f"{row['pass_at_1']:.3f}{often}, {_gain(row['gain'])}"
-            held = row["role"] == "control" or row["policy"] == LORA_ALWAYS
-            against = [d for d in run["differences"] if held and d["against"] == row["policy"]]
-            shown += "".join(f"; {d['policy']} minus it {_gain(d)}" for d in against)
-            yield [f"{row['role']} {row['policy']}, and its gain", shown, "the same, paired seeds"]
+def _of_pool(run: Mapping[str, Any]) -> Column:
+    rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
+    gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
+    of = f"`{run['correction']}`, {run['problems']}; {run['model']}; {run['drawn on']}"
+    return Column(of, rates[BASE], None, gains)
 
 
-def _of_pool(run: Mapping[str, Any]) -> Iterator[Row]:
-    """What is judged against the base, and what it says among themselves."""
-    on = f"{run['model']}, {run['problems']}; {run['drawn on']}"
-    for row in run["results"]:
-        if row["gain"] and (row["against"] == "base" or not row["policy"].startswith("base")):
-            of = f"`{run['correction']}`, ladders together: {row['policy']} minus {row['against']}"
-            yield [of, _gain(row["gain"]), on]
-            on = "the same, paired seeds"
+def _of_fit(fit: Mapping[str, Any]) -> Column:
+    report = fit["report"]
+    rows = {row["policy"]: row for row in report["policies"]}
+    of = f"`{fit['name']}`, {_on(report | {'model': fit['base']['model']})}"
+    return Column(of, rows[BASE]["pass_at_1"], rows["correction"]["fired"], _pairs(report["differences"]))
 
 
-def _of_transfer(run: Mapping[str, Any]) -> Iterator[Row]:
-    """A correction on a task that it was not made for, and on plain text."""
-    on = _on(run)
-    for d in run["differences"]:
-        if (d["policy"], d["against"]) == ("correction", "base"):
-            yield [f"`{run['correction']}` on `{run['task']}`, minus base", _gain(d), on]
+def _pairs(differences: Iterable[Mapping[str, Any]]) -> dict[Pair, Mapping[str, float]]:
+    named = ((IN_A_FIT.get(d["policy"], d["policy"]), IN_A_FIT.get(d["against"], d["against"]), d) for d in differences)
+    return {(policy, against): d for policy, against, d in named}
+
+
+def _gains(columns: Sequence[Column]) -> str:
+    """A column for each set of problems, and below the table what it is."""
+    letters = string.ascii_uppercase[: len(columns)]
+    rows = [
+        ["base: % of answers right", *(f"{100 * column.base:.1f}" for column in columns)],
+        ["head: acts at % of steps", *("" if c.fired is None else f"{100 * c.fired:.0f}" for c in columns)],
+    ]
+    pairs = [*((policy, BASE) for policy in AGAINST_THE_BASE), *((HEAD, other) for other in OF_THE_HEAD)]
+    rows += [[f"{policy} minus {against}", *(_gain(c, policy, against) for c in columns)] for policy, against in pairs]
+    told = [f"- {letter}: {column.of}" for letter, column in zip(letters, columns, strict=True)]
+    return table([["", *letters], *(row for row in rows if any(row[1:]))]) + "\n\n" + "\n".join(told)
+
+
+def _gain(column: Column, policy: str, against: str) -> str:
+    """In points of a hundred, whichever way round the run tells it."""
+    if d := column.gains.get((policy, against)):
+        return _interval(d["mean"], d["low"], d["high"])
+    if d := column.gains.get((against, policy)):
+        return _interval(-d["mean"], -d["high"], -d["low"])
+    return ""
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _of_transfer(run: Mapping[str, Any]) -> list[str]:
+    """A correction on problems of a run of their own, and on plain text."""
+    lines = [
+        f"- `{run['correction']}`, {_on(run)}: {_interval(d['mean'], d['low'], d['high'])} over the base"
+        for d in run["differences"]
+        if (d["policy"], d["against"]) == ("correction", BASE)
+    ]
     if text := run.get("text"):
         d = text["change"]
-        shown = f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] nats a token, over windows; more is worse"
-        yield [
-            f"`{run['correction']}` on plain text, loss minus the base's",
-            shown,
-            f"{text['tokens']} tokens of `{text['file']}`",
-        ]
+        changed = f"{d['mean']:+.4f} [{d['low']:.4f}, {d['high']:.4f}] nats a token; more is worse"
+        lines.append(f"- its loss on {text['tokens']} tokens of `{text['file']}`, minus the base's: {changed}")
+    return lines
 
 
-def _of_tiers(run: Mapping[str, Any]) -> Iterator[Row]:
-    for tier in (tier for tier in run["results"][0]["tiers"] if tier != "base"):
-        found = [(r["batch"], r["tiers"][tier]["of_base"]) for r in run["results"]]
-        shares = ", ".join(
-            f"{s['median']:.1%} [{s['low']:.1%}, {s['high']:.1%}] at batch {batch}" for batch, s in found
-        )
-        yield [f"tokens/s of the base's, {tier}, gate always open", shares, _where(run)]
+def _costs(run: Mapping[str, Any]) -> str:
+    """The tokens a second of each tier, of the base's in the same rounds."""
+    batches = [f"batch {r['batch']}" for r in run["results"]]
+    rows = [["tokens/s, % of the base's, the gate open at every step", *batches]]
+    for tier in (tier for tier in run["results"][0]["tiers"] if tier != BASE):
+        shares = [r["tiers"][tier]["of_base"] for r in run["results"]]
+        rows.append([tier, *(f"{100 * s['median']:.1f} [{100 * s['low']:.1f}, {100 * s['high']:.1f}]" for s in shares)])
+    return f"{table(rows)}\n\n- on {hardware(run['machine'])}; {run['model']} ({run['device']})"
 
 
 def _on(run: Mapping[str, Any]) -> str:
-    return f"{run['model']}, {run['problems']} {run['split']} problems of `{run['task']}`; {run['hardware']}"
-
-
-def _where(run: Mapping[str, Any]) -> str:
-    return f"{hardware(run['machine'])}; {run['model']} ({run['device']})"
-
-
-def _gain(d: Mapping[str, Any]) -> str:
-    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+    asked = f"{run['problems']} {run['split']} problems of `{run['task']}`; {run['model']}"
+    return f"{asked}; gate {run['gate']}; {run['hardware']}"

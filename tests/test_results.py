@@ -88,7 +88,9 @@ def test_an_eval_is_a_table_of_its_own(
     for words in ("`trimtab eval --correction mine --json`", "hardware: Abacus 3000, wood64, 2 cores", "seed: 7"):
         assert f"- {words}\n" in text or f": {words}\n" in text
     assert "| correction - base | +0.100 | [+0.050, +0.150] |" in text
-    assert f"| `mine` | {REPORT['verdict']['summary']} |" in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert "- `mine`, 200 held-out problems of `sums`; tiny; gate entropy > 0.5 nats; a box" in readme
+    assert "(cpu, float32, 1 threads): +10.0 [5.0, 15.0] over the base\n" in readme
 
 
 def test_a_fit_states_its_device_and_hardware(
@@ -114,9 +116,11 @@ def test_a_fit_states_its_device_and_hardware(
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
     readme = (tmp_path / "README.md").read_text()
-    assert "correction minus base" in readme
-    assert "| `mine` on `else.jsonl`, minus base | +0.100 [+0.050, +0.150] | tiny, 200 " in readme
-    assert "| `mine` on plain text, loss minus the base's | +0.1000 [+0.0000, +0.2000] nats a token" in readme
+    assert "| base: % of answers right | 60.0 |\n| head: acts at % of steps | 50 |\n" in readme
+    assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
+    assert "- A: `mine`, 200 held-out problems of `sums`; tiny; gate entropy > 0.5 nats; a box" in readme
+    assert "- `mine`, 200 held-out problems of `else.jsonl`; tiny; gate entropy > 0.5 nats; a box" in readme
+    assert "- its loss on 9 tokens of `wiki.txt`, minus the base's: +0.1000 [0.0000, 0.2000] nats a token" in readme
 
 
 GAIN = {"policy": "head", "against": "base", "mean": 0.1, "low": 0.05, "high": 0.15}
@@ -131,7 +135,7 @@ LADDER: dict[str, Any] = {
     "sampling": REPORT["sampling"],
     "hardware": "a box",
     "model": "tiny",
-    "corrections": [{"name": "mine", "facts": "tier head, rank 4"}],
+    "corrections": [{"name": "mine", "facts": "tier head, rank 4, gate entropy > 1 nats"}],
     "system": "",
     "rows": [
         ROW | {"policy": name, "role": role}
@@ -208,5 +212,8 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
     for only_in_results in ("head-greedy", "oracle"):
         assert only_in_results in shown
         assert only_in_results not in readme
-    assert "| tier head, and its gain | 0.600 at 50% of steps, +0.100 [+0.050, +0.150] |" in readme
-    assert "| tokens/s of the base's, head, gate always open | 97.0% [90.0%, 100.0%] at batch 8 |" in readme
+    assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
+    assert "| base minus" not in readme
+    assert "- A: `mine`, 300 held-out problems of `sums`; tiny; gate entropy > 1 nats; a box\n" in readme
+    assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
+    assert "| head | 97.0 [90.0, 100.0] |\n" in readme
