@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from trimtab.clients.chat import add_chat
 from trimtab.errors import TrimtabError
 from trimtab.server.serve import add_serve
-from trimtab.steering.commands import add_distill, add_fit, add_inspect
-from trimtab.steering.evidence import add_eval
-from trimtab.steering.studies import add_analyze, add_calibrate
+from trimtab.steering.commands.evidence import add_eval
+from trimtab.steering.commands.fitting import add_distill, add_fit, add_inspect
+from trimtab.steering.commands.studies import add_analyze, add_calibrate
 
 LESS_MEMORY = "lower --slots or --max-tokens (serve: --max-num-seqs or --max-model-len)"
 

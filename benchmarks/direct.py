@@ -18,8 +18,8 @@ from typing import Any
 import machine
 from tables import plain_table
 
-from trimtab.steering.evaluate import compare
-from trimtab.steering.journal import Journal, Rollout
+from trimtab.steering.evaluation.evaluate import compare
+from trimtab.steering.training.journal import Journal, Rollout
 
 BASE, GREEDY = "base", "base-greedy"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from trimtab.steering.config import FitConfig
-from trimtab.steering.distil import Watched, merge
-from trimtab.steering.features import Features, read_shards
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.distil import Watched, merge
+from trimtab.steering.training.features import Features, read_shards
 
 
 def read_config(run: Path) -> FitConfig:

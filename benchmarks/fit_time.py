@@ -20,15 +20,15 @@ import machine
 from finished import read_config, read_features, read_watched
 
 from trimtab.server.model.base import load_base
-from trimtab.steering import lora
-from trimtab.steering.config import ROUTES
-from trimtab.steering.distil import distil
-from trimtab.steering.features import Features, cache_features
-from trimtab.steering.fit import fit
-from trimtab.steering.journal import Journal
 from trimtab.steering.machine import device_of
-from trimtab.steering.selection import select
-from trimtab.steering.tasks import load_task
+from trimtab.steering.tasks.tasks import load_task
+from trimtab.steering.training import lora
+from trimtab.steering.training.config import ROUTES
+from trimtab.steering.training.distil import distil
+from trimtab.steering.training.features import Features, cache_features
+from trimtab.steering.training.fit import fit
+from trimtab.steering.training.journal import Journal
+from trimtab.steering.training.selection import select
 
 
 def main() -> None:

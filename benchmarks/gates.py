@@ -25,19 +25,19 @@ from torch import Tensor
 
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
-from trimtab.steering.config import STRENGTH_LIMIT, FitConfig
-from trimtab.steering.distil import Watched, distil
-from trimtab.steering.evaluate import Policy, answer, compare, summarise
-from trimtab.steering.features import gate_of
-from trimtab.steering.fit import divergence_of
-from trimtab.steering.head import Head
-from trimtab.steering.journal import Rollout
+from trimtab.steering.evaluation.evaluate import Policy, answer, compare, summarise
+from trimtab.steering.evaluation.match import Matched, match_kl
 from trimtab.steering.machine import device_of
-from trimtab.steering.match import Matched, match_kl
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Exam, Sampling
-from trimtab.steering.strength import bisect
-from trimtab.steering.tasks import Task, load_task
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.tasks.tasks import Task, load_task
+from trimtab.steering.training.config import STRENGTH_LIMIT, FitConfig
+from trimtab.steering.training.distil import Watched, distil
+from trimtab.steering.training.features import gate_of
+from trimtab.steering.training.fit import divergence_of
+from trimtab.steering.training.head import Head
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.rollouts import Exam, Sampling
+from trimtab.steering.training.strength import bisect
 
 ROWS = 512  # of [rows, vocab] logits held at a time
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tables import table
 
-from trimtab.steering.ladder import BASE, GREEDY, LORA_ALWAYS
+from trimtab.steering.evaluation.ladder import BASE, GREEDY, LORA_ALWAYS
 from trimtab.steering.machine import hardware
 
 BEGIN, END = "<!-- figures: written by benchmarks/results.py -->", "<!-- end of figures -->"

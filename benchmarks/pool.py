@@ -16,9 +16,9 @@ import machine
 from direct import BASE, read
 from tables import plain_table
 
-from trimtab.steering.evaluate import compare
+from trimtab.steering.evaluation.evaluate import compare
 from trimtab.steering.folder import load
-from trimtab.steering.journal import Rollout
+from trimtab.steering.training.journal import Rollout
 
 TIERS = ("contrast", "head", "lora")  # what is judged comes last, and is told against all before it
 

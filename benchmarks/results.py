@@ -21,11 +21,11 @@ from typing import Any
 from headline import fill_readme, headline
 from tables import plain_table, serve_table, table, tiers_table
 
-from trimtab.steering import analyze_report, ladder_report, text
-from trimtab.steering.config import FitConfig
+from trimtab.steering.evaluation import analyze_report, ladder_report, text
+from trimtab.steering.evaluation.report import to_markdown
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import hardware, versions
-from trimtab.steering.report import to_markdown
+from trimtab.steering.training.config import FitConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Results

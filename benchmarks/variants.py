@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
-from trimtab.steering.config import FitConfig
-from trimtab.steering.distil import Distilled, distil
-from trimtab.steering.evaluate import Policy, answer
-from trimtab.steering.features import Features, gate_of
-from trimtab.steering.fit import divergence_of, start
-from trimtab.steering.head import Head
-from trimtab.steering.journal import Rollout
+from trimtab.steering.evaluation.evaluate import Policy, answer
 from trimtab.steering.machine import device_of
-from trimtab.steering.rollouts import Exam, Sampling
-from trimtab.steering.strength import bisect
-from trimtab.steering.tasks import load_task
+from trimtab.steering.tasks.tasks import load_task
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.distil import Distilled, distil
+from trimtab.steering.training.features import Features, gate_of
+from trimtab.steering.training.fit import divergence_of, start
+from trimtab.steering.training.head import Head
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.rollouts import Exam, Sampling
+from trimtab.steering.training.strength import bisect
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "constant": {"rank": 0, "top_k": 32},

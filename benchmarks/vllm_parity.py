@@ -142,7 +142,7 @@ def make_prompts(path: str, count: int) -> list[list[int]]:
     """Chats after one system message, as token ids: of its built-in task, a long one now and then."""
     from transformers import AutoTokenizer
 
-    from trimtab.steering.instructions import Instructions
+    from trimtab.steering.tasks.instructions import Instructions
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = []

@@ -17,10 +17,10 @@ import pytest
 from tiny import tiny_base
 from trimtab.server.model import base as base_module
 from trimtab.steering import atomic
-from trimtab.steering import teacher as teacher_module
-from trimtab.steering.config import FitConfig
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.verifiers import Extract
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.tasks.verifiers import Extract
+from trimtab.steering.training import teacher as teacher_module
+from trimtab.steering.training.config import FitConfig
 
 SMALL: dict[str, Any] = {
     "name": "tiny",

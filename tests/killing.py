@@ -21,8 +21,8 @@ from tqdm.std import TqdmDefaultWriteLock
 from fitting import write_task
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
-from trimtab.steering import pipeline  # noqa: F401
-from trimtab.steering.journal import Journal, Rollout
+from trimtab.steering.commands import pipeline  # noqa: F401
+from trimtab.steering.training.journal import Journal, Rollout
 
 FIT = (
     "fit --model base --task task.jsonl --verifier odd_grading:odd --via lora --dtype float32 --device cpu "

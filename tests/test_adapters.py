@@ -24,7 +24,7 @@ from trimtab.steering.bank import Bank
 from trimtab.steering.correction import LoraCorrection
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
-from trimtab.steering.teacher import without_peft_warnings
+from trimtab.steering.training.teacher import without_peft_warnings
 
 IDS = [list(range(5, 25)), [7], list(range(40, 10, -1)), list(range(5, 25))]
 ALWAYS = Gate("always", tau=0.0)

@@ -8,13 +8,13 @@ import torch
 
 from fitting import VIA_LORA, Odd, contents
 from trimtab.server.model.base import Base
-from trimtab.steering import pipeline
-from trimtab.steering.adapting import mixed_kl
+from trimtab.steering.commands import pipeline
 from trimtab.steering.correction import LoraCorrection, check
-from trimtab.steering.features import CANDIDATES, Features, rank
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
-from trimtab.steering.teacher import Targets, adapt
+from trimtab.steering.training.adapting import mixed_kl
+from trimtab.steering.training.features import CANDIDATES, Features, rank
+from trimtab.steering.training.teacher import Targets, adapt
 
 LORA = dataclasses.replace(VIA_LORA, tier="lora", via="direct", rank=None, strengths=(1.0,), tau=3.0, kl_limit=0.0)
 

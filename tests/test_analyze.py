@@ -12,15 +12,15 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Receipt, Steering
 from trimtab.server.model.base import Base
-from trimtab.steering.analyze import Tuned, analyze, count, mark, place
-from trimtab.steering.analyze_report import to_markdown
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection
+from trimtab.steering.evaluation.analyze import Tuned, analyze, count, mark, place
+from trimtab.steering.evaluation.analyze_report import to_markdown
+from trimtab.steering.evaluation.lockstep import Turn
 from trimtab.steering.gate import Gate
-from trimtab.steering.journal import Journal, Rollout
-from trimtab.steering.lockstep import Turn
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Exam, Sampling, collect, open_core
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training.journal import Journal, Rollout
+from trimtab.steering.training.rollouts import Exam, Sampling, collect, open_core
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
 EXAM = Exam(Odd(), PROBLEMS, Sampling(2, 0, 1.0, 0.95, 16), 4, 1)

@@ -10,9 +10,9 @@ import pytest
 from trimtab.cli import main
 from trimtab.server.model import base as base_module
 from trimtab.server.model.base import Base
-from trimtab.steering import distil as distil_module
-from trimtab.steering import fit as fit_module
-from trimtab.steering import lora as lora_module
+from trimtab.steering.training import distil as distil_module
+from trimtab.steering.training import fit as fit_module
+from trimtab.steering.training import lora as lora_module
 
 SMALL = (
     "--temperature 1.0 --max-tokens 4 --problems 10 --samples 3 --rank 2 "

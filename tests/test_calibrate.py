@@ -14,12 +14,12 @@ from trimtab.errors import TaskError
 from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.calibrate import RATES, calibrate, measure, read_prompts, tabulate, to_text, watch
 from trimtab.steering.correction import BaseIdentity
+from trimtab.steering.evaluation.calibrate import RATES, calibrate, measure, read_prompts, tabulate, to_text, watch
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Sampling, open_core, request_for
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training.rollouts import Sampling, open_core, request_for
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Prompt {i}:") for i in range(6)]
 SAMPLING = Sampling(2, 0, 1.0, 1.0, 24)

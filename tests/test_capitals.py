@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.steering.tasks import load_task
+from trimtab.steering.tasks.tasks import load_task
 
 SCRIPT = str(Path(__file__).resolve().parent.parent / "benchmarks" / "capitals.py")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.claim import claim, score_again
-from trimtab.steering.journal import Journal, Rollout
-from trimtab.steering.problem import Problem, Split
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.training.claim import claim, score_again
+from trimtab.steering.training.journal import Journal, Rollout
 
 PROBLEMS = [Problem(name, None, prompt=name) for name in ("short", "long")]
 

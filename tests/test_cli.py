@@ -97,7 +97,7 @@ def test_a_full_gpu_ends_in_one_line_and_other_failures_in_their_own(
 ) -> None:
     full = type("OutOfMemoryError", (RuntimeError,), {})  # torch's, which the command line does not import
     command = mock.Mock(side_effect=full("CUDA out of memory. Tried to allocate 2 GiB. More words."))
-    monkeypatch.setattr("trimtab.steering.commands.run_inspect", command)
+    monkeypatch.setattr("trimtab.steering.commands.fitting.run_inspect", command)
     assert main(["inspect", "somewhere"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("trimtab: out of memory: CUDA out of memory; lower --slots")

@@ -12,10 +12,10 @@ import torch
 from fitting import work_in, write_task
 from tiny import tiny_base
 from trimtab.cli import build_parser, main
-from trimtab.steering import teacher as teacher_module
-from trimtab.steering.config import FitConfig
 from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
+from trimtab.steering.training import teacher as teacher_module
+from trimtab.steering.training.config import FitConfig
 
 SMALL = (
     "--temperature 1.0 --max-tokens 5 --problems 16 --samples 4 --rank 2 "

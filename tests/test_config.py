@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering import config as config_module
-from trimtab.steering.config import FREE, FitConfig
 from trimtab.steering.correction import ACTIVATIONS, MAX_TOP_K
 from trimtab.steering.gate import KINDS
+from trimtab.steering.training import config as config_module
+from trimtab.steering.training.config import FREE, FitConfig
 
 
 def test_every_field_has_a_line_of_documentation() -> None:

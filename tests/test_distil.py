@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TaskError
-from trimtab.steering import distil as module
-from trimtab.steering.config import FitConfig
-from trimtab.steering.distil import Watched, distil, measure, merge
-from trimtab.steering.features import CANDIDATES, Features, rank
+from trimtab.steering.training import distil as module
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.distil import Watched, distil, measure, merge
+from trimtab.steering.training.features import CANDIDATES, Features, rank
 
 VOCAB, HIDDEN, POSITIONS = 64, 8, 2400
 CONFIG = FitConfig(via="lora", rank=2, epochs=4, batch=64, learning_rate=0.02)

@@ -12,14 +12,14 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.engine.rule import rule_for
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, HeadCorrection
-from trimtab.steering.evaluate import compare, kept, pass_at, summarise, vote
+from trimtab.steering.evaluation.evaluate import compare, kept, pass_at, summarise, vote
+from trimtab.steering.evaluation.report import Judged, build, judge, policies, strengths, to_markdown
 from trimtab.steering.gate import Gate
-from trimtab.steering.head import Head
-from trimtab.steering.journal import Rollout
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.report import Judged, build, judge, policies, strengths, to_markdown
-from trimtab.steering.rollouts import Exam, Sampling
-from trimtab.steering.verifiers import Extract
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.tasks.verifiers import Extract
+from trimtab.steering.training.head import Head
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.rollouts import Exam, Sampling
 
 PROBLEMS = [Problem(f"p{i}", None, prompt="x", kind="ab"[i % 2]) for i in range(200)]
 

@@ -12,10 +12,10 @@ from fitting import work_in, write_task
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.cli import main
 from trimtab.server.engine.core import Core
+from trimtab.steering.commands.setting import keep_in
 from trimtab.steering.correction import HeadCorrection
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
-from trimtab.steering.setting import keep_in
 
 FITTED = {"model": "tiny", "task": "task.jsonl", "verifier": "odd_grading:odd", "temperature": 1.0, "max_tokens": 6}
 PEFT = ("adapter_config.json", "adapter_model.safetensors")

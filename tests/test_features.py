@@ -11,13 +11,13 @@ from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Receipt, Request, SamplingParams
 from trimtab.server.model.base import Base
-from trimtab.steering import features as features_module
 from trimtab.steering.bank import Bank
-from trimtab.steering.config import FitConfig
-from trimtab.steering.features import Features, cache_features, states_of
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import encode, open_core
-from trimtab.steering.selection import Item
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training import features as features_module
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.features import Features, cache_features, states_of
+from trimtab.steering.training.rollouts import encode, open_core
+from trimtab.steering.training.selection import Item
 
 PROMPTS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hello", "b": "Once upon a time"}.items()}
 TAU = 1.5

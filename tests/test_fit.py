@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TaskError
-from trimtab.steering.config import CANDIDATES, STRENGTH_LIMIT, FitConfig
-from trimtab.steering.controls import RANDOM, SHUFFLED, fit_control, match, shuffle
 from trimtab.steering.correction import BaseIdentity
-from trimtab.steering.features import Features, rank
-from trimtab.steering.fit import divergence_of, fit, measure
-from trimtab.steering.head import Head
-from trimtab.steering.objective import change_by
-from trimtab.steering.strength import bisect
+from trimtab.steering.training.config import CANDIDATES, STRENGTH_LIMIT, FitConfig
+from trimtab.steering.training.controls import RANDOM, SHUFFLED, fit_control, match, shuffle
+from trimtab.steering.training.features import Features, rank
+from trimtab.steering.training.fit import divergence_of, fit, measure
+from trimtab.steering.training.head import Head
+from trimtab.steering.training.objective import change_by
+from trimtab.steering.training.strength import bisect
 
 VOCAB, HIDDEN, POSITIONS, ITEMS = 64, 8, 2400, 240
 T = 0.7

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import TaskError
-from trimtab.steering.instructions import _POOLS, KINDS, Instructions, follows
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.words import TRAIN_WORDS
+from trimtab.steering.tasks.instructions import _POOLS, KINDS, Instructions, follows
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.tasks.words import TRAIN_WORDS
 
 FUNCTION_WORDS = {"a", "an", "the", "of", "to", "in", "at", "and", "on", "up", "well", "done"}
 

@@ -12,14 +12,14 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.evaluate import Difference, Policy
+from trimtab.steering.evaluation.evaluate import Difference, Policy
+from trimtab.steering.evaluation.ladder import Climbed, Entrants, Row, climb
+from trimtab.steering.evaluation.ladder_report import build, judge, to_markdown, to_svg
+from trimtab.steering.evaluation.match import match_kl
 from trimtab.steering.gate import Gate
-from trimtab.steering.ladder import Climbed, Entrants, Row, climb
-from trimtab.steering.ladder_report import build, judge, to_markdown, to_svg
-from trimtab.steering.match import match_kl
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.rollouts import Exam, Sampling, open_core
-from trimtab.steering.verifiers import Extract
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.tasks.verifiers import Extract
+from trimtab.steering.training.rollouts import Exam, Sampling, open_core
 
 
 class Chats(Odd):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import InvalidRequest
-from trimtab.steering.lock import hold
+from trimtab.steering.training.lock import hold
 
 
 def test_a_folder_is_made_and_held_until_the_end(tmp_path: Path) -> None:

@@ -15,11 +15,20 @@ from trimtab.server.model import base as base_module
 from trimtab.server.model import kv
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.evaluation.lockstep import (
+    NO_MARKERS,
+    Choose,
+    Turn,
+    Written,
+    answer_sharpened,
+    rollout_of,
+    watched,
+    write,
+)
 from trimtab.steering.gate import Gate
-from trimtab.steering.journal import Rollout
-from trimtab.steering.lockstep import NO_MARKERS, Choose, Turn, Written, answer_sharpened, rollout_of, watched, write
-from trimtab.steering.problem import Problem
-from trimtab.steering.rollouts import Exam, Sampling, collect, open_core, request_for
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.rollouts import Exam, Sampling, collect, open_core, request_for
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Problem {i}:") for i in range(6)]
 SAMPLING = Sampling(2, 0, 1.0, 0.95, 20)

@@ -15,14 +15,14 @@ from fitting import Killed
 from tiny import tiny_model
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import lora, lora_loss
 from trimtab.steering.adapter import WEIGHTS_FILE
-from trimtab.steering.config import FitConfig
-from trimtab.steering.features import cache_features
-from trimtab.steering.lora_loss import Lesson, Target
-from trimtab.steering.problem import Problem
-from trimtab.steering.selection import Item
-from trimtab.steering.teacher import adapt, without_peft_warnings
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training import lora, lora_loss
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.features import cache_features
+from trimtab.steering.training.lora_loss import Lesson, Target
+from trimtab.steering.training.selection import Item
+from trimtab.steering.training.teacher import adapt, without_peft_warnings
 
 CONFIG = FitConfig(
     via="lora",

@@ -11,11 +11,11 @@ from torch import Tensor
 from trimtab.kernels.record import GATE_ALWAYS, RowParams, StepInputs
 from trimtab.kernels.reference import step
 from trimtab.steering.bank import Bank
-from trimtab.steering.config import CANDIDATES
 from trimtab.steering.correction import BaseIdentity
-from trimtab.steering.features import Features, rank
-from trimtab.steering.head import Head
-from trimtab.steering.objective import change_by, loss
+from trimtab.steering.training.config import CANDIDATES
+from trimtab.steering.training.features import Features, rank
+from trimtab.steering.training.head import Head
+from trimtab.steering.training.objective import change_by, loss
 
 VOCAB, HIDDEN = 300, 16
 

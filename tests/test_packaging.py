@@ -72,6 +72,16 @@ def test_the_server_reads_the_artefact_and_knows_no_trainer() -> None:
     assert read(below, "server") == set()
 
 
+def test_data_flows_one_way_through_the_trainer() -> None:
+    """problems -> training -> evaluation -> commands: each knows the artefact and what stands before it."""
+    folders = ["tasks", "training", "evaluation", "commands"]
+    for place, folder in enumerate(folders):
+        files = [*(ROOT / "steering" / folder).glob("*.py")]
+        imported = {name for file in files for name in re.findall(r"trimtab\.steering\.(\w+)", file.read_text())}
+        assert files
+        assert imported.isdisjoint(folders[place + 1 :])
+
+
 def test_the_base_import_is_light() -> None:
     program = """
 import sys, trimtab

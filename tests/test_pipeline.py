@@ -11,14 +11,14 @@ from fitting import SMALL, Killed, Odd, contents, writing
 from tiny import tiny_base
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import pipeline
-from trimtab.steering.config import FitConfig
+from trimtab.steering.commands import pipeline
 from trimtab.steering.correction import check
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
-from trimtab.steering.lock import hold
 from trimtab.steering.machine import describe
-from trimtab.steering.problem import Problem, Split
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.lock import hold
 
 CONFIG = FitConfig(**SMALL, rank=2, top_k=5, epochs=3, kl_budgets=(0.01, 0.03))
 

@@ -7,9 +7,9 @@ import pytest
 from tiny import tiny_base
 from trimtab.errors import TaskError
 from trimtab.steering.bank import Bank
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.prompted import Example, Preface, examples, preface
-from trimtab.steering.rollouts import Sampling, open_core
+from trimtab.steering.evaluation.prompted import Example, Preface, examples, preface
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.training.rollouts import Sampling, open_core
 
 CHAT = Problem("c", "4", messages=({"role": "user", "content": "2 + 2"},), kind="sum")
 SHOWN = Example(Problem("d", "2", messages=({"role": "user", "content": "1 + 1"},)), "#### 2")

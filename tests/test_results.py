@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.steering.config import FitConfig
 from trimtab.steering.machine import describe
+from trimtab.steering.training.config import FitConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = {"by_kind": {}, "fired": 0.5, "flips": 0.1, "length": 9.0, "open": 0.5, "pass_at_1": 0.6, "truncated": 0.0}

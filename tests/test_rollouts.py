@@ -13,12 +13,12 @@ from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
-from trimtab.steering import rollouts as module
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
-from trimtab.steering.journal import Journal, Rollout
-from trimtab.steering.problem import Problem, Split
-from trimtab.steering.rollouts import Sampling, collect, open_core
+from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.training import rollouts as module
+from trimtab.steering.training.journal import Journal, Rollout
+from trimtab.steering.training.rollouts import Sampling, collect, open_core
 
 PROBLEMS = [Problem(f"p{i}", None, prompt=f"Problem {i}: ") for i in range(7)]
 SAMPLING = Sampling(samples=4, seed=3, temperature=1.0, top_p=0.95, max_tokens=9)

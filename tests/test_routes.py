@@ -12,13 +12,13 @@ from fitting import VIA_LORA, Killed, Odd, contents, writing
 from tiny import tiny_base
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import pipeline
+from trimtab.steering.commands import pipeline
 from trimtab.steering.correction import Correction, check
-from trimtab.steering.evaluate import Difference
+from trimtab.steering.evaluation.evaluate import Difference
+from trimtab.steering.evaluation.report import judge
 from trimtab.steering.folder import load
-from trimtab.steering.problem import Problem
-from trimtab.steering.report import judge
-from trimtab.steering.teacher import adapt
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training.teacher import adapt
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import TaskError
-from trimtab.steering.config import FEWEST, FitConfig
-from trimtab.steering.journal import Rollout
-from trimtab.steering.selection import Item, select
+from trimtab.steering.training.config import FEWEST, FitConfig
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.selection import Item, select
 
 
 def rollouts(rewards: dict[str, list[float]], lengths: dict[str, list[int]] | None = None) -> list[Rollout]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.tasks import fingerprint, load_task, read_problems
+from trimtab.steering.tasks.tasks import fingerprint, load_task, read_problems
 
 
 def write(path: Path, lines: list[Any]) -> str:

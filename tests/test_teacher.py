@@ -11,12 +11,12 @@ from tiny import tiny_base
 from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
-from trimtab.steering import lora, teacher
-from trimtab.steering.config import FitConfig
-from trimtab.steering.features import CANDIDATES, cache_features, states_of
-from trimtab.steering.problem import Problem
-from trimtab.steering.selection import Item
-from trimtab.steering.teacher import adapt, cache_targets, load_teacher
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.training import lora, teacher
+from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.features import CANDIDATES, cache_features, states_of
+from trimtab.steering.training.selection import Item
+from trimtab.steering.training.teacher import adapt, cache_targets, load_teacher
 
 PROBLEMS = {name: Problem(name, None, prompt=text) for name, text in {"a": "Hello", "b": "Once upon a time"}.items()}
 ITEMS = [Item(name, i, [70 + i, 80, 90 + i, 100][: 3 + i], 1.0, False) for name in PROBLEMS for i in range(2)]

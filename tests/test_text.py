@@ -9,12 +9,12 @@ from torch import Tensor
 from tiny import tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
-from trimtab.steering import text as text_module
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection
+from trimtab.steering.evaluation import text as text_module
+from trimtab.steering.evaluation.text import read_text, to_markdown
 from trimtab.steering.folder import save
 from trimtab.steering.gate import Gate
-from trimtab.steering.teacher import adapt
-from trimtab.steering.text import read_text, to_markdown
+from trimtab.steering.training.teacher import adapt
 
 TEXT = ("A trim tab is the small rudder on a ship's rudder: a little force there turns the whole ship. " * 3)[:250]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.verifiers import Extract, load_extractor, load_verifier
+from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verifier
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""`trimtab fit` and `trimtab distill`: from a task to a correction's folder, stage by stage.
+
+    rollouts -> select -> features -> a route (routes.py): candidates -> validate (choose one)
+             -> controls -> report on held-out problems -> correction.json, report.md
+
+Invariant: each stage reads what the one before it wrote, writes files whole or not at all, and does nothing that is
+done. So a killed run, started again, continues; and `correction.json` exists only when everything before it does.
+
+    DIR/correction.json, its tier's other files, report.md      what ships
+    DIR/controls/<kind>/                                        what it was compared with: `trimtab eval` finds them
+    DIR/lora/                                                   via lora: the teacher, as a PEFT folder
+    DIR/run/                                                    the work; may be deleted afterwards
+    DIR/run/timings.json                                        seconds by stage
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.server.model.base import Base
+from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
+from trimtab.steering.atomic import write_bytes, write_json, write_text
+from trimtab.steering.bank import Bank
+from trimtab.steering.commands.begin import begin, place, split
+from trimtab.steering.correction import Correction
+from trimtab.steering.evaluation import report as reports
+from trimtab.steering.evaluation.evaluate import Policy, answer, summarise
+from trimtab.steering.folder import JSON_FILE, is_saved, load, save
+from trimtab.steering.machine import describe, ran_on
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.tasks.tasks import Task
+from trimtab.steering.training.clock import Clock
+from trimtab.steering.training.config import FREE, FitConfig
+from trimtab.steering.training.features import Features, cache_features
+from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.lock import hold
+from trimtab.steering.training.progress import say
+from trimtab.steering.training.rollouts import Exam, Sampling, collect, open_core
+from trimtab.steering.training.routes import SELECT, Route, choose_route
+from trimtab.steering.training.selection import Item
+from trimtab.steering.training.study import Study
+
+
+def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None = None) -> Correction:
+    """Fit, judge and save a correction; continue if `out` holds an unfinished run of the same config.
+
+    teacher: the config's, loaded, where it names one. Raises InvalidRequest while another process writes to `out`."""
+    with hold(out):
+        return _run(config, out, base, task, teacher)
+
+
+def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None) -> Correction:
+    config = dataclasses.replace(config, name=config.name or out.resolve().name)
+    torch.set_num_threads(config.threads)
+    work = out / "run"
+    problems = split(task, config)
+    begin(work, config, base, task, problems, teacher)
+    if is_saved(out):  # written last; since then it may have been calibrated
+        say("fit", f"{out} holds the finished correction; delete its {JSON_FILE} to have it judged and written again")
+        return load(out)
+    clock = Clock(work / "timings.json", ran_on(base, config.threads))
+    with clock.time("rollouts"):
+        rollouts = _roll_out(work, config, base, task, problems.training)
+    items = SELECT[config.via](rollouts, config)
+    with clock.time("features"):
+        features = _learn_from(work, config, base, problems.training, items)
+    used = {item.problem for item in items}
+    learned = [problem for problem in problems.training if problem.id in used]
+    study = Study(config, base, task, learned, items, features, work, clock, _mean_rewards(rollouts, used))
+    route = choose_route(study, teacher)
+    candidates = _keep(work / "candidates", route.candidates)
+    with clock.time("validation"):
+        chosen = _choose(work, config, base, task, problems.validation, candidates)
+    controls = _fit_controls(work, route, chosen)
+    correction = dataclasses.replace(chosen, name=config.name)
+    exam = Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
+    with clock.time("report"):
+        report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
+    provenance = _provenance(route, config, base, task, problems.digest, rollouts, features, chosen)
+    shipped = dataclasses.replace(correction, report=report, provenance=provenance)
+    write_text(out / "report.md", reports.to_markdown(report))
+    for control in controls:
+        save(control, out / "controls" / control.name)
+    if config.via == "lora":  # a PEFT folder of its own; of the tier lora, `out` itself is one
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            write_bytes(out / "lora" / name, (work / "lora" / name).read_bytes())
+    save(shipped, out)
+    say("timings", f"{clock}; on {ran_on(base, config.threads)}")
+    say("fit", f"{config.name} is in {out}: {report['verdict']['summary']}")
+    return shipped
+
+
+def _roll_out(work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem]) -> list[Rollout]:
+    core = open_core(base, Bank(base.hidden, base.device), problems, config.max_tokens, config.slots, config.threads)
+    return collect(core, task, problems, _sampling(config, config.samples), work / "rollouts", "rollouts")
+
+
+def _learn_from(
+    work: Path, config: FitConfig, base: Base, problems: Sequence[Problem], items: Sequence[Item]
+) -> Features:
+    kept = {item.problem for item in items}
+    say("select", f"{len(kept)} of {len(problems)} problems and {len(items)} of their completions are learned from")
+    features = cache_features(base, {problem.id: problem for problem in problems}, items, config, work / "features")
+    share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
+    say("features", f"the gate opens at {int(features.gated.sum())} positions, {share:.0%} of those read")
+    return features.to(base.device)
+
+
+def _mean_rewards(rollouts: Sequence[Rollout], problems: Set[str]) -> dict[str, float]:
+    """Of each problem."""
+    found: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.problem in problems:
+            found.setdefault(rollout.problem, []).append(rollout.reward)
+    return {problem: sum(rewards) / len(rewards) for problem, rewards in found.items()}
+
+
+def _keep(folder: Path, make: Callable[[], list[Correction]]) -> list[Correction]:
+    """What `make` made, now or in an earlier run."""
+    path = folder.with_suffix(".json")
+    if not path.exists():
+        made = make()
+        for correction in made:
+            save(correction, folder / correction.name)
+        write_json(path, [correction.name for correction in made])
+    return [load(folder / name) for name in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _choose(
+    work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem], candidates: list[Correction]
+) -> Correction:
+    """The candidate that does best on the validation problems; of equals, the one that changes least."""
+    if len(candidates) == 1:
+        return candidates[0]
+    bank = Bank(base.hidden, base.device)
+    bank.add(*candidates)
+    exam = Exam(task, problems, _sampling(config, config.validation_samples), config.slots, config.threads)
+    policies = [Policy("base"), *(Policy(candidate.name, candidate.name) for candidate in candidates)]
+    found = answer(exam.open(base, bank), exam, policies, work / "validation")
+    rates = {name: summarise(name, problems, rollouts).pass_at_1 for name, rollouts in found.items()}
+    chosen = max(candidates, key=lambda c: (rates[c.name], -c.provenance["kl"]))
+    shown = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
+    say("validation", f"{shown}: chose {chosen.name}")
+    return dataclasses.replace(chosen, provenance={**chosen.provenance, "validation": rates})
+
+
+def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correction]:
+    found = []
+    for kind in route.controls:
+        folder = work / "controls" / kind
+        if not is_saved(folder):
+            save(route.control(kind, chosen.provenance["kl"]), folder)
+        found.append(load(folder))
+    return found
+
+
+def _sampling(config: FitConfig, samples: int) -> Sampling:
+    return Sampling(samples, config.seed, config.temperature, config.top_p, config.max_tokens)
+
+
+def _provenance(
+    route: Route,
+    config: FitConfig,
+    base: Base,
+    task: Task,
+    problems: str,
+    rollouts: Sequence[Rollout],
+    features: Features,
+    chosen: Correction,
+) -> dict[str, Any]:
+    """How the correction was made. No times of day: equal runs make equal files."""
+    training = features.at(features.gated & ~features.held_out)
+    return {
+        "method": route.method,
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
+        "task": task.name,
+        "problems_sha256": problems,
+        "rollouts": len(rollouts),
+        "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
+        "mixed_problems": len(set(features.problem.tolist())),
+        "positions": len(training.h),
+        "fit": dict(chosen.provenance),
+        **place(base),
+        "threads": config.threads,
+        "machine": describe(),
+    }

@@ -1,0 +1,205 @@
+"""Verifiers: does a completion answer its problem? A verifier maps (completion, answer) to a reward from 0 to 1.
+
+    math     the last formula or number equals the answer, as mathematics (math-verify)
+    final    the number marked with #### or \\boxed{}, or else the last number, equals the answer
+    exact    the completion equals the answer, white space at the ends aside
+    regex    the answer is a pattern, found somewhere in the completion
+    module:function   your own, imported; the current folder is on the path
+
+An extractor reads the answer that a completion gives, right or wrong: what a majority vote counts. math, final and
+exact have one; so has module:function where the module has a function `extract`, which returns a text or None.
+
+Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1, or raises TaskError.
+"""
+
+import functools
+import hashlib
+import importlib
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from trimtab.errors import TaskError
+from trimtab.steering.tasks.final import NUMBER, final_number, marked_numbers, plain, read
+
+SOLVED = 1.0  # a reward of less is no success where successes are counted
+
+
+class Extract(NamedTuple):
+    """The answer a completion gives."""
+
+    text: str  # equal answers are equal texts
+    marked: bool  # given in a form that says so: after #### or in \\boxed{}
+
+
+Verifier = Callable[[str, Any], float]
+Extractor = Callable[[str], Extract | None]
+
+
+def load_verifier(name: str) -> Verifier:
+    """`math`, `final`, `exact`, `regex` or `module:function`. Raises TaskError when there is no such thing."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    function = name.partition(":")[2]
+    try:
+        verify = getattr(_import(name), function)
+    except AttributeError as error:
+        raise TaskError(f"verifier {name!r} cannot be imported: {error}") from error
+    if not callable(verify):
+        raise TaskError(f"verifier {name!r} is not a function")
+    return _guard(name, verify)
+
+
+def load_extractor(name: str) -> Extractor | None:
+    """The extractor that goes with a verifier; None where it has none."""
+    if name in _BUILT_IN:
+        return _EXTRACTORS.get(name)
+    extract = getattr(_import(name), "extract", None)
+    return _guard_extract(name, extract) if callable(extract) else None
+
+
+def source_digest(name: str) -> str | None:
+    """Of the file that holds `module:function`: a resumed run notices an edited one. None where there is no file."""
+    found = None if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
+    file = getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+
+
+def _import(name: str) -> ModuleType:
+    """The module of `module:function`, also from the current folder."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise TaskError(f"verifier must be one of {', '.join(_BUILT_IN)} or module:function, not {name!r}")
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever the module does at its top
+        raise TaskError(f"verifier {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def check_answer(verifier: str, answer: Any) -> str | None:
+    """What is wrong with an answer for this verifier, or None. Found when a task is read, not after an hour's work."""
+    if verifier == "regex":
+        if not isinstance(answer, str):
+            return "must be a string (a regular expression)"
+        try:
+            re.compile(answer)
+        except re.error as error:
+            return f"is not a regular expression ({error})"
+    if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
+        return "must be a string or a number"
+    if verifier == "math" and not NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
+        return "is not a number or formula that math-verify can read"
+    if verifier == "final" and not NUMBER.fullmatch(plain(str(answer)).strip()):
+        return "must be a number"
+    return None
+
+
+def _guard(name: str, verify: Callable[[str, Any], Any]) -> Verifier:
+    """Name the verifier in whatever goes wrong inside it."""
+
+    def guarded(completion: str, answer: Any) -> float:
+        try:
+            reward = float(verify(completion, answer))
+        except Exception as error:
+            raise TaskError(
+                f"verifier {name!r} failed on {completion[:200]!r}: {type(error).__name__}: {error}"
+            ) from error
+        if not (math.isfinite(reward) and 0 <= reward <= 1):
+            raise TaskError(f"verifier {name!r} returned {reward}: it must return 0 to 1 (or False or True)")
+        return reward
+
+    return guarded
+
+
+def _guard_extract(name: str, extract: Callable[[str], Any]) -> Extractor:
+    """As _guard."""
+
+    def guarded(completion: str) -> Extract | None:
+        try:
+            found = extract(completion)
+        except Exception as error:
+            raise TaskError(
+                f"extract of verifier {name!r} failed on {completion[:200]!r}: {type(error).__name__}: {error}"
+            ) from error
+        return None if found is None else Extract(str(found), True)
+
+    return guarded
+
+
+def _verify_math(completion: str, answer: Any) -> float:
+    from math_verify import parse, verify
+
+    limit = _seconds()
+    found = parse(completion.replace("\\$", ""), parsing_timeout=limit)  # \$18 in a text is read as nothing
+    return float(bool(verify(_parse_expected(str(answer)), found, timeout_seconds=limit)))
+
+
+@functools.lru_cache(maxsize=4096)  # each is asked for by many completions
+def _parse_expected(text: str) -> list[Any]:
+    try:
+        from math_verify import parse
+    except ImportError as error:
+        raise TaskError("the verifier math needs math-verify: in Trimtab's checkout, pip install '.[train]'") from error
+    text = text.replace("\\$", "")
+    marked = text if "$" in text or "\\boxed" in text else f"${text}$"  # what is not marked as LaTeX is read as words
+    expected: list[Any] = parse(marked, parsing_timeout=_seconds())
+    return expected
+
+
+def _seconds() -> int | None:
+    """math-verify's time limit. It uses signals, which only the main thread may set."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def _extract_math(completion: str) -> Extract | None:
+    from math_verify import parse
+
+    found = parse(completion.replace("\\$", ""), parsing_timeout=_seconds())
+    if not found:
+        return None
+    try:
+        text = f"{float(found[0]):.10g}"  # 1/2 and 0.5 are one answer
+    except (TypeError, ValueError, OverflowError):
+        text = str(found[0])
+    return Extract(text, any(marked_numbers(completion)) or "\\boxed{" in completion)
+
+
+def _verify_final(completion: str, answer: Any) -> float:
+    found = final_number(completion)
+    return float(found is not None and math.isclose(found.value, read(plain(str(answer))), rel_tol=1e-6, abs_tol=1e-6))
+
+
+def _extract_final(completion: str) -> Extract | None:
+    found = final_number(completion)
+    return None if found is None else Extract(f"{found.value:.10g}", found.marked)
+
+
+def _verify_exact(completion: str, answer: Any) -> float:
+    return float(completion.strip() == str(answer).strip())
+
+
+def _verify_regex(completion: str, answer: Any) -> float:
+    return float(re.search(answer, completion) is not None)
+
+
+def _extract_exact(completion: str) -> Extract | None:
+    text = completion.strip()
+    return Extract(text, True) if text else None
+
+
+_BUILT_IN: dict[str, Verifier] = {
+    "math": _verify_math,
+    "final": _verify_final,
+    "exact": _verify_exact,
+    "regex": _verify_regex,
+}
+_EXTRACTORS: dict[str, Extractor] = {"math": _extract_math, "final": _extract_final, "exact": _extract_exact}

@@ -1,0 +1,67 @@
+"""What a folder of completions was made with: it goes on with the same, and refuses all else.
+
+Invariant: completions of two runs are never mixed. What decides them is in `policy.json` beside them; how they are
+scored does not, so kept ones are scored again, by the verifier as it is now: an edited one meets the old texts.
+
+    claim(folder, describe_run(core, problems, sampling));  score_again(task, problems, folder)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InvalidRequest
+from trimtab.server.engine.core import Core
+from trimtab.steering.atomic import write_json
+from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.tasks.tasks import Task, fingerprint
+from trimtab.steering.training.journal import Journal
+from trimtab.steering.training.rollouts import Sampling
+
+
+def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> dict[str, Any]:
+    """What decides the base's completions, as JSON values. asked: the problems as they are put to it."""
+    return {
+        "problems": fingerprint(asked),
+        "sampling": sampling._asdict(),
+        "slots": core.config.slots,
+        "base": core.base.identity.fingerprint,
+        "dtype": str(core.base.dtype),
+        "device": core.base.device.type,
+    }
+
+
+def claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Say that the folder's rollouts come of these facts (JSON values). Raises InvalidRequest if it holds others."""
+    path = folder / "policy.json"
+    now: dict[str, Any] = json.loads(json.dumps(facts))
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differ = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+    if differ:
+        name = differ[0]
+        if name == "problems":  # digests tell a reader nothing
+            raise InvalidRequest(
+                f"{folder} holds completions of other problems: give the task and the number of problems that it was "
+                "made with, another --out, or delete the folder",
+                name,
+            )
+        raise InvalidRequest(
+            f"{folder} holds completions made with {name} = {before.get(name)!r}, and this run has {now.get(name)!r}: "
+            "use that value, another --out, or delete the folder",
+            name,
+        )
+
+
+def score_again(task: Task, problems: Sequence[Problem], folder: Path) -> None:
+    """Give each completion in the folder, which holds none of other problems, the reward that the task now gives it."""
+    by_id = {problem.id: problem for problem in problems}
+    for path in sorted({file.with_suffix(".jsonl") for file in folder.glob("[0-9]*.j*")}):
+        journal = Journal(path)
+        kept = journal.read()
+        scored = [r._replace(reward=task.score(by_id[r.problem], r.text)) for r in kept]
+        if scored != kept:
+            journal.replace(scored)
