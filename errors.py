@@ -14,6 +14,7 @@
     |-- UnsupportedModel      this model cannot be served, and why
     |-- CorrectionError       a correction's folder is damaged, or made for another base
     `-- TaskError             a task file or verifier is wrong: names the line and the fix
+        `-- Diverged          a fit's loss is no number, or what it learns runs away from the base
 
 server/http_errors.py knows their HTTP statuses. Nothing here imports anything of ours, so clients may use it too.
 """
@@ -118,3 +119,7 @@ class CorrectionError(TrimtabError):
 
 class TaskError(TrimtabError):
     """A task cannot be used: the message names the file, the line and the fix."""
+
+
+class Diverged(TaskError):
+    """What was learned went astray: its loss is no number, or it ran away from the base. The message names the fix."""

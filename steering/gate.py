@@ -58,7 +58,8 @@ class Gate:
         return f"{self.kind} > {self.tau:g}{unit}"
 
     def tau_for(self, rate: float) -> float:
-        """The threshold that opens the gate at about this share of steps, 0 to 1; linear between calibrated rates.
+        """The threshold that opens the gate at about this share of steps, 0 to 1; linear between calibrated rates, and
+        that of the nearest one beyond them.
 
         Raises CorrectionError where nothing says so."""
         if not 0 <= rate <= 1:

@@ -130,6 +130,8 @@ def test_what_has_no_tuned_model_is_refused(base: Base, tmp_path: Path) -> None:
             analyze(EXAM, base, tuned, Gate(kind), [0.5], tmp_path)
     with pytest.raises(InvalidRequest, match=r"taus must be finite numbers, not 0\.5, nan"):
         analyze(EXAM, base, tuned, Gate(), [0.5, float("nan")], tmp_path)
+    with pytest.raises(InvalidRequest, match=r"taus must be of -1 to 0, for margin, not 0\.5"):
+        analyze(EXAM, base, tuned, Gate("margin"), [0.5], tmp_path)
     lora = tiny_lora(base, gate=Gate("margin", tau=-0.5))
     with pytest.raises(InvalidRequest, match="has a gate of the kind margin"):
         analyze(EXAM, base, Tuned("lora", base, lora), Gate(), [], tmp_path)

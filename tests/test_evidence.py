@@ -71,6 +71,7 @@ def test_an_eval_with_out_goes_on_where_it_was(
 ) -> None:
     assert run("eval --correction mine --problems 4 --out kept") == 0
     first = capsys.readouterr().out
+    assert "of the fit's own report" not in first, "it has none"
     monkeypatch.setattr(Core, "step", None)
     assert run("eval --correction mine --problems 4 --out kept") == 0
     assert capsys.readouterr().out == first
@@ -149,6 +150,7 @@ def test_analyze_takes_a_correction_a_peft_folder_or_a_model(capsys: pytest.Capt
 
 @pytest.mark.usefixtures("folder")
 def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("short.txt").write_text("A text of one line.")
     always = dataclasses.replace(load("mine"), gate=Gate("always"))
     save(always, "always")
     for arguments, words in {
@@ -161,6 +163,7 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "eval --correction mine --lora peft --problems 2": "--lora is of the ladder: add --ladder",
         "eval --correction mine --few-shot 2 --problems 2": "--few-shot is of the ladder: add --ladder",
         "eval --correction mine --problems 2 --text gone.txt": "--text gone.txt: cannot be read",
+        "eval --correction mine --problems 2 --text short.txt --out none": "the text has 19 tokens: give 514 or more",
         "eval --correction always --problems 2 --tau 1": "tau cannot be set: mine's gate is always open",
         "eval --correction always --problems 2 --tau 1 --ladder": "tau cannot be set: mine's gate is always open",
         "analyze tiny mine --gate sometimes --problems 2": "gate.kind must be one of",
@@ -169,6 +172,7 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         error = capsys.readouterr().err
         assert error.startswith("trimtab: ") or "\ntrimtab: " in error
         assert words in error.splitlines()[-1]
+    assert not Path("none", "completions").exists(), "a text is looked at before anything is sampled"
     for command in ("eval --correction mine", "analyze tiny mine"):
         with pytest.raises(SystemExit):
             run(f"{command} --problems 1")

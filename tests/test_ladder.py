@@ -12,10 +12,11 @@ from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.correction import ContrastCorrection
 from trimtab.steering.evaluation.evaluate import Difference, Policy
 from trimtab.steering.evaluation.ladder import Climbed, Entrants, Row, climb
 from trimtab.steering.evaluation.ladder_report import build, judge, to_markdown, to_svg
-from trimtab.steering.evaluation.match import match_kl
+from trimtab.steering.evaluation.match import Matched, match_kl
 from trimtab.steering.gate import Gate
 from trimtab.steering.tasks.problem import Problem, Split
 from trimtab.steering.tasks.verifiers import Extract
@@ -196,7 +197,7 @@ def test_a_push_too_weak_to_be_measured_is_not_called_matched(
     matched = match_kl(core, exam, weak, control, tmp_path)
     assert (matched.wanted, matched.measured) == (0.0, False)
     shown = to_markdown(build(base, EXAM, entrants, climbed._replace(matched=[matched])))
-    assert "- shuffled-rewards could not be matched, and is at strength 0.0001: 0.000 nats" in shown
+    assert "- shuffled-rewards could not be matched, and is at strength 0.0001: 0.0000 nats a token where" in shown
 
 
 def test_the_picture_is_an_svg_with_a_bar_a_row(base: Base, entrants: Entrants, climbed: Climbed) -> None:
@@ -230,3 +231,19 @@ def test_the_verdict_names_what_is_not_beaten() -> None:
         "+0.050])",
         "harmful: -0.200 [-0.300, -0.100] over base; a loss",
     ]
+    far = [Matched("shuffled-rewards", 32.0, 0.01, 0.02)]
+    assert judge(rows, differences, far)[0] == (
+        "head: +0.200 [+0.100, +0.300] over base; beats base-greedy; shuffled-rewards could not be made to push as "
+        "hard, and controls nothing"
+    )
+    near = [far[0]._replace(kl=0.02)]
+    assert judge(rows, differences, near) == judge(rows, differences)
+
+
+def test_a_contrast_can_be_what_is_judged(base: Base, tmp_path: Path) -> None:
+    exam = EXAM._replace(problems=EXAM.problems[:2])
+    correction = ContrastCorrection(name="away", gate=Gate(tau=3.0), strength=0.7)
+    rows = climb(base, exam, Entrants(correction), tmp_path).rows
+    assert [row.policy.name for row in rows].count("contrast") == 1
+    (judged,) = (row.policy for row in rows if row.policy.name == "contrast")
+    assert judged.correction == "away"

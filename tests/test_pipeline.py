@@ -9,14 +9,15 @@ import pytest
 
 from fitting import SMALL, Killed, Odd, contents, writing
 from tiny import tiny_base
-from trimtab.errors import InvalidRequest, TaskError
+from trimtab.errors import Diverged, InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering.commands import pipeline
-from trimtab.steering.correction import check
+from trimtab.steering.correction import Correction, check
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import describe
 from trimtab.steering.tasks.problem import Problem, Split
+from trimtab.steering.training import routes
 from trimtab.steering.training.config import FitConfig
 from trimtab.steering.training.lock import hold
 
@@ -90,6 +91,27 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(
     pipeline.run(CONFIG, tmp_path, base, Odd())
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
     assert contents(tmp_path) == contents(finished)
+
+
+def test_a_control_that_cannot_be_learned_ends_no_fit(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def learn(kind: str, *_: object) -> Correction:
+        tried.append(kind)
+        raise Diverged("the loss is no number by step 1: lower --learning-rate")
+
+    monkeypatch.setattr(routes, "fit_control", learn)
+    for _ in range(2):  # the second finds all that the first left, but for the artefact
+        report = pipeline.run(CONFIG, tmp_path, base, Odd()).report
+        assert report is not None
+        assert [policy["policy"] for policy in report["policies"]][2:] == ["correction", "correction-greedy"]
+        for kind in ("shuffled-rewards", "random-positions"):
+            assert f"{kind} could not be made (the loss is no number by step 1" in report["verdict"]["summary"]
+        assert not report["verdict"]["ship"]
+        (tmp_path / "correction.json").unlink()
+    assert tried == ["shuffled-rewards", "random-positions"], "what cannot be made is not tried again"
 
 
 def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finished: Path) -> None:

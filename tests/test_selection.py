@@ -45,12 +45,15 @@ def test_the_longest_fifth_goes_and_with_it_a_problem_that_loses_a_sign() -> Non
     assert "b" not in found, "its one success was the longest"
 
 
-def test_advantages_are_standardised_over_all_completions_and_clipped() -> None:
+def test_advantages_are_standardised_over_the_kept_completions_and_clipped() -> None:
     rewards = MIXED | {"rare": [1.0] + [0.0] * 9}
     found = by_problem(select(rollouts(rewards), FitConfig(drop_longest=0.0)))
     assert [item.advantage for item in found["m0"]] == [1.0, -1.0, 1.0, -1.0]
     assert found["rare"][0].advantage == 2.5  # 3 before clipping
     assert found["rare"][1].advantage == pytest.approx(-1 / 3)
+    longest = {"long": [1.0, 0.0, 1.0, 0.0, 0.0]}
+    found = by_problem(select(rollouts(MIXED | longest, {"long": [3, 3, 3, 3, 9]}), FitConfig(drop_longest=0.2)))
+    assert [item.advantage for item in found["long"]] == [1.0, -1.0, 1.0, -1.0], "the dropped failure weighs nothing"
 
 
 rewards_by_problem = st.dictionaries(
@@ -66,6 +69,8 @@ def test_every_kept_problem_has_both_signs_and_is_wholly_fitted_or_held_out(
     found = by_problem(select(rollouts(rewards | MIXED), config))
     for items in found.values():
         assert min(item.advantage for item in items) < 0 < max(item.advantage for item in items)
+        if max(abs(item.advantage) for item in items) < config.advantage_clip:
+            assert sum(item.advantage for item in items) == pytest.approx(0, abs=1e-9)
         assert len({item.held_out for item in items}) == 1
     assert 1 <= sum(items[0].held_out for items in found.values()) < len(found)
 

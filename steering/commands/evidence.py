@@ -1,6 +1,6 @@
 """`trimtab eval`: what a correction does on held-out problems, against its controls or on the whole ladder.
 
-Invariant: as in commands.py, building the parser imports neither torch nor a model. With --out, finished completions
+Invariant: as in fitting.py, building the parser imports neither torch nor a model. With --out, finished completions
 are kept: the same command goes on where it was, and one that asks for more rows makes only those.
 """
 
@@ -68,6 +68,10 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.task:
         refuse_learned(correction, problems)
     exam = setting.exam(problems, args.samples)
+    if text is not None:
+        from trimtab.steering.evaluation.text import cut
+
+        cut(setting.base, correction, text)  # what is wrong with it is told before the judging, which takes long
     with keep_in(args.out) as folder:
         report, shown = (_climb if args.ladder else _judge)(args, correction, setting, exam, folder)
         if text is not None:
@@ -104,7 +108,9 @@ def _judge(args: argparse.Namespace, correction: "Correction", setting: Setting,
     own = correction.report or {}
     seen = own["problems"] - args.skip if own.get("task") == exam.task.name else 0
     known = max(0, min(seen, args.problems))
-    return report | {"benchmark": "eval", "problems_of_the_fits_report": known}, to_markdown(report)
+    again = f"\n{known} of these problems are of the fit's own report: --skip {args.skip + known} asks others.\n"
+    shown = to_markdown(report) + (again if known else "")
+    return report | {"benchmark": "eval", "problems_of_the_fits_report": known}, shown
 
 
 def _climb(args: argparse.Namespace, correction: "Correction", setting: Setting, exam: "Exam", folder: Path) -> Told:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from trimtab.errors import Diverged
 from trimtab.server.model.base import Base
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
@@ -75,11 +76,12 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     candidates = _keep(work / "candidates", route.candidates)
     with clock.time("validation"):
         chosen = _choose(work, config, base, task, problems.validation, candidates)
-    controls = _fit_controls(work, route, chosen)
+    controls, lacking = _fit_controls(work, route, chosen)
     correction = dataclasses.replace(chosen, name=config.name)
     exam = Exam(task, problems.test, _sampling(config, config.test_samples), config.slots, config.threads)
+    judged = reports.Judged(correction, controls, route.teacher, lacking=lacking)
     with clock.time("report"):
-        report = reports.make(base, exam, reports.Judged(correction, controls, route.teacher), work / "report")
+        report = reports.make(base, exam, judged, work / "report")
     provenance = _provenance(route, config, base, task, problems.digest, rollouts, features, chosen)
     shipped = dataclasses.replace(correction, report=report, provenance=provenance)
     write_text(out / "report.md", reports.to_markdown(report))
@@ -148,14 +150,22 @@ def _choose(
     return dataclasses.replace(chosen, provenance={**chosen.provenance, "validation": rates})
 
 
-def _fit_controls(work: Path, route: Route, chosen: Correction) -> list[Correction]:
-    found = []
+def _fit_controls(work: Path, route: Route, chosen: Correction) -> tuple[list[Correction], dict[str, str]]:
+    """And why each of those that could not be made was not: the correction is judged without it."""
+    found, lacking = [], {}
     for kind in route.controls:
-        folder = work / "controls" / kind
-        if not is_saved(folder):
-            save(route.control(kind, chosen.provenance["kl"]), folder)
-        found.append(load(folder))
-    return found
+        folder, failed = work / "controls" / kind, work / "controls" / f"{kind}.json"
+        if not is_saved(folder) and not failed.exists():
+            try:
+                save(route.control(kind, chosen.provenance["kl"]), folder)
+            except Diverged as error:  # the correction is none the worse for it
+                say(kind, f"the control could not be made: {error}")
+                write_json(failed, str(error))
+        if is_saved(folder):
+            found.append(load(folder))
+        else:
+            lacking[kind] = json.loads(failed.read_text(encoding="utf-8"))
+    return found, lacking
 
 
 def _sampling(config: FitConfig, samples: int) -> Sampling:

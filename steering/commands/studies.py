@@ -85,7 +85,7 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser.add_argument("--problems", type=SEVERAL, default=100, help="held-out problems (default: 100)")
     parser.add_argument("--samples", type=at_least(1), default=2, help="completions a problem and rule (default: 2)")
     parser.add_argument("--gate", default="entropy", metavar="KIND", help="of the gated interventions")
-    parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 1.0], help="their thresholds (default: 0.5 1.0)")
+    parser.add_argument("--taus", type=float, nargs="+", help="their thresholds (default: those of the kind)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
     parser.set_defaults(func=run_analyze)
@@ -94,7 +94,7 @@ def add_analyze(subparsers: Subparsers) -> None:
 def run_analyze(args: argparse.Namespace) -> None:
     """Prints the study on stdout. With --out, FOLDER also holds it: report.json and report.md."""
     from trimtab.steering.atomic import write_json, write_text
-    from trimtab.steering.evaluation.analyze import Tuned, analyze
+    from trimtab.steering.evaluation.analyze import TAUS, Tuned, analyze
     from trimtab.steering.evaluation.analyze_report import to_markdown
     from trimtab.steering.gate import Gate
     from trimtab.steering.machine import describe_run
@@ -109,7 +109,7 @@ def run_analyze(args: argparse.Namespace) -> None:
         tuned = Tuned(correction.name, setting.base, correction)
         refuse_learned(correction, exam.problems)
     with keep_in(args.out) as folder:
-        study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus, folder)
+        study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus or TAUS.get(args.gate, ()), folder)
         study |= {"benchmark": "analyze", "machine": describe_run("trimtab")}
         if args.out is not None:
             write_json(args.out / "report.json", study)

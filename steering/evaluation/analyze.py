@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from trimtab.errors import InvalidRequest
 from trimtab.kernels import philox
 from trimtab.server.engine.request import Request, Steering
+from trimtab.server.engine.rule import RANGES
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, Correction, LoraCorrection
@@ -38,6 +39,7 @@ from trimtab.steering.training.rollouts import Exam, request_for
 NEAR = 5  # a token among the base's best so many is reranked, not shifted
 RANKED = 20  # of the base's best tokens that are known a step
 BASE, TUNED, ORACLE, RANDOM = "base", "tuned", "oracle", "random"
+TAUS = {"entropy": (0.5, 1.0), "varentropy": (0.5, 1.0), "margin": (-0.8, -0.5)}  # of a gate's kind, if none is given
 STREAM = 2  # of random numbers: 0 draws tokens, 1 opens random gates
 
 
@@ -60,8 +62,10 @@ def analyze(exam: Exam, base: Base, tuned: Tuned, gate: Gate, taus: Sequence[flo
     own = tuned.gate
     if gate.kind in ("random", "always"):
         raise InvalidRequest(f"gate must be entropy, varentropy or margin: {gate.kind} has no threshold", "gate")
-    if not all(math.isfinite(tau) for tau in taus):
-        raise InvalidRequest(f"taus must be finite numbers, not {', '.join(map(str, taus))}", "taus")
+    low, high = RANGES.get(gate.kind, (-math.inf, math.inf))
+    if not all(math.isfinite(tau) and low <= tau <= high for tau in taus):
+        kind = f"of {low:g} to {high:g}, for {gate.kind}" if gate.kind in RANGES else "finite numbers"
+        raise InvalidRequest(f"taus must be {kind}, not {', '.join(map(str, taus))}", "taus")
     if own is not None and own.kind != gate.kind and isinstance(tuned.correction, LoraCorrection):
         raise InvalidRequest(f"{tuned.name} has a gate of the kind {own.kind}: the study's must be the same", "gate")
     pair = _Pair(exam, base, tuned, gate, folder)

@@ -182,8 +182,10 @@ def _of_the_base(exam: Exam, entrants: Entrants, shots: Sequence[Example]) -> li
 def _of_tiers(entrants: Entrants) -> list[Row]:
     gate = common_gate(entrants)
     contrast = Policy("contrast", CONTRAST).under(gate)
-    rows = [Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned")]
     first = _first_tier(entrants)
+    rows = []
+    if first.name != contrast.name:  # it may be what is judged
+        rows.append(Row(contrast, "tier", "guidance away from an empty prompt: nothing is learned"))
     if not isinstance(entrants.correction, LoraCorrection):
         asked = "" if entrants.strength is None else f", strength {entrants.strength:g}"
         rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}{asked}"))

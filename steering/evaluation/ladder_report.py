@@ -24,15 +24,16 @@ from trimtab.steering.evaluation.ladder import (
     Row,
     common_gate,
 )
-from trimtab.steering.evaluation.match import Matched
+from trimtab.steering.evaluation.match import TOKEN, Matched
 from trimtab.steering.evaluation.plot import Bar, gains_svg
 from trimtab.steering.machine import ran_on
 from trimtab.steering.tasks.tasks import fingerprint
 from trimtab.steering.training.rollouts import Exam
 
 NOTE = (
-    "`marked`: completions that mark their answer (#### or \\boxed{}); `KL`: of steered from base distribution, nats, "
-    "a fired step and a token; `flips`: fired steps that changed the most likely token, a thousand tokens. "
+    "`marked`: completions that mark their answer (#### or \\boxed{}); `KL`: of steered from base distribution, nats "
+    "at temperature 1, a fired step and a token; `flips`: fired steps that changed the most likely token, a thousand "
+    "tokens. "
     "Intervals: 95 %, bootstrap over problems, paired in gains, not corrected for the number of rows."
 )
 RULES = ("base", "sharpening", "format", "control")  # what a tier is held against
@@ -62,7 +63,7 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
         "differences": [d._asdict() for d in differences],
         "shares": [s._asdict() for s in shares if s],
         "matched": [m._asdict() for m in climbed.matched],
-        "verdict": judge(climbed.rows, differences),
+        "verdict": judge(climbed.rows, differences, climbed.matched),
     }
 
 
@@ -95,8 +96,9 @@ def _differences(climbed: Climbed) -> list[Difference]:
     return [compare(found, one, other) for one, other in pairs]
 
 
-def judge(rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
-    """A sentence for each tier."""
+def judge(rows: Sequence[Row], differences: Sequence[Difference], matched: Sequence[Matched] = ()) -> list[str]:
+    """A sentence for each tier. A control that should have been brought to its push and was not controls nothing."""
+    unmatched = [m.control for m in matched if not m.near]
     role = {row.policy.name: row.role for row in rows}
     of = {(d.policy, d.against): d for d in differences}
     words = []
@@ -104,7 +106,9 @@ def judge(rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
         name = row.policy.name
         if row.role != "tier":
             continue
-        rules = [d for (policy, other), d in of.items() if policy == name and role[other] in RULES]
+        rules = [
+            d for (policy, other), d in of.items() if policy == name and role[other] in RULES and other not in unmatched
+        ]
         gain = of.get((name, BASE)) or of[name, GREEDY]
         sentence = [f"{name}: {_gain(gain)} over {gain.against}"]
         beaten = [d.against for d in rules if d.low > 0 and d is not gain]
@@ -115,6 +119,8 @@ def judge(rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
             sentence.append(f"beats {', '.join(beaten)}")
         if missed:
             sentence.append(f"does not beat {', '.join(missed)}")
+        if held := [control for control in unmatched if (name, control) in of]:
+            sentence.append(f"{', '.join(held)} could not be made to push as hard, and controls nothing")
         words.append("; ".join(sentence))
     return words
 
@@ -178,8 +184,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _say_matched(m: Matched) -> str:
-    pushes = f"{m.kl:.3f} nats a fired step where the correction has {m.wanted:.3f}, on the base's own completions"
-    if not m.measured:
+    places = 4 if m.of == TOKEN else 3
+    pushes = (
+        f"{m.kl:.{places}f} nats a {m.of} where the correction has {m.wanted:.{places}f}, on the base's own completions"
+    )
+    if not m.near:
         return f"- {m.control} could not be matched, and is at strength {m.strength:g}: {pushes}"
     return f"- {m.control} was matched at strength {m.strength:g}: {pushes}"
 

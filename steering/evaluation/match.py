@@ -1,8 +1,9 @@
 """Matching a control to what it controls: the strength at which both are as far from the base.
 
 Any push at the head shortens and sharpens what a model writes, so a control that pushes less is no control. The measure
-is KL(base || steered) in nats a fired step, in shadow: over the base's own completions, so at the same steps for both.
-Invariant: no reward is looked at.
+is the receipts' KL(base || steered), in shadow: over the base's own completions, which are the same for both, in nats a
+token, at temperature 1 whatever answers are drawn at. A fit matches its controls at the sampling temperature instead
+(strength.py), so the two strengths of one control differ. Invariant: no reward is looked at.
 """
 
 import math
@@ -18,6 +19,7 @@ from trimtab.steering.training.rollouts import Exam
 PROBLEMS = 32  # of the exam's, with a completion each
 ROUNDS = 5
 NEAR = 0.03  # relative
+TOKEN = "token"
 
 
 class Matched(NamedTuple):
@@ -25,8 +27,9 @@ class Matched(NamedTuple):
 
     control: str
     strength: float
-    kl: float  # of the control, nats a fired step
+    kl: float  # of the control, nats a step
     wanted: float  # of the correction
+    of: str = "fired step"  # over which steps that is a mean, and what the first reports say
 
     @property
     def measured(self) -> bool:
@@ -41,7 +44,7 @@ class Matched(NamedTuple):
 
 def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Path) -> Matched:
     """policy: the correction's; control: its control, which starts at its strength. KL grows about as a strength's
-    square."""
+    square. Over all tokens, as a random gate fires at other steps, and perhaps more or less often than it was to."""
     wanted = _divergence(core, exam, policy, folder)
     assert control.correction is not None
     strength = core.bank.get(control.correction).strength if control.strength is None else control.strength
@@ -50,12 +53,12 @@ def match_kl(core: Core, exam: Exam, policy: Policy, control: Policy, folder: Pa
     for turn in range(ROUNDS):
         tried = control._replace(name=f"{control.name}-{turn}", strength=strength)
         kl = _divergence(core, exam, tried, folder)
-        if Matched(control.name, strength, kl, wanted).near or kl == 0 or wanted == 0 or turn == ROUNDS - 1:
+        if Matched(control.name, strength, kl, wanted, TOKEN).near or kl == 0 or wanted == 0 or turn == ROUNDS - 1:
             break
         strength = max(-STRENGTH_LIMIT, min(STRENGTH_LIMIT, round(strength * math.sqrt(wanted / kl), 4)))
-    matched = Matched(control.name, strength, kl, wanted)
+    matched = Matched(control.name, strength, kl, wanted, TOKEN)
     found = "" if matched.measured else ": too little to match by, so its strength stays"
-    say("matching", f"{control.name}: {kl:.3f} nats a fired step at strength {strength:g}; wanted {wanted:.3f}{found}")
+    say("matching", f"{control.name}: {kl:.4f} nats a token at strength {strength:g}; wanted {wanted:.4f}{found}")
     return matched
 
 
@@ -63,4 +66,4 @@ def _divergence(core: Core, exam: Exam, policy: Policy, folder: Path) -> float:
     shadow = policy._replace(mode="shadow")
     short = exam._replace(problems=exam.problems[:PROBLEMS], sampling=exam.sampling._replace(samples=1))
     found = answer(core, short, [shadow], folder)[policy.name]
-    return sum(r.kl for r in found) / max(1, sum(r.fired for r in found))
+    return sum(r.kl for r in found) / max(1, sum(len(r.tokens) for r in found))

@@ -61,6 +61,7 @@ class Judged(NamedTuple):
     teacher: Base | None = None  # what the correction was distilled from; it answers the base's prompts
     strength: float | None = None  # of the correction; None: its own
     served_by: Gate | None = None  # None: the correction's own gate
+    lacking: Mapping[str, str] = MappingProxyType({})  # controls that could not be made, and why
 
     @property
     def gate(self) -> Gate:
@@ -134,7 +135,7 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], wh
             summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
         ],
         "differences": [difference._asdict() for difference in differences],
-        "verdict": judge(differences, found[CORRECTION], weak(judged.controls)),
+        "verdict": judge(differences, found[CORRECTION], weak(judged.controls), judged.lacking),
     }
 
 
@@ -149,9 +150,13 @@ def weak(controls: Sequence[Correction]) -> dict[str, str]:
 
 
 def judge(
-    differences: Sequence[Difference], rollouts: Sequence[Rollout], weak: Mapping[str, str] = MappingProxyType({})
+    differences: Sequence[Difference],
+    rollouts: Sequence[Rollout],
+    weak: Mapping[str, str] = MappingProxyType({}),
+    lacking: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """ship, what was beaten, and a sentence for people. weak: controls that push too little to be compared with."""
+    """ship, what was beaten, and a sentence for people. weak: controls that push too little to be compared with;
+    lacking: those that there are not. Both with why."""
     of = {d.against: d for d in differences if d.policy == CORRECTION and d.against not in weak}
     beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, SHUFFLED_TEACHER, RANDOM) if name in of}
     shuffled = [beats[name] for name in (SHUFFLED, SHUFFLED_TEACHER) if name in beats]
@@ -163,6 +168,7 @@ def judge(
     if beaten:
         words.append(f"beats {', '.join(beaten)}")
     words += [f"{name} pushes less ({how}), and controls nothing" for name, how in weak.items()]
+    words += [f"{name} could not be made ({why})" for name, why in lacking.items()]
     if not shuffled:
         words.append("no shuffled control was compared")
     if missed:

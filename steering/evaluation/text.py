@@ -38,6 +38,19 @@ class _Read(NamedTuple):
     fired: npt.NDArray[np.bool_]  # [n]
 
 
+def cut(base: Base, correction: Correction, text: str) -> list[list[int]]:
+    """Windows of token ids, at least two. Raises as read_text does, before anything is computed."""
+    if not isinstance(correction, HeadCorrection | LoraCorrection):
+        raise InvalidRequest(f"{correction.name} is a {correction.tier}: plain text has no prompt to contrast", "text")
+    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    length = min(WINDOW, base.max_len)
+    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    windows = [window for window in windows if len(window) > 1]
+    if len(windows) < 2:
+        raise TaskError(f"the text has {len(ids)} tokens: give {length + 2} or more, for an interval over windows")
+    return windows
+
+
 def read_text(
     base: Base,
     correction: Correction,
@@ -48,17 +61,10 @@ def read_text(
 ) -> dict[str, Any]:
     """strength, gate: in place of the correction's own. -> JSON values. Raises InvalidRequest for a contrast, which
     needs a prompt to be guided away from; TaskError for a text of less than two windows; EngineFailure."""
-    if not isinstance(correction, HeadCorrection | LoraCorrection):
-        raise InvalidRequest(f"{correction.name} is a {correction.tier}: plain text has no prompt to contrast", "text")
-    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    length = min(WINDOW, base.max_len)
-    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    windows = [window for window in windows if len(window) > 1]
-    if len(windows) < 2:
-        raise TaskError(f"the text has {len(ids)} tokens: give {length + 2} or more, for an interval over windows")
+    windows = cut(base, correction, text)
     bank = Bank(base.hidden, base.device)
     bank.add(correction)
-    core = Core(base, bank, EngineConfig(slots=SLOTS, max_model_len=length, graphs=False, threads=threads))
+    core = Core(base, bank, EngineConfig(slots=SLOTS, max_model_len=len(windows[0]), graphs=False, threads=threads))
     policy = Policy("text", correction.name, strength=strength).under(gate or correction.gate)
     steering = replace(policy.steering, budget=Budget(spans=()))  # the text's own markers shut no gate
     found = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from trimtab.errors import TaskError
+from trimtab.errors import Diverged, TaskError
 from trimtab.steering.training.config import FitConfig
 from trimtab.steering.training.features import Features, join
 from trimtab.steering.training.fit import MEASURE_ROWS, start
@@ -59,7 +59,7 @@ def distil(
 ) -> Distilled:
     """rows: the LM head's weight [vocab, hidden]; learned: which positions to learn from (default: the gated ones;
     held-out problems never are); make: a head that does nothing yet.
-    Raises TaskError when there is nothing to learn from, or it diverges."""
+    Raises TaskError when there is nothing to learn from; Diverged."""
     features = watched.features
     training = watched.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = watched.at(features.gated & features.held_out)
@@ -89,7 +89,7 @@ def distil(
                 progress.add(1, f"epoch {epoch}, held-out KL to the teacher {best.kl:.4f}")
             kl = measure(head, measured, rows, config)
             if not math.isfinite(kl):
-                raise TaskError(f"the divergence from the teacher is no number in epoch {epoch}: lower --learning-rate")
+                raise Diverged(f"the divergence from the teacher is no number in epoch {epoch}: lower --learning-rate")
             if kl < best.kl:
                 best = best._replace(head=copy.deepcopy(head), kl=kl, epoch=epoch)
     say(stage, f"held-out KL to the teacher {best.kl:.4f}, the base's {base_kl:.4f}; epoch {best.epoch}")

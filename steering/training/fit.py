@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from trimtab.errors import TaskError
+from trimtab.errors import Diverged, TaskError
 from trimtab.steering.training.config import FitConfig
 from trimtab.steering.training.features import Features
 from trimtab.steering.training.head import Head
@@ -47,7 +47,7 @@ def fit(
     """features: at gated and random positions; rows: the LM head's weight [vocab, hidden], on the features' device;
     learned: which positions to learn from (default: the gated ones; held-out problems never are).
     overshoot: where the first step already leaves every budget, keep it, for one who will set its strength.
-    Raises TaskError when there is nothing to learn from, no snapshot within the budgets, or no number for a loss."""
+    Raises TaskError when there is nothing to learn from; Diverged when no snapshot is within the budgets, too."""
     training = features.at((features.gated if learned is None else learned) & ~features.held_out)
     measured = features.at(features.acts & features.held_out)
     if not len(training.h) or not len(measured.h):
@@ -76,7 +76,7 @@ def fit(
             due = step + max(CHECK_EVERY, step // 32)
             kl = measure(head, measured, rows, config)
             if not math.isfinite(kl):
-                raise TaskError(f"the loss is no number by step {step}: lower --learning-rate")
+                raise Diverged(f"the loss is no number by step {step}: lower --learning-rate")
             while waiting and kl >= waiting[0]:
                 taken.append(last._replace(budget=waiting.pop(0)))
             if not waiting:
@@ -88,7 +88,7 @@ def fit(
         taken.append(last._replace(budget=waiting[0], reached=False))
     taken = [s for s in taken if s.steps]
     if not taken:
-        raise TaskError("the first step leaves every KL budget: lower --learning-rate or raise --kl-budgets")
+        raise Diverged("the first step leaves every KL budget: lower --learning-rate or raise --kl-budgets")
     for s in taken:
         end = "" if s.reached else "; the epochs ended first"
         say(stage, f"budget {s.budget:g}: held-out KL {s.kl:.3f} after {s.steps} steps{end}")

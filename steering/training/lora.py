@@ -6,8 +6,11 @@ For a completion of advantage A, with pi the adapted model and p the base at tem
 
 For a lesson of a teacher's, the first part is the mean over open positions of KL(teacher || pi), where tokens beyond
 the base's CANDIDATES best ones count as one. A step takes the mean over `lora_batch` completions: accumulation over
-batches of one. Those that say most come first: by |A| * share of open positions. -A log pi has no lower bound where
-A < 0, so a LoRA may run away from its base: it then ends as it was at its last checkpoint.
+batches of one. Those that say most come first: by |A| * share of open positions. The rate rises for `lora_warmup` steps
+and then falls, to 0 at the end of the last whole pass, as in the authors' code (of their 1.35 passes: of 2). That code
+anchors a prompt's positions too, and drops the longest completions of all problems together; we do neither.
+-A log pi has no lower bound where A < 0, so a LoRA may run away from its base: it then ends as it was at its last
+checkpoint.
 
 Invariant: the folder ends as plain PEFT files (adapter_config.json, adapter_model.safetensors; no pickle), the same
 bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on. (On CUDA the
@@ -25,7 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 
-from trimtab.errors import InvalidRequest, TaskError
+from trimtab.errors import Diverged, InvalidRequest
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -88,7 +91,7 @@ def _lessons(
 
 
 def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path, stage: str = "lora") -> None:
-    """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises TaskError when the loss is no number,
+    """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises Diverged when the loss is no number,
     or the LoRA runs away before there is a checkpoint to go back to."""
     path = folder / "checkpoint.safetensors"
     if (folder / CONFIG_FILE).exists():
@@ -106,7 +109,7 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             start = step * config.lora_batch
             batch = [taught[(start + i) % len(taught)] for i in range(config.lora_batch)]
             for group in optimizer.param_groups:
-                group["lr"] = config.lora_rate * min(1.0, (step + 1) / config.lora_warmup)
+                group["lr"] = config.lora_rate * schedule(step, steps, config)
             optimizer.zero_grad()
             parts = []
             for part in _split(batch, TOKENS_AT_ONCE[base.device.type]):
@@ -117,7 +120,7 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             norm = torch.nn.utils.clip_grad_norm_(list(named.values()), GRADIENT_LIMIT)
             first, anchor = (torch.stack(parts).sum(0) / len(batch)).tolist()
             if not math.isfinite(first + anchor + float(norm)):
-                raise TaskError(f"the LoRA's loss is no number at step {step + 1} of {steps}: lower --lora-rate")
+                raise Diverged(f"the LoRA's loss is no number at step {step + 1} of {steps}: lower --lora-rate")
             recent = [*recent, anchor][-RECENT:]
             distance = sum(recent) / RECENT
             if config.lora_kl_limit and distance > config.lora_kl_limit:
@@ -126,7 +129,7 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
                     f"{step + 1} of {steps} (at most {config.lora_kl_limit:g}, --lora-kl-limit)"
                 )
                 if not path.exists():
-                    raise TaskError(f"{away}: lower --lora-rate or --lora-epochs, or give more problems")
+                    raise Diverged(f"{away}: lower --lora-rate or --lora-epochs, or give more problems")
                 kept, _ = checkpoint.resume(path, named, optimizer)
                 say(stage, f"{away}: it ends as it was after step {kept}")
                 break
@@ -137,6 +140,12 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
                 checkpoint.save(path, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
     path.unlink(missing_ok=True)
+
+
+def schedule(step: int, steps: int, config: FitConfig) -> float:
+    """A step's learning rate, of the full one: above 0 at each of them."""
+    whole = steps * math.ceil(config.lora_epochs) / config.lora_epochs
+    return min(1.0, (step + 1) / config.lora_warmup, (whole - step) / max(1.0, whole - config.lora_warmup))
 
 
 def put_on(base: Base, config: FitConfig) -> Any:

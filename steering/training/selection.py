@@ -1,7 +1,8 @@
 """From rollouts to what is learned from: problems of mixed success, without the longest completions, with advantages.
 
 Invariant: each kept problem has completions with positive and with negative advantage, and advantages depend on that
-problem's rewards alone: A = (r - mean) / std, clipped. Both signs stay: without the negatives most of the gain is lost.
+kept rewards alone: A = (r - mean) / std, clipped, so a problem's advantages sum to 0 where none is clipped. Both signs
+stay: without the negatives most of the gain is lost.
 """
 
 import hashlib
@@ -69,12 +70,12 @@ def _describe(groups: Mapping[str, list[Rollout]], mixed: int) -> str:
 
 def _keep(group: list[Rollout], config: FitConfig) -> list[tuple[Rollout, float]]:
     """The shorter completions of a problem with their advantages; nothing unless both signs are among them."""
-    mean = _mean(group)
-    std = math.sqrt(sum((r.reward - mean) ** 2 for r in group) / len(group))
-    if std == 0:
-        return []
     count = max(2, round(len(group) * (1 - config.drop_longest)))
     shortest = sorted(group, key=lambda r: (len(r.tokens), r.sample))[:count]
+    mean = _mean(shortest)  # theirs: with that of all, what is kept would be pushed towards, as the longest fail most
+    std = math.sqrt(sum((r.reward - mean) ** 2 for r in shortest) / len(shortest))
+    if std == 0:
+        return []
     clip = config.advantage_clip
     kept = [(r, max(-clip, min(clip, (r.reward - mean) / std))) for r in sorted(shortest, key=lambda r: r.sample)]
     signs = {advantage > 0 for _, advantage in kept if advantage != 0}
