@@ -38,16 +38,15 @@ class Column(NamedTuple):
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the ladders, the reports of corrections that no ladder judged, and the other runs, what a newcomer asks
-    first."""
-    shown: dict[tuple[str, str | None], Column] = {}
+    """Of the ladders, the pools and reports of corrections that have no ladder, and the other runs, what a newcomer
+    asks first."""
     ladders = _of_kind(runs, "ladder")
-    for run in ladders:  # of several under one gate the first: there is a pool of them
-        if run.get("strength") is None:
-            shown.setdefault((run["corrections"][0]["name"], run.get("gate")), _of_ladder(run))
-    judged = {run["corrections"][0]["name"] for run in ladders}
-    unjudged = [fit for fit in fits if fit["name"] not in judged and fit.get("report")]
-    columns = [*shown.values(), *map(_of_pool, _of_kind(runs, "pool")), *map(_of_fit, unjudged)]
+    named = {run["corrections"][0]["name"] for run in ladders}
+    pools = [run for run in _of_kind(runs, "pool") if run["correction"] not in named]
+    named |= {run["correction"] for run in pools}
+    unjudged = [fit for fit in fits if fit["name"] not in named and fit.get("report")]
+    own = [run for run in ladders if run.get("strength") is None]  # the strength that the correction has
+    columns = [*map(_of_ladder, own), *map(_of_pool, pools), *map(_of_fit, unjudged)]
     elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
     parts = [_gains(columns)] if columns else []
     parts += ["\n".join(elsewhere)] if elsewhere else []
@@ -71,7 +70,7 @@ def _of_ladder(run: Mapping[str, Any]) -> Column:
     rows = {row["policy"]: row for row in run["rows"]}
     judged = run["corrections"][0]
     gate = run.get("gate") or judged["facts"].rpartition("gate ")[2]  # the first ladders tell it there alone
-    of = f"`{judged['name']}`, {_on({**run, 'gate': gate})}"
+    of = f"`{judged['name']}`, {_on({**run, 'gate': gate})}; problems {run['problems_sha256'][:8]}"
     return Column(of, rows[BASE]["pass_at_1"], rows.get(HEAD, {}).get("fired"), _pairs(run["differences"]))
 
 

@@ -25,7 +25,7 @@ from trimtab.steering.evaluation import analyze_report, ladder_report, text
 from trimtab.steering.evaluation.report import to_markdown
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import hardware, versions
-from trimtab.steering.training.config import FitConfig
+from trimtab.steering.training.config import FREE, FitConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Results
@@ -79,8 +79,10 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     gate = Gate(fit["gate"]["kind"], fit["gate"]["tau"], fit["gate"].get("ceiling") or math.inf)
     head = f", rank {fit['rank']}, {fit['top_k']} candidates" if fit["tier"] == "head" else ""
     tried: Mapping[str, float] = made.get("fit", {}).get("validation", {})
+    since = {name: value for name, value in defaults.items() if config and name not in config and name not in FREE}
     facts = {
         "command": f"`{shlex.join(command)}`",
+        "options there were not then, and now": ", ".join(f"{name} {value}" for name, value in since.items()),
         "base": fit["base"]["model"],
         "correction": f"{fit['tier']}{head}, strength {fit['strength']:g}, gate {gate}",
         "validation": ", ".join(f"{name} {rate:.3f}" for name, rate in tried.items()),

@@ -97,6 +97,14 @@ def test_eval_in_json_says_what_ran_where(capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.usefixtures("_inside")
+def test_an_eval_on_problems_of_the_fits_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("eval --correction odd --problems 4 --skip 6 --samples 1") == 0
+    assert "\n2 of these problems are of the fit's own report: --skip 8 asks others.\n" in capsys.readouterr().out
+    assert run("eval --correction odd --problems 4 --skip 8 --samples 1") == 0
+    assert "of the fit's own report" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_inside")
 def test_eval_repeats_the_report_of_a_distilled_correction_with_its_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval --correction taught --problems 8 --json") == 0
     again = json.loads(capsys.readouterr().out)

@@ -29,7 +29,8 @@ SMALL += ["--test-problems", "2", "--test-samples", "1", "--max-tokens", "16", "
 TINY = [*SMALL, "--model", "tiny", "--task", "task.jsonl", "--verifier", "odd_grading:odd", "--temperature", "1.0"]
 # A LoRA of six steps must learn fast to differ from the base: a head is only made of a teacher that does.
 LORA = [*TINY, "--lora-warmup", "1", "--lora-rate", "0.05", "--lora-kl-limit", "0"]
-SHORT = {"fit": SMALL, "distill": [*SMALL, "--teacher-samples", "1"], "eval": ["--problems", "2", "--samples", "1"]}
+SHORT = {"fit": SMALL, "distill": [*SMALL, "--teacher-samples", "1"]}
+SHORT |= {"eval": ["--problems", "2", "--samples", "1", "--skip", "0"]}
 SHORT |= {"inspect": [], "calibrate": ["--problems", "2", "--max-tokens", "12"]}
 
 pytestmark = pytest.mark.model

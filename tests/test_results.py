@@ -214,6 +214,6 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
-    assert "- A: `mine`, 300 held-out problems of `sums`; tiny; gate entropy > 1 nats; a box\n" in readme
+    assert "- A: `mine`, 300 held-out problems of `sums`; tiny; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
     assert "| head | 97.0 [90.0, 100.0] |\n" in readme
