@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -31,27 +31,21 @@ MAX_UPLOAD = 256 * 2**20  # bytes
 _PUT = {**openapi.plain(facts.Correction, "It replaced one."), **openapi.plain(facts.Correction, "It is new.", 201)}
 
 
-class _Put(BaseModel):
+class _Put(BaseModel, extra="forbid"):
     """POST /v1/corrections, of what is on this machine or on a hub."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str | None = None  # None: what its folder calls it
     path: str
 
 
-class _Load(BaseModel):
+class _Load(BaseModel, extra="ignore"):
     """vLLM's. Its further keys say nothing here."""
-
-    model_config = ConfigDict(extra="ignore")
 
     lora_name: str
     lora_path: str
 
 
-class _Unload(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class _Unload(BaseModel, extra="ignore"):
     lora_name: str
 
 
