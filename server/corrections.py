@@ -1,7 +1,7 @@
 """Corrections at run time: list, load, replace, remove; and vLLM's verbs for the same.
 
 Invariant: a correction that is answered with is live, and one that was refused has changed nothing. The front door has
-asked for the admin key before any of a body was read (ADMIN says where), and has bounded it.
+asked for the admin key before any of a body was read (`changes` says which), and has bounded it.
 
     add_routes(app, service, root)
     entry, replaced = await install(service, "runs/mine", "mine");  await remove(service, "mine")

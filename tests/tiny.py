@@ -1,7 +1,7 @@
 """Small random models of real families and a byte tokenizer, for tests: no weights, no network.
 
 base = tiny_base()                 # a 2-layer Llama, vocabulary: 256 bytes + special tokens
-base = tiny_base("gemma3")
+base = tiny_base("gemma3_text")
 """
 
 from typing import Any
