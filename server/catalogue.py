@@ -119,10 +119,7 @@ class Catalogue:
 
     def correction(self, name: str) -> dict[str, Any]:
         """GET /v1/corrections/{name}. Raises NotFound."""
-        try:
-            return self.describe(self._bank.entry(name))
-        except NotFound as error:
-            raise NotFound(str(error), "correction") from None
+        return self.describe(self._bank.entry(name))
 
     def describe(self, entry: Entry) -> dict[str, Any]:
         """A correction: its version, how it acts by default, how it was made and what it did."""

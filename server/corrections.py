@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from trimtab.clients import facts
-from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import openapi
 from trimtab.server.http_errors import parse
 from trimtab.server.service import Service
@@ -73,10 +73,7 @@ async def install(
 
 async def remove(service: Service, name: str) -> None:
     """No new request finds it; those that have it keep it. Raises NotFound."""
-    try:
-        await asyncio.to_thread(service.swap.remove, name)
-    except NotFound as error:
-        raise NotFound(str(error), "correction") from None
+    await asyncio.to_thread(service.swap.remove, name)
 
 
 def _put(service: Service, correction: Correction) -> tuple[Entry, bool]:
