@@ -83,7 +83,7 @@ class Generation:
         service.check_queue(prompts)
         if first is not None:
             field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
-            service.check_scores(prompts, 1 if shape.subject == "messages" else body.choices, told, field)
+            service.check_scores(prompts, 1 if shape.one_prompt else body.choices, told, field)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
@@ -150,15 +150,14 @@ class Generation:
             choices.append(dumps(self._telling.whole(choice)))
             await self._give_way(choice)
         head = dumps(self._head(self._shape.whole_object))[:-1]
-        after = {"usage": self._usage()} | self._telling.prompt_logprobs("messages", self._first)
-        after |= self._telling.prompt_ids(self._shape.one_prompt, self._first)
+        after = {"usage": self._usage()} | self._telling.of_prompt(self._first, beside=True)
         return f'{head},"choices":[{",".join(choices)}],{dumps(after)[1:]}'.encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = dumps(self._head(self._shape.chunk_object))[:-1]
-        ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
-        once = "".join(f',"{key}":{dumps(told)}' for key, told in ids.items())
+        of_prompt = self._telling.of_prompt(self._first, beside=True)
+        once = "".join(f',"{key}":{dumps(told)}' for key, told in of_prompt.items())
         try:
             async for news in self._updates(ticket, streamed=True):
                 tail = self._tail()
