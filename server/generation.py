@@ -29,7 +29,7 @@ from trimtab.server.stream import Update
 from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
-from trimtab.server.visit import current
+from trimtab.server.visit import current, note
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -92,11 +92,10 @@ class Generation:
                 choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
                 choice.prompt, choice.scores = request.prompt, self._scores[request.id]
                 self._choices[request.id, k] = choice
-        self._visit = current()
-        if self._visit is not None:
-            self._visit.prompt = getattr(body, shape.subject, None)
-            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
-            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
+        if (visit := current()) is not None:
+            visit.prompt = getattr(body, shape.subject, None)
+        kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+        note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
     def _with_companion(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
@@ -136,8 +135,7 @@ class Generation:
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
-                if self._visit is not None:
-                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
+                note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
