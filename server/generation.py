@@ -3,7 +3,7 @@
 Invariant: both ways read the same updates, so a stream's pieces add up to the whole answer. Everything a caller can be
 told with a status is raised before the first byte; later failures are an event, then `[DONE]`.
 
-    generation = Generation(service, body, chosen, shape, prompts);  await generation.whole()
+    generation = Generation(service, body, chosen, shape, prompts, negatives);  await generation.whole()
     with generation.open() as ticket:
         async for frame in generation.frames(ticket): ...
 """
@@ -45,7 +45,7 @@ class Generation:
         chosen: Chosen,
         shape: Shape,
         prompts: Sequence[Ids],
-        negatives: Sequence[Ids] = (),
+        negatives: Sequence[Ids],
         tools: ToolUse | None = None,
     ) -> None:
         """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""

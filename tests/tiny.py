@@ -107,10 +107,10 @@ def tiny_correction(
 
 
 def tiny_lora(
-    base: Base, name: str = "lora", seed: int = 0, rank: int = 4, gate: Gate | None = None, size: float = 0.3
+    base: Base, name: str = "lora", seed: int = 0, gate: Gate | None = None, size: float = 0.3
 ) -> LoraCorrection:
     """A random LoRA on every linear layer of the decoder, strong enough to change most tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, rank = torch.Generator().manual_seed(seed), 4
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS}
     layers = {
         path: LoraLayer(
