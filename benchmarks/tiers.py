@@ -31,6 +31,7 @@ from trimtab.steering.gate import Gate
 from trimtab.steering.machine import device_of
 
 WARM_UP = 5  # rounds that are not counted
+DRAWS = 2000  # of the bootstrap
 OPEN = -1e6  # a tau below every statistic
 RANK, LAYER = 8, "o_proj"  # of the LoRA that stands in for a learned one
 
@@ -158,11 +159,11 @@ def start(base: Base, bank: Bank, steering: Steering, batch: int, args: argparse
     return core
 
 
-def spread(values: list[float], seed: int, draws: int = 2000) -> dict[str, float]:
+def spread(values: list[float], seed: int) -> dict[str, float]:
     """The median and its 95 % bootstrap interval."""
     draw = random.Random(seed)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
-    low, high = medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(DRAWS))
+    low, high = medians[int(0.025 * DRAWS)], medians[int(0.975 * DRAWS)]
     return {"median": round(statistics.median(values), 4), "low": round(low, 4), "high": round(high, 4)}
 
 

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trimtab.kernels.decode_attention import load_rotated
+from trimtab.kernels.decode_attention import NEG_INF, load_rotated
 from trimtab.kernels.places import Places, Rotary
 
-NEG_INF = tl.constexpr(float("-inf"))
 STORE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -157,7 +157,7 @@ def decode_attention(
     position: Tensor,  # int64 [rows]: of the new tokens; -1 is padding
     scale: float,
     window: int | None,
-    rotary: Rotary | None = None,  # None: queries and keys are already rotated
+    rotary: Rotary | None,  # None: queries and keys are already rotated
 ) -> Tensor:
     """Write the new keys and values, and attend. -> [rows, heads, head_dim], contiguous."""
     rows, heads, size = query.shape

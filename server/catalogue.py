@@ -51,7 +51,7 @@ class Catalogue:
         weights = asked.weights
         if name not in self._base_names:
             if name not in self._bank.names:
-                raise NotFound(f"The model `{name}` does not exist; this server has: {', '.join(self.names)}")
+                raise self._unknown(name)
             if weights and name not in weights:
                 field = "steering.correction" if asked.corrections is None else "steering.corrections"
                 message = f"model {name!r} is a correction, and {field} names others: {', '.join(weights)}"
@@ -98,8 +98,11 @@ class Catalogue:
         """GET /v1/models/{name}. Raises NotFound."""
         found = next((model for model in self.models()["data"] if model["id"] == name), None)
         if found is None:
-            raise NotFound(f"The model `{name}` does not exist; this server has: {', '.join(self.names)}")
+            raise self._unknown(name)
         return dict(found)
+
+    def _unknown(self, name: str) -> NotFound:
+        return NotFound(f"The model `{name}` does not exist; this server has: {', '.join(self.names)}")
 
     def _model(self, name: str, tier: str | None) -> dict[str, Any]:
         return {
@@ -119,10 +122,7 @@ class Catalogue:
 
     def correction(self, name: str) -> dict[str, Any]:
         """GET /v1/corrections/{name}. Raises NotFound."""
-        try:
-            return self.describe(self._bank.entry(name))
-        except NotFound as error:
-            raise NotFound(str(error), "correction") from None
+        return self.describe(self._bank.entry(name))
 
     def describe(self, entry: Entry) -> dict[str, Any]:
         """A correction: its version, how it acts by default, how it was made and what it did."""

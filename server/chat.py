@@ -88,7 +88,7 @@ class ChatShape:
     prefix, whole_object, chunk_object, subject = "chatcmpl-", "chat.completion", "chat.completion.chunk", "messages"
     one_prompt = True
 
-    def __init__(self, pieces: Pieces, logprobs: bool, tools: bool = False, as_ids: bool = False) -> None:
+    def __init__(self, pieces: Pieces, logprobs: bool, tools: bool, as_ids: bool) -> None:
         """tools: calls may come, and then content is null until there is some. as_ids: logprobs tell `token_id:5`."""
         self._pieces, self.logprobs, self._tools, self._as_ids = pieces, logprobs, tools, as_ids
 

@@ -29,7 +29,7 @@ class Choice:
         rules: TextRules,
         chosen: Chosen,
         watch: Watch,
-        reader: CallReader | None = None,
+        reader: CallReader | None,
     ) -> None:
         """reader: takes the calls of tools out of the text."""
         self.index = index

@@ -9,21 +9,13 @@ else: its request is refused in time, and so are those that find every place tak
 import asyncio
 import threading
 from contextlib import suppress
-from typing import Protocol
 
 from trimtab.errors import InvalidRequest, Overloaded
+from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.request import Structure
 
 PLACES = 4  # structures under way at once
 SECONDS = 30.0  # a structure may take; a common one takes milliseconds, the first one a second more
-
-
-class Engine(Protocol):
-    """What compiles, in any thread."""
-
-    def compiled(self, structure: Structure) -> bool: ...
-
-    def compile(self, structure: Structure, field: str) -> None: ...
 
 
 class Compiler:

@@ -43,7 +43,7 @@ class CompletionShape:
     prefix, whole_object, chunk_object, subject = "cmpl-", "text_completion", "text_completion", "prompt"
     one_prompt = False
 
-    def __init__(self, pieces: Pieces, logprobs: bool, as_ids: bool = False) -> None:
+    def __init__(self, pieces: Pieces, logprobs: bool, as_ids: bool) -> None:
         """as_ids: tokens of logprobs are told as `token_id:5`."""
         self._pieces, self.logprobs, self._as_ids = pieces, logprobs, as_ids
 

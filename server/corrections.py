@@ -1,7 +1,7 @@
 """Corrections at run time: list, load, replace, remove; and vLLM's verbs for the same.
 
 Invariant: a correction that is answered with is live, and one that was refused has changed nothing. The front door has
-asked for the admin key before any of a body was read (ADMIN says where), and has bounded it.
+asked for the admin key before any of a body was read (`changes` says which), and has bounded it.
 
     add_routes(app, service, root)
     entry, replaced = await install(service, "runs/mine", "mine");  await remove(service, "mine")
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from trimtab.clients import facts
-from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import openapi
 from trimtab.server.http_errors import parse
 from trimtab.server.service import Service
@@ -31,27 +31,21 @@ MAX_UPLOAD = 256 * 2**20  # bytes
 _PUT = {**openapi.plain(facts.Correction, "It replaced one."), **openapi.plain(facts.Correction, "It is new.", 201)}
 
 
-class _Put(BaseModel):
+class _Put(BaseModel, extra="forbid"):
     """POST /v1/corrections, of what is on this machine or on a hub."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str | None = None  # None: what its folder calls it
     path: str
 
 
-class _Load(BaseModel):
+class _Load(BaseModel, extra="ignore"):
     """vLLM's. Its further keys say nothing here."""
-
-    model_config = ConfigDict(extra="ignore")
 
     lora_name: str
     lora_path: str
 
 
-class _Unload(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class _Unload(BaseModel, extra="ignore"):
     lora_name: str
 
 
@@ -79,10 +73,7 @@ async def install(
 
 async def remove(service: Service, name: str) -> None:
     """No new request finds it; those that have it keep it. Raises NotFound."""
-    try:
-        await asyncio.to_thread(service.swap.remove, name)
-    except NotFound as error:
-        raise NotFound(str(error), "correction") from None
+    await asyncio.to_thread(service.swap.remove, name)
 
 
 def _put(service: Service, correction: Correction) -> tuple[Entry, bool]:

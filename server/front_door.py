@@ -5,7 +5,7 @@ envelope; no body above its limit is held in memory, whether its length was anno
 told before a body is read. Bodies of responses are not touched, but that HEAD, which probes send, is a GET whose body
 stays here. Observers hear of each request once, when it is over.
 
-    app.add_middleware(FrontDoor, keys=Keys(["secret"]), lifecycle=lifecycle, observers=[log_visit])
+    app.add_middleware(FrontDoor, keys=Keys(["secret"]), lifecycle=lifecycle, max_per_key=None, observers=[log_visit])
 """
 
 import logging

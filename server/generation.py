@@ -3,7 +3,7 @@
 Invariant: both ways read the same updates, so a stream's pieces add up to the whole answer. Everything a caller can be
 told with a status is raised before the first byte; later failures are an event, then `[DONE]`.
 
-    generation = Generation(service, body, chosen, shape, prompts);  await generation.whole()
+    generation = Generation(service, body, chosen, shape, prompts, negatives);  await generation.whole()
     with generation.open() as ticket:
         async for frame in generation.frames(ticket): ...
 """
@@ -29,7 +29,7 @@ from trimtab.server.stream import Update
 from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
-from trimtab.server.visit import current
+from trimtab.server.visit import current, note
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +45,7 @@ class Generation:
         chosen: Chosen,
         shape: Shape,
         prompts: Sequence[Ids],
-        negatives: Sequence[Ids] = (),
+        negatives: Sequence[Ids],
         tools: ToolUse | None = None,
     ) -> None:
         """negatives: what the companions read instead of each prompt, where they do; tools: what may be called."""
@@ -83,7 +83,7 @@ class Generation:
         service.check_queue(prompts)
         if first is not None:
             field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
-            service.check_scores(prompts, 1 if shape.subject == "messages" else body.choices, told, field)
+            service.check_scores(prompts, 1 if shape.one_prompt else body.choices, told, field)
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in self._requests:
             for k in range(request.n):
@@ -92,11 +92,10 @@ class Generation:
                 choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
                 choice.prompt, choice.scores = request.prompt, self._scores[request.id]
                 self._choices[request.id, k] = choice
-        self._visit = current()
-        if self._visit is not None:
-            self._visit.prompt = getattr(body, shape.subject, None)
-            kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
-            self._visit.note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
+        if (visit := current()) is not None:
+            visit.prompt = getattr(body, shape.subject, None)
+        kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
+        note(**kind, **chosen.facts, **sampling.facts, prompt_tokens=self._prompt_tokens)
 
     def _with_companion(self, request: Request, negative: Ids) -> Request:
         if len(negative) >= self._service.max_len:
@@ -136,8 +135,7 @@ class Generation:
             finally:
                 for choice in self._choices.values():
                     choice.end("abort")
-                if self._visit is not None:
-                    self._visit.note(**outcome(self._choices.values()), cached_tokens=self._cached)
+                note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
@@ -150,15 +148,14 @@ class Generation:
             choices.append(dumps(self._telling.whole(choice)))
             await self._give_way(choice)
         head = dumps(self._head(self._shape.whole_object))[:-1]
-        after = {"usage": self._usage()} | self._telling.prompt_logprobs("messages", self._first)
-        after |= self._telling.prompt_ids(self._shape.one_prompt, self._first)
+        after = {"usage": self._usage()} | self._telling.of_prompt(self._first, beside=True)
         return f'{head},"choices":[{",".join(choices)}],{dumps(after)[1:]}'.encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = dumps(self._head(self._shape.chunk_object))[:-1]
-        ids = self._telling.prompt_ids(self._shape.one_prompt, self._first)
-        once = "".join(f',"{key}":{dumps(told)}' for key, told in ids.items())
+        of_prompt = self._telling.of_prompt(self._first, beside=True)
+        once = "".join(f',"{key}":{dumps(told)}' for key, told in of_prompt.items())
         try:
             async for news in self._updates(ticket, streamed=True):
                 tail = self._tail()

@@ -8,7 +8,7 @@ that it is read within some tenths of a second.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, Discriminator, Tag
 
 from trimtab.server.many import Many, Most, too_many
 from trimtab.server.tools.body import CalledTool
@@ -20,10 +20,8 @@ MAX_HELD = 8192  # parts and calls, of all messages
 _HOLD = ("content", "tool_calls", "output")  # where they stand
 
 
-class Extensible(BaseModel):
+class Extensible(BaseModel, extra="allow"):
     """Further keys are kept, and not read."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class TextPart(Extensible):
@@ -70,10 +68,8 @@ def text_of(content: str | Sequence[TextPart | RefusalPart]) -> str:
     return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
-class Message(BaseModel):
+class Message(BaseModel, extra="allow"):
     """One message of a chat. Further keys reach the model's template."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: str
     content: Annotated[str | Many[PartOf] | None, Most(MAX_PARTS)] = None

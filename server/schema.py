@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
@@ -29,20 +29,16 @@ MAX_PROMPTS = 2**14  # in a body; how many a server takes, its queue says
 MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BaseModel, extra="forbid"):
     """`stream_options`: include_usage adds a last chunk with the usage; with continuous_usage_stats all have it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None  # padding, which is not done here
 
 
-class Body(StructuredBody):
+class Body(StructuredBody, extra="allow"):
     """What chats and completions share."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     n: int | None = None

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -31,10 +31,8 @@ from trimtab.server.visit import note
 from trimtab.server.wire import or_gone
 
 
-class ScoreBody(BaseModel):
+class ScoreBody(BaseModel, extra="allow"):
     """A completion, and what it follows: a prompt or messages. Ids are taken as they are."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     prompt: str | Many[int] | None = None

@@ -34,9 +34,9 @@ class Service:
     vocab: int  # ids that the model has
     fingerprint: str
     swap: Swap
-    keep_alive: float = 10.0  # seconds of silence in a stream
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling's, where a body is silent
-    trust_templates: bool = False  # a request may bring its own chat template
+    keep_alive: float  # seconds of silence in a stream
+    defaults: Mapping[str, Any]  # sampling's, where a body is silent
+    trust_templates: bool  # a request may bring its own chat template
     unknown: Unknown = field(default_factory=Unknown)
 
     def check_room(self, prompts: int, n: int) -> None:

@@ -7,7 +7,7 @@ caller is told the field. null is the same as not sent.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import MAX_MIX, MAX_SPANS, Budget, Mode, Steering
@@ -17,10 +17,8 @@ from trimtab.steering.gate import GateKind
 Report = Literal["none", "summary", "tokens"]
 
 
-class BudgetBody(BaseModel):
+class BudgetBody(BaseModel, extra="forbid"):
     """`steering.budget`: how often it may act, and where. See request.Budget."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_steps: int | None = None
     max_share: float | None = None
@@ -38,10 +36,8 @@ class BudgetBody(BaseModel):
         return Budget(**given)
 
 
-class SteeringBody(BaseModel):
+class SteeringBody(BaseModel, extra="forbid"):
     """`steering` in a body: which correction acts (or several, with weights), how, and what is told about it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     correction: str | None = None
     corrections: Annotated[Table[str, float], Most(MAX_MIX)] | None = None

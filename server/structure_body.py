@@ -7,7 +7,7 @@ be followed says structure.py; either way the caller is told the field.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Structure
@@ -32,10 +32,8 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchemaBody | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(BaseModel, extra="forbid"):
     """`structured_outputs`, vLLM's word: one of json, regex, choice, grammar and json_object."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_: JsonSchema | str | None = Field(default=None, alias="json")
     regex: str | None = None

@@ -29,7 +29,7 @@ class Shape(Protocol):
     chunk_object: str
     subject: str  # the body's field that holds the prompt
     logprobs: bool
-    one_prompt: bool  # an answer has one: its ids stand beside the choices, and else in each
+    one_prompt: bool  # an answer has one: what is told of it stands beside the choices, and else in each
 
     def opening(self, echo: str) -> dict[str, Any] | None:
         """The first chunk of a choice."""
@@ -57,7 +57,7 @@ class Telling:
         if not choice.opened:
             choice.opened = True
             opening = self._shape.opening(choice.echo)
-            told = self.prompt_ids(not self._shape.one_prompt, choice)
+            told = self.of_prompt(choice, beside=False)
             echoed = self._echo_logprobs(choice)
             if opening is not None or told:
                 first = opening or self._shape.closing()
@@ -85,13 +85,12 @@ class Telling:
         steering = self._summary(choice)
         if self._body.report == "tokens":
             steering["steering"]["tokens"] = self._receipts(answer.steps)
-        ids = self.prompt_ids(not self._shape.one_prompt, choice) | self._token_ids(answer.steps)
         return {
             "index": choice.index,
             **content,
             **self._ended(choice, answer),
-            **ids,
-            **self.prompt_logprobs("prompt", choice),
+            **self.of_prompt(choice, beside=False),
+            **self._token_ids(answer.steps),
             **steering,
         }
 
@@ -100,21 +99,19 @@ class Telling:
         """Why it ended, and in vLLM's word what stopped it: a stop string or a stop token; null for any other end."""
         return {"finish_reason": update.finish, "stop_reason": choice.stream.stop_reason}
 
-    def prompt_ids(self, here: bool, choice: Choice) -> dict[str, Any]:
-        """`prompt_token_ids`, where they were asked for and stand here."""
-        if not (here and self._body.return_token_ids):
-            return {}
-        return {"prompt_token_ids": choice.prompt}
+    def of_prompt(self, choice: Choice, beside: bool) -> dict[str, Any]:
+        """In vLLM's words what was asked of the prompt's tokens, where that stands beside the choices, or in each."""
+        told: dict[str, Any] = {}
+        if beside == self._shape.one_prompt:
+            if self._body.return_token_ids:
+                told["prompt_token_ids"] = choice.prompt
+            if self._body.prompt_logprobs is not None:
+                told["prompt_logprobs"] = choice.scores.by_id(self._body.prompt_logprobs)
+        return told
 
     def _token_ids(self, steps: Sequence[Step]) -> dict[str, Any]:
         """`token_ids`, where they were asked for: all that was sampled, the token that ends a text included."""
         return {"token_ids": [step.token for step in steps]} if self._body.return_token_ids else {}
-
-    def prompt_logprobs(self, subject: str, choice: Choice) -> dict[str, Any]:
-        """vLLM's: in a completion's choices, and beside those of a chat, which has one prompt."""
-        most = self._body.prompt_logprobs
-        told = most is not None and subject == self._shape.subject
-        return {"prompt_logprobs": choice.scores.by_id(most or 0)} if told else {}
 
     def _logprobs(self, choice: Choice, tokens: Sequence[Shown]) -> dict[str, Any] | None:
         if not self._shape.logprobs:

@@ -10,7 +10,7 @@ import json
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from trimtab import __version__
 from trimtab.clients import facts
@@ -25,10 +25,8 @@ from trimtab.server.service import Service
 _PATHS = {"name_or_path", "vocab_file", "tokenizer_file", "merges_file"}  # where the files lie concerns nobody
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(BaseModel, extra="allow"):
     """POST /tokenize: a prompt or a chat's messages. Further keys are read as a chat's."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     prompt: str | None = None
@@ -53,19 +51,15 @@ class TokenizeBody(BaseModel):
             raise RequestValidationError(error.errors()) from error
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(BaseModel, extra="allow"):
     """POST /detokenize."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     tokens: Many[int]
 
 
-class TokenizerInfo(BaseModel):
+class TokenizerInfo(BaseModel, extra="allow"):
     """How the tokenizer was made: what its configuration says."""
-
-    model_config = ConfigDict(extra="allow")
 
     tokenizer_class: str
     chat_template: str | dict[str, str] | None

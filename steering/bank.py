@@ -108,7 +108,7 @@ class Bank:
         found = self._entries.get(name)
         if found is None:
             loaded = ", ".join(self._entries) or "none"
-            raise NotFound(f"no correction is called {name!r}; loaded: {loaded}")
+            raise NotFound(f"no correction is called {name!r}; loaded: {loaded}", "correction")
         return found
 
     def get(self, name: str) -> Correction:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tiny import read_states
 from trimtab.server.model.base import Base
 
 PLUGIN = "trimtab.server.vllm_plugin"
@@ -198,7 +199,7 @@ class Engine:
         ends = [min(r.computed + self.chunk, len(r.prompt) + len(r.output)) for r in rows]
         self.lengths = ends
         tokens = [(r.prompt + r.output)[:end] for r, end in zip(rows, ends, strict=True)]
-        hidden = torch.stack([self.base.states([known])[0][-1] for known in tokens])
+        hidden = torch.stack([read_states(self.base, known)[-1] for known in tokens])
         logits = self.model.compute_logits(hidden)
         for request, row in zip(rows, logits, strict=True):
             self.edit(request, row)

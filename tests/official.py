@@ -31,7 +31,8 @@ chat: Any = {"model": model, "messages": MESSAGES, "max_tokens": 12, "seed": 1}
 def models() -> None:
     listed = [entry.id for entry in client.models.list()]
     assert model in listed
-    assert client.models.retrieve(listed[-1]).id == listed[-1]
+    found = client.models.retrieve(listed[-1])
+    assert (found.id, found.owned_by) == (listed[-1], "trimtab")
 
 
 def chats() -> None:
@@ -42,7 +43,8 @@ def chats() -> None:
     assert choice.logprobs is not None
     assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content or [])
     assert answer.usage is not None
-    assert answer.usage.completion_tokens > 0
+    assert 0 < answer.usage.completion_tokens <= chat["max_tokens"]
+    assert answer.usage.prompt_tokens_details is not None
 
 
 def stream() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fitting import VIA_LORA, Odd, contents
+from tiny import read_states
 from trimtab.server.model.base import Base
 from trimtab.steering.commands import pipeline
 from trimtab.steering.correction import LoraCorrection, check
@@ -48,8 +49,8 @@ def test_the_papers_lora_ships_as_it_was_trained(base: Base, finished: Path) -> 
 
 
 def test_a_folder_of_the_tier_is_a_teacher_too(base: Base, finished: Path) -> None:
-    h = base.states([[5, 6, 7]])[0]
-    assert not torch.allclose(adapt(base, finished).states([[5, 6, 7]])[0], h, atol=1e-3)
+    h = read_states(base, [5, 6, 7])
+    assert not torch.allclose(read_states(adapt(base, finished), [5, 6, 7]), h, atol=1e-3)
 
 
 def test_always_on_it_answers_as_the_adapted_model_does(base: Base, finished: Path, tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_another_models_ways_are_learned_by_a_lora_of_rank_r(base: Base, finishe
     assert correction.adapter.rank == 2
     ids = [[5, 9, 200, 31, 77], [70, 80, 90]]
     log_p = {
-        name: torch.cat([one.logits(h) for h in one.states(ids)]).log_softmax(1)
+        name: torch.cat([one.logits(read_states(one, text)) for text in ids]).log_softmax(1)
         for name, one in {"base": base, "tuned": tuned, "ours": adapt(base, tmp_path)}.items()
     }
     target = log_p["tuned"]

@@ -34,8 +34,9 @@ def test_an_empty_bank_has_no_tensors() -> None:
     bank = Bank(HIDDEN, "cpu")
     assert bank.tensors() is None
     assert bank.names == []
-    with pytest.raises(NotFound, match="'x'; loaded: none"):
+    with pytest.raises(NotFound, match="'x'; loaded: none") as caught:
         bank.get("x")
+    assert caught.value.field == "correction"
 
 
 @settings(max_examples=30, deadline=None)

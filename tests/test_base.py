@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tiny import VOCAB, tiny_base, tiny_model, tiny_tokenizer
+from tiny import VOCAB, read_states, tiny_base, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest, UnsupportedModel
 from trimtab.server.model import attention
 from trimtab.server.model.attention import KVBatch, Span
@@ -83,7 +83,7 @@ def test_decode_rows_in_neighbouring_slots_form_one_view() -> None:
 def test_states_are_those_of_transformers() -> None:
     base = tiny_base("qwen3")
     sequences = [list(range(5, 25)), [7], list(range(40))]
-    ours = base.states(sequences)
+    ours = base.drawn_from([(ids[0],) for ids in sequences], [[*ids[1:], 0] for ids in sequences])
     base.model.set_attn_implementation("sdpa")
     for ids, states in zip(sequences, ours, strict=True):
         plain = base.model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
@@ -107,7 +107,7 @@ def test_a_shared_prompt_is_read_once_and_changes_no_state(
     read = [token for call in forward.call_args_list for token in call.args[0]]
     assert len(read) == sum(map(len, set(prompts))) + sum(len(c) - 1 for c in completions)
     for states, prompt, tokens in zip(found, prompts, completions, strict=True):
-        whole = base.states([[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
+        whole = read_states(base, [*prompt, *tokens])[len(prompt) - 1 : -1]
         torch.testing.assert_close(states, whole, atol=1e-5, rtol=1e-4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import tiny_base, tiny_model
+from tiny import read_states, tiny_base, tiny_model
 from trimtab.server.model.linear import PackedLinear, copy_unpacked
 
 
@@ -22,12 +22,12 @@ def test_the_copy_is_the_model_as_it_was_loaded() -> None:
 def test_frozen_weights_are_shared_but_for_another_dtype() -> None:
     base = tiny_base(dtype=torch.float16)
     assert {id(p) for p in copy_unpacked(base.model).parameters()} == {id(p) for p in base.model.parameters()}
-    before = base.states([[1, 2, 3]])[0]
+    before = read_states(base, [1, 2, 3])
     other = copy_unpacked(base.model, torch.float32)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     for parameter in other.parameters():
         parameter.data.zero_()
-    assert torch.equal(base.states([[1, 2, 3]])[0], before)
+    assert torch.equal(read_states(base, [1, 2, 3]), before)
     assert base.model.dtype == torch.float16
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fitting import Killed
-from tiny import tiny_model
+from tiny import read_states, tiny_model
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering.adapter import WEIGHTS_FILE
@@ -197,7 +197,7 @@ def test_it_raises_what_was_rewarded_and_lowers_the_rest(base: Base, tmp_path: P
 
 
 def test_the_folder_is_pefts_and_adapt_reads_it_the_same(base: Base, tmp_path: Path) -> None:
-    before = base.states([[1, 2, 3]])[0]
+    before = read_states(base, [1, 2, 3])
     train(base, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     plain = read_with_peft(tmp_path)
@@ -205,10 +205,10 @@ def test_the_folder_is_pefts_and_adapt_reads_it_the_same(base: Base, tmp_path: P
     ids = [5, 9, 200, 31, 77]
     with torch.no_grad():
         expected = plain(torch.tensor([ids])).logits[0]
-    found = teacher.logits(teacher.states([ids])[0])
+    found = teacher.logits(read_states(teacher, ids))
     assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, base.logits(base.states([ids])[0]), atol=0.1)
-    assert torch.equal(base.states([[1, 2, 3]])[0], before), "the base itself has no adapter"
+    assert not torch.allclose(found, base.logits(read_states(base, ids)), atol=0.1)
+    assert torch.equal(read_states(base, [1, 2, 3]), before), "the base itself has no adapter"
 
 
 def read_with_peft(folder: Path) -> PeftModel:
@@ -271,7 +271,7 @@ def test_parts_of_a_step_add_up(base: Base, tmp_path: Path, monkeypatch: pytest.
     train(base, tmp_path / "whole", config)
     monkeypatch.setattr(lora, "TOKENS_AT_ONCE", {"cpu": 1})
     train(base, tmp_path / "parts", config)
-    one, other = (adapt(base, tmp_path / name).states([[1, 2, 3]])[0] for name in ("whole", "parts"))
+    one, other = (read_states(adapt(base, tmp_path / name), [1, 2, 3]) for name in ("whole", "parts"))
     assert torch.allclose(one, other, atol=1e-3)
 
 
@@ -287,7 +287,7 @@ def test_lessons_come_by_what_they_say_and_without_the_held_out(base: Base, tmp_
     assert {lesson.tokens[0] for lesson in found} == {65, 66, 67}
     for lesson in found:
         (item,) = (item for item in items if item.tokens == lesson.tokens)
-        states = base.states([[*lesson.prompt, *lesson.tokens]])[0][len(lesson.prompt) - 1 : -1]
+        states = read_states(base, [*lesson.prompt, *lesson.tokens])[len(lesson.prompt) - 1 : -1]
         p = base.logits(states).softmax(-1)
         assert lesson.open == (-(p * p.log()).sum(-1) > config.tau).tolist()
         assert lesson.advantage == (item.advantage if any(lesson.open) else 0.0)

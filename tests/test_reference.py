@@ -156,51 +156,6 @@ def test_composed_corrections_add_up_each_on_its_own_candidates() -> None:
         assert both[i] - both[j] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_bank_of_rank_zero_adds_its_vector_alone() -> None:
-    inputs = make_inputs([{"correction": 0, "tau": -1.0}] * 3, 300, top_k=(20,))
-    bank = inputs.corrections
-    assert bank is not None
-    zeros = inputs._replace(corrections=bank._replace(A=bank.A * 0))
-    none = inputs._replace(corrections=bank._replace(A=bank.A[:, :0], B=bank.B[:, :, :0]))
-    assert torch.equal(pack(step(none)), pack(step(zeros)))
-    assert (step(none).kl > 0).all()
-
-
-def test_a_cap_of_nothing_leaves_the_base_bit_for_bit() -> None:
-    rows = [{"temperature": 0.3 * i, "uniform": 0.13 * i, "correction": i % 3, "tau": -1.0} for i in range(6)]
-    base = step(make_inputs([row | {"steered": False} for row in rows], 300, top_k=(5, 20, 33), alternatives=9))
-    capped = step(make_inputs([row | {"kl_cap": 0.0} for row in rows], 300, top_k=(5, 20, 33), alternatives=9))
-    assert (capped.status == OPEN + FIRED).all()
-    assert (capped.applied_strength == 0).all()
-    for name in StepRecord._fields:
-        if name != "status":
-            assert torch.equal(getattr(base, name), getattr(capped, name)), name
-
-
-def test_a_row_steered_by_no_head_fires_and_keeps_the_base() -> None:
-    """What the tiers inside the network ask of the step: the gate's word, and z as it is."""
-    rows: list[dict[str, Any]] = [{"gate": GATE_ALWAYS, "strength": 1.5, "uniform": 0.1 * i} for i in range(5)]
-    plain = step(make_inputs(rows, 300))
-    fired = step(make_inputs([row | {"steered": True} for row in rows], 300))
-    assert (plain.status == 0).all()
-    assert (fired.status == OPEN + FIRED).all()
-    assert (fired.applied_strength == 1.5).all()
-    for name in set(StepRecord._fields) - {"status", "applied_strength"}:
-        assert torch.equal(getattr(plain, name), getattr(fired, name)), name
-
-
-@pytest.mark.parametrize("change", [{"tau": math.inf}, {"strength": 0.0}, {"shadow": True}])
-def test_what_does_not_fire_or_apply_leaves_the_base_bit_for_bit(change: dict[str, Any]) -> None:
-    rows = [{"temperature": 0.3 * i, "top_p": 0.9, "uniform": 0.13 * i, "strength": 3.0} for i in range(6)]
-    base = step(make_inputs(rows, 5003, alternatives=20))
-    same = step(make_inputs([{**row, "correction": 1, **change} for row in rows], 5003, alternatives=20))
-    for name in ("token", "entropy", "base_logprob", "base_token", "base_token_logprob", "top_ids", "top_logprobs"):
-        assert torch.equal(getattr(base, name), getattr(same, name)), name
-    if "shadow" not in change:
-        assert torch.equal(base.steered_logprob, same.steered_logprob)
-        assert torch.equal(same.steered_token, same.base_token)
-
-
 def test_a_correction_that_demotes_every_candidate_leaves_the_best_other_token() -> None:
     """Closure is judged after the correction: a token outside the candidates must win."""
     outside = 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fitting import VIA_LORA, Killed, Odd, contents, writing
-from tiny import tiny_base
+from tiny import read_states, tiny_base
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering.commands import pipeline
@@ -48,8 +48,8 @@ def test_via_lora_ships_the_head_the_controls_and_the_adapter(base: Base, finish
     for kind in ("shuffled-rewards", "random-positions"):
         control = load(finished / "controls" / kind)
         assert control.provenance["kl"] == pytest.approx(fit["kl"], rel=0.05)
-    tuned, h = adapt(base, finished / "lora"), base.states([[5, 6, 7]])[0]
-    assert not torch.allclose(tuned.states([[5, 6, 7]])[0], h, atol=1e-3)
+    tuned, h = adapt(base, finished / "lora"), read_states(base, [5, 6, 7])
+    assert not torch.allclose(read_states(tuned, [5, 6, 7]), h, atol=1e-3)
 
 
 def test_the_shuffled_control_is_the_route_again_from_other_rewards(finished: Path) -> None:

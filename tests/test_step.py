@@ -29,10 +29,16 @@ Step = Callable[[StepInputs], StepRecord]
 LOGPROBS = tuple(name for name in StepRecord._fields if name.endswith("_logprob"))
 
 
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+STEPS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+of_the_reference_too = pytest.mark.parametrize("step", [*STEPS, "reference"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=STEPS)
 def step(request: pytest.FixtureRequest) -> Iterator[Step]:
-    """The kernels' step, CPU tensors in and out."""
-    if request.param == "interpreter":
+    """The kernels' step, or the reference's, CPU tensors in and out."""
+    if request.param == "reference":
+        yield reference.step
+    elif request.param == "interpreter":
         interpreter = Interpreter()
         yield interpreter.step
         interpreter.close()
@@ -377,7 +383,8 @@ def test_a_nucleus_does_not_depend_on_the_alternatives_of_others(step: Step) -> 
     assert_same(step(inputs), step(inputs._replace(alternatives=20)), StepRecord._fields[:FIELDS])
 
 
-def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
+@of_the_reference_too
+def test_a_shut_gate_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
     rows, edits = random_rows(10, 41, 300)
     always = {"steered": None, "tau": -2.0, "ceiling": math.inf, "kl_cap": math.inf, "shadow": False}
     rows = [row | {"correction": 1} | always for row in rows]
@@ -387,9 +394,14 @@ def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> 
         return step(make_inputs([row | change for row in rows], 300, edits=edits, alternatives=5))
 
     off, zero, shadow = run(correction=-1), run(strength=0.0), run(strength=3.0, shadow=True)
+    shut = run(tau=math.inf, gate=GATE_ENTROPY)
     assert_same(off, zero, StepRecord._fields[:1] + StepRecord._fields[2:])
+    assert_same(run(correction=-1, gate=GATE_ENTROPY), shut)
+    assert_same(off, shut, sampled)
     assert_same(off, shadow, sampled)
     assert (zero.status == OPEN).all()
+    assert (shut.status == 0).all()
+    assert all(torch.equal(same.steered_token, same.base_token) for same in (zero, shut))
     assert (shadow.status == OPEN + FIRED).all()
     assert (shadow.steered_logprob != shadow.base_logprob).any()
     bare = step(
@@ -400,34 +412,39 @@ def test_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> 
     assert_same(off, bare)
 
 
+@of_the_reference_too
 def test_a_row_steered_by_no_head_fires_and_keeps_the_base_bit_for_bit(step: Step) -> None:
+    """What the tiers inside the network ask of the step: the gate's word, and z as it is."""
     rows = [{"gate": GATE_ALWAYS, "strength": 1.5, "uniform": 0.2 * i, "top_p": 0.8 + 0.1 * i} for i in range(3)]
     for bank in (True, False):
         plain, fired = (make_inputs([row | {"steered": on} for row in rows], 200) for on in (False, True))
         if not bank:
             plain, fired = plain._replace(corrections=None), fired._replace(corrections=None)
         base, record = step(plain), step(fired)
+        assert (base.status == 0).all()
         assert (record.status == OPEN + FIRED).all()
         assert (record.applied_strength == 1.5).all()
         assert_same(base, record, tuple(set(StepRecord._fields) - {"status", "applied_strength"}))
 
 
+@of_the_reference_too
 def test_a_cap_of_nothing_keeps_the_base_bit_for_bit(step: Step) -> None:
     rows = [{"correction": i % 3, "tau": -1.0, "uniform": 0.2 * i, "temperature": 0.5 * i} for i in range(4)]
     base = step(make_inputs([row | {"steered": False} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
     record = step(make_inputs([row | {"kl_cap": 0.0} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
     assert (record.status == OPEN + FIRED).all()
+    assert (record.applied_strength == 0).all()
     assert_same(base, record, tuple(set(StepRecord._fields) - {"status"}))
 
 
+@of_the_reference_too
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
 def test_what_moves_nothing_keeps_its_strength_under_any_cap(step: Step, spread: float) -> None:
     """Its divergence is 0, which even a cap of 0 allows: rounding must not leave more."""
     rows = [{"correction": {i % 3: 0.0}, "gate": GATE_ALWAYS, "kl_cap": 0.0, "uniform": 0.09 * i} for i in range(9)]
-    for run in (step, reference.step):
-        record = run(make_inputs(rows, 129, 4, spread, top_k=(5, 20, 33)))
-        assert (record.applied_strength == 1).all()
-        assert (record.kl == 0).all()
+    record = step(make_inputs(rows, 129, 4, spread, top_k=(5, 20, 33)))
+    assert (record.applied_strength == 1).all()
+    assert (record.kl == 0).all()
 
 
 def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
@@ -438,6 +455,7 @@ def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
     record = step(none)
     assert (record.kl > 0).all()
     check(none, record)
+    assert_same(reference.step(none), reference.step(inputs._replace(corrections=bank._replace(A=bank.A * 0))))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import tiny_correction, tiny_lora
+from tiny import read_states, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection
@@ -51,7 +51,7 @@ def test_a_heads_likelihood_is_that_of_the_corrected_distribution(base: Base) ->
     measured = read_text(base, correction, TEXT, gate=Gate(tau=3.0))
     own, corrected, opened = [], [], []
     for ids in windows(base):
-        h = base.states([ids.tolist()])[0][:-1]
+        h = read_states(base, ids.tolist())[:-1]
         z = base.logits(h).float()
         z_corrected, fired = steer(correction, h, z, base.head_weight, 3.0)
         own.append(nats(z, ids[1:]))
@@ -78,7 +78,7 @@ def test_a_gated_lora_mixes_where_it_opens(base: Base, tmp_path: Path) -> None:
     measured = read_text(base, lora, TEXT)
     expected = []
     for ids in windows(base):
-        z, z_tuned = (m.logits(m.states([ids.tolist()])[0][:-1]).float() for m in (base, tuned))
+        z, z_tuned = (m.logits(read_states(m, ids.tolist())[:-1]).float() for m in (base, tuned))
         expected.append(nats(torch.where((entropy(z) > 3.0)[:, None], z_tuned, z), ids[1:]))
     assert measured["corrected"] == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
 
@@ -88,7 +88,7 @@ def test_a_lora_that_is_always_on_is_told_beside_the_base(base: Base, tmp_path: 
     save(lora, tmp_path)
     measured = read_text(base, lora, TEXT)
     for name, model in (("base", base), ("corrected", adapt(base, tmp_path))):
-        read = [nats(model.logits(model.states([ids.tolist()])[0][:-1]).float(), ids[1:]) for ids in windows(base)]
+        read = [nats(model.logits(read_states(model, ids.tolist())[:-1]).float(), ids[1:]) for ids in windows(base)]
         assert measured[name] == pytest.approx(float(torch.cat(read).mean()), abs=1e-4)
     assert measured["fired"] == 1
     assert abs(measured["change"]["mean"]) > 1e-3

@@ -1,21 +1,23 @@
 """Small random models of real families and a byte tokenizer, for tests: no weights, no network.
 
 base = tiny_base()                 # a 2-layer Llama, vocabulary: 256 bytes + special tokens
-base = tiny_base("gemma3")
+base = tiny_base("gemma3_text")
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import layer_reference
 import slot_attention_reference
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from trimtab.kernels.dispatch import LayerKernels
 from trimtab.server.model.adapters import Placed
-from trimtab.server.model.attention import IMPLEMENTATION
+from trimtab.server.model.attention import IMPLEMENTATION, KVBatch, Span
 from trimtab.server.model.base import Base, prepare
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.correction import HeadCorrection, LoraCorrection
@@ -105,10 +107,10 @@ def tiny_correction(
 
 
 def tiny_lora(
-    base: Base, name: str = "lora", seed: int = 0, rank: int = 4, gate: Gate | None = None, size: float = 0.3
+    base: Base, name: str = "lora", seed: int = 0, gate: Gate | None = None, size: float = 0.3
 ) -> LoraCorrection:
     """A random LoRA on every linear layer of the decoder, strong enough to change most tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, rank = torch.Generator().manual_seed(seed), 4
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS}
     layers = {
         path: LoraLayer(
@@ -120,6 +122,11 @@ def tiny_lora(
         if path.rpartition(".")[2] in LORA_TARGETS
     }
     return LoraCorrection(name=name, base=base.identity, gate=gate or Gate(tau=1.0), adapter=Adapter(layers, config))
+
+
+def read_states(base: Base, ids: Sequence[int]) -> Tensor:
+    """Its h of a whole text, [tokens, hidden]: position t's predicts token t + 1."""
+    return base.forward(ids, KVBatch(base.new_cache(1, len(ids)), [Span(0, 0, len(ids))]))
 
 
 def place(base: Base, lora: LoraCorrection) -> Placed:

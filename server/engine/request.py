@@ -241,7 +241,10 @@ class Receipt(NamedTuple):
 
 @dataclass(slots=True)  # not frozen: thousands are made a step, and freezing triples what one costs
 class Event:
-    """One sampled token of one choice, or its end without one (token None: abort, error, or max_tokens was 0)."""
+    """One token of one choice, sampled, or scored where it stands in the prompt.
+
+    Or the choice's end without one (token None: abort, error, or max_tokens was 0).
+    """
 
     request_id: str
     index: int  # which of the n choices

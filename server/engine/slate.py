@@ -59,13 +59,9 @@ class Slate:
         more: npt.NDArray[np.bool_] = ~ended & (lengths - self.prompt[slots] < self._limit[slots])
         return more
 
-    def mix(self, slots: Slots) -> int:
-        """The most corrections that act together."""
-        return int((self._correction[slots] >= 0).sum(axis=1).max(initial=0))
-
     def gather(self, slots: Slots) -> dict[str, npt.NDArray[Any]]:
         """RowParams of the choices in `slots`, without those of the draw. `steered` is a copy."""
-        mix = max(1, self.mix(slots))
+        mix = int((self._correction[slots] >= 0).sum(axis=1).max(initial=1))  # the most that act together
         return {
             **dict(zip(_DRAWS + _ACTS, self._floats[slots].T, strict=True)),
             "top_k": self._top_k[slots],

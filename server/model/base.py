@@ -101,12 +101,6 @@ class Base:
             log.warning("%s; its layers run as transformers has them", error)
             self._fused = None
 
-    def states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Teacher-forced h of whole sequences, [length, hidden] each: position t's h predicts token t + 1."""
-        cache = self.new_cache(len(sequences), max(map(len, sequences)))
-        found = self._read(cache, {slot: (0, sequence) for slot, sequence in enumerate(sequences)})
-        return [found[slot] for slot in range(len(sequences))]
-
     def drawn_from(self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]) -> list[Tensor]:
         """The h that each completion's tokens were drawn from, [tokens, hidden] each. Neither may be empty.
 

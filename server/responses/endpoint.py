@@ -17,6 +17,7 @@ from trimtab.server.responses.events import Writer, encode
 from trimtab.server.service import Service
 from trimtab.server.telling import dumps
 from trimtab.server.tickets import Ticket
+from trimtab.server.visit import note
 
 
 async def prepare(service: Service, body: ResponseBody) -> Generation:
@@ -37,8 +38,7 @@ class ResponseGeneration(Generation):
         super().__init__(*chat)
         self._asked = asked
         self._id = f"resp_{self._id.removeprefix(self._shape.prefix)}"
-        if self._visit is not None:
-            self._visit.note(kind="response", answer_id=self._id)
+        note(kind="response", answer_id=self._id)
 
     async def whole(self) -> bytes:
         writer = Writer(self._settled())

@@ -7,7 +7,7 @@ field. null is the same as not sent.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.many import Many, Most
@@ -16,10 +16,8 @@ MAX_TOOLS = 128  # OpenAI's
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-class Function(BaseModel):
+class Function(BaseModel, extra="allow"):
     """What a tool is: its arguments are one JSON object of the schema `parameters`."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
