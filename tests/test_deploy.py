@@ -51,6 +51,12 @@ def test_every_metric_of_the_dashboard_is_served_and_every_panel_has_its_own_pla
     }
 
 
+def test_the_image_has_the_compiler_without_which_triton_launches_nothing() -> None:
+    stage = (ROOT / "Dockerfile").read_text().rpartition("FROM ")[2]
+    (installed,) = re.findall(r"apt-get install .*--no-install-recommends (.*?) &&", stage)
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
+
+
 def test_compose_starts_the_server_as_the_image_allows() -> None:
     (compose,) = read("compose.yaml")
     server = compose["services"]["trimtab"]
