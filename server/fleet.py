@@ -97,8 +97,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""
-        if not self._engine.stats().alive:
-            raise RuntimeError("the engine has died: the replica's log says why")
+        if not self._engine.stats().well:
+            raise RuntimeError("the engine has died, or is stuck: the replica's log says why")
 
     def _serve(self, wanted: Wanted) -> None:
         """All sources are read before anything changes."""

@@ -30,6 +30,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
         self.model = model
+        self._up = self._gauge("engine_up", "1 while the engine lives and moves, else 0")
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
@@ -79,6 +80,7 @@ class Metrics:
         for entry in entries:
             found = entry.correction
             self._info.labels(self.model, found.name, entry.version, found.tier).set(1)
+        self._up.labels(self.model).set(stats.well)
         self._running.labels(self.model).set(stats.running)
         self._waiting.labels(self.model).set(stats.waiting)
         self._cache.labels(self.model).set(stats.used / stats.slots)

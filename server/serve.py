@@ -95,7 +95,7 @@ def add_serve(commands: Subparsers) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Load, say what was loaded, serve until SIGTERM or Ctrl-C."""
+    """Load, say what was loaded, serve until SIGTERM or Ctrl-C; or until the engine dies, with the exit code 1."""
     import uvicorn
 
     from trimtab.server import logs
@@ -161,7 +161,7 @@ def serve(args: argparse.Namespace) -> None:
             tracer.close()
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
-    _end()
+    _end(1 if server.failed else 0)
 
 
 def try_port(host: str, port: int) -> None:
@@ -234,11 +234,11 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     return bank
 
 
-def _end() -> None:
+def _end(code: int) -> None:
     """All is answered and told. The interpreter's own end would take seconds more, and wait for other threads."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _origins(text: str) -> list[str]:

@@ -29,6 +29,7 @@ from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
 
+STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
 _IDLE_BEAT = 1.0  # seconds between heartbeats when there is nothing to do
 
 OnEvents = Callable[[list[Event]], None]
@@ -44,6 +45,11 @@ class EngineStats(NamedTuple):
     slots: int
     alive: bool
     heartbeat: float  # time.monotonic() of the engine's last loop
+
+    @property
+    def well(self) -> bool:
+        """Whether it lives and moves."""
+        return self.alive and time.monotonic() - self.heartbeat < STALE
 
 
 class _Abort(NamedTuple):
