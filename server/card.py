@@ -5,6 +5,7 @@ from typing import Any
 
 from trimtab.server.engine.rule import slots_of
 from trimtab.server.model.base import Base
+from trimtab.server.model.kv import size_of
 from trimtab.steering.bank import Bank, Entry
 
 
@@ -19,9 +20,10 @@ def describe(
     """What is being served, for the operator. defaults: of sampling."""
     values = {"temperature": 1, "top_p": 1} | dict(defaults or {})
     source = " by the model's generation_config" if defaults else ""
+    cache = size_of(base.config, slots, max_len, base.dtype)
     lines = [
         f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
-        f"slots        {slots} of {max_len} tokens",
+        f"slots        {slots} of {max_len} tokens: a KV cache of {cache / 1e6:,.0f} MB",
         f"sampling     {', '.join(f'{name} {value:g}' for name, value in values.items())}{source}"
         " unless a request says otherwise",
     ]

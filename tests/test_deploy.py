@@ -80,6 +80,9 @@ def test_kubernetes_probes_what_the_server_answers_and_waits_until_it_has_left()
     args = started_with(*container["args"])
     (pause,) = re.findall(r"sleep\((\d+)\)", container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert int(pause) + args.drain_timeout < pod["spec"]["terminationGracePeriodSeconds"]
+    cache = 2 * 30 * 3 * 64 * 4 * args.max_num_seqs * args.max_model_len  # the demo's, in float32
+    assert container["resources"]["limits"] == {"memory": "4Gi"}
+    assert cache + 2 * 2**30 < 4 * 2**30
     paths = {getattr(route, "path", "") for route in scripted_app(ScriptedEngine(say("hi"))).routes}
     probed = {kind: container[kind]["httpGet"]["path"] for kind in container if kind.endswith("Probe")}
     assert len(probed) == 3

@@ -19,6 +19,7 @@ from trimtab.server.drain import DrainingServer
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model.kv import size_of
 from trimtab.steering.adapter import adapter_files
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.folder import save
@@ -116,6 +117,8 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
         "one: head (rank 4, top_k 10, cap 3.0, activation none, parameters 288), strength 1 where entropy > 1 nats"
         in told
     )
+    assert "slots        4 of 128 tokens: a KV cache of 0 MB" in told
+    assert size_of(base.config, 4, 128, base.dtype) == 2 * base.new_cache(4, 128).keys.nbytes
     assert "never evaluated" in told
     assert "sampling     temperature 1, top_p 1 unless a request says otherwise" in told
     by_makers = describe(base, bank, ["tiny"], 4, 128, {"temperature": 0.6, "top_k": 20})
