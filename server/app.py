@@ -103,7 +103,11 @@ def create_app(
     app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(
-        FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
+        FrontDoor,
+        keys=Keys(api_keys, admin_keys),
+        lifecycle=lifecycle,
+        max_per_key=max_per_key,
+        observers=[service.metrics.count, *observers],
     )
     if origins:  # outside the front door: a browser asks without its key whether it may ask
         app.add_middleware(

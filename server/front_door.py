@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import RateLimited
@@ -100,6 +101,7 @@ class FrontDoor:
                         raise
                     await failure(error).response()(scope, receive, send_with_id)
         finally:
+            visit.route = _template(scope)
             self._tell(visit)
 
     @contextmanager
@@ -133,6 +135,12 @@ class FrontDoor:
                 observer(visit)
             except Exception:  # who watches must not change what is watched
                 log.exception("a request could not be noted")
+
+
+def _template(scope: Scope) -> str:
+    """That of the route whose path this is, be it by another method, or refused at the door."""
+    taken = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
+    return getattr(next(taken, None), "path", "")
 
 
 def _check_size(size: int, limit: int) -> None:

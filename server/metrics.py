@@ -2,25 +2,38 @@
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
 when somebody looks; label lookups happen once a request, not once a token. No label's values come from callers: a
-correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own.
+correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own; a path is its
+route's template. Beside ours stand prometheus_client's own series of the process.
 """
 
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from trimtab.server.engine.engine import EngineStats
 from trimtab.server.engine.request import Event, Steering
+from trimtab.server.visit import Visit
 from trimtab.steering.bank import Entry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 MAX_CORRECTIONS = 64
-OTHERS = "others"  # the label's value for corrections beyond that
+OTHERS = "others"  # the label's value for corrections beyond that; of paths without a route, and methods without one
 NO_CORRECTION = "none"  # the label's value for a request that is not steered
+METHODS = {"GET", "HEAD", "POST", "DELETE"}  # that have routes
+REFUSED = "refused"  # the reason of a choice that the engine did not take
+GONE = 499  # the status of a request whose client left before it had one
 _SHADOW = "; with the mode shadow, would have"  # nothing is applied then, so it is a series of its own
 
 
@@ -29,6 +42,8 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
         self.model = model
         self._up = self._gauge("engine_up", "1 while the engine lives and moves, else 0")
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
@@ -48,6 +63,7 @@ class Metrics:
         self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS).labels(model)
         self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice", _TOKENS).labels(model)
+        self._requests = self._counter("http_requests", "Requests, refused ones too", "path", "method", "status")
         self._info = self._gauge(
             "correction_info", "1 for each correction that is served", "correction", "version", "tier"
         )
@@ -58,6 +74,11 @@ class Metrics:
         self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
         self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
+
+    def count(self, visit: Visit) -> None:
+        """An observer of visits."""
+        method = visit.method if visit.method in METHODS else OTHERS
+        self._requests.labels(self.model, visit.route or OTHERS, method, visit.status or GONE).inc()
 
     def accept(self, prompts: Sequence[int], n: int = 1) -> None:
         """Prompts of so many tokens are in the engine's hands, for n choices each: every choice looks for its KV."""
@@ -152,6 +173,8 @@ class Watch:
             self.reason = reason
             metrics, now = self._metrics, time.perf_counter()
             metrics.finished.labels(metrics.model, reason).inc()
+            if reason == REFUSED:
+                return
             metrics.whole.observe(now - self._start)
             metrics.lengths.observe(self._tokens)
             if self._last is not None and self.first is not None:

@@ -13,6 +13,7 @@ from trimtab.cli import build_parser
 from trimtab.server.engine.engine import EngineStats
 from trimtab.server.engine.request import Steering
 from trimtab.server.metrics import Metrics
+from trimtab.server.visit import Visit
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -33,6 +34,7 @@ def started_with(*arguments: str) -> argparse.Namespace:
 def test_every_metric_of_the_dashboard_is_served_and_every_panel_has_its_own_place() -> None:
     metrics = Metrics("m")
     metrics.watch(Steering()).end("stop")
+    metrics.count(Visit("r", "GET", "/"))
     told = metrics.render(EngineStats(0, 0, 0, 1, True, 0.0)).decode()
     dashboard = json.loads((DEPLOY / "grafana/dashboards/trimtab.json").read_text())
     asked = set(re.findall(r"trimtab:\w+", json.dumps(dashboard)))

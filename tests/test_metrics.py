@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripted import ScriptedEngine, event, ids, in_memory, say
+from trimtab.errors import Overloaded
 from trimtab.server import metrics
 from trimtab.server.engine.request import Event, Request, Steering
 from trimtab.server.metrics import Metrics
@@ -17,10 +18,12 @@ Series = tuple[str, frozenset[tuple[str, str]]]
 
 
 def read(text: str) -> dict[Series, float]:
-    """All samples, by name and labels without the model's."""
+    """All samples of ours, by name and labels without the model's."""
     found: dict[Series, float] = {}
     for family in text_string_to_metric_families(text):
         assert family.documentation, family.name
+        if family.name.startswith(("process_", "python_gc_")):
+            continue
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("model_name") == "tiny", "vLLM's label stands on every series"
@@ -85,6 +88,39 @@ def test_the_time_in_the_queue_is_told_apart() -> None:
         samples = read(ask("GET", "/metrics").text)
     assert samples[series("request_queue_time_seconds_sum")] == 30.0
     assert samples[series("request_prefill_time_seconds_sum")] == 0.0, "never below"
+
+
+def test_every_request_is_counted_by_its_routes_template_and_its_status() -> None:
+    refused = ScriptedEngine(say("a"), refusal=Overloaded("the queue is full"))
+    with in_memory(refused, api_keys=["k"]) as ask:
+        with_key = {"Authorization": "Bearer k"}
+        told = [
+            ask("POST", CHAT_PATH, json=CHAT).status_code,
+            ask("POST", CHAT_PATH, json=CHAT, headers=with_key).status_code,
+            ask("POST", "/v1/steering/score", json={"prompt": "a", "completion": "b"}, headers=with_key).status_code,
+            ask("GET", "/v1/models/nobodys", headers=with_key).status_code,
+            ask("GET", "/v1/nobodys/path", headers=with_key).status_code,
+            ask("BREW", CHAT_PATH, headers=with_key).status_code,
+        ]
+        text = ask("GET", "/metrics").text
+    samples = read(text)
+    models = "/v1/models/{name:path}"
+    asked = [
+        (CHAT_PATH, "POST"),
+        (CHAT_PATH, "POST"),
+        ("/v1/steering/score", "POST"),
+        (models, "GET"),
+        (metrics.OTHERS, "GET"),
+        (CHAT_PATH, metrics.OTHERS),
+    ]
+    assert told == [401, 503, 503, 404, 404, 405]
+    for (path, method), status in zip(asked, told, strict=True):
+        assert samples[series("http_requests_total", path=path, method=method, status=str(status))] == 1.0
+    assert samples[series("request_success_total", finished_reason="refused")] == 2.0
+    assert samples[series("e2e_request_latency_seconds_count")] == 0.0, "what was not done has no time"
+    assert "nobodys" not in text
+    assert "\nprocess_resident_memory_bytes " in text
+    assert "\npython_gc_collections_total" in text
 
 
 def test_callers_make_no_series_and_operators_not_too_many() -> None:
