@@ -101,9 +101,13 @@ class Replica:
             raise RuntimeError("the engine has died, or is stuck: the replica's log says why")
 
     def _serve(self, wanted: Wanted) -> None:
-        """All sources are read before anything changes."""
+        """All sources are read, and fit the base, before anything changes."""
         swap = self._app.state.service.swap
+        for name in set(wanted.corrections) & set(self._names):
+            raise InvalidRequest(f"corrections.{name}: the model itself is called {name}", f"corrections.{name}")
         read = [_read(name, source) for name, source in wanted.corrections.items() if not self._has(name, source)]
+        for correction in read:
+            swap.check(correction)
         for correction in read:
             swap.put(correction)
         for name in self._bank.names:
