@@ -69,6 +69,7 @@ class Metrics:
         )
         self._seen: set[str] = set()  # corrections that have series of their own
         by = ("correction", "mode")
+        self._steps = self._counter("steering_steps", "Steps of choices, steered or not", *by)
         self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
         self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
         self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
@@ -91,9 +92,9 @@ class Metrics:
         """The series of one choice that starts now."""
         base = (self.model, self._label(steering.correction))
         labels = (*base, steering.mode)
-        series = (self._open, self._fired, self._flips, self._kl)
-        opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
-        return Watch(self, Steered(opened, fired, flips, kl, self._entropy.labels(*base)))
+        series = (self._steps, self._open, self._fired, self._flips, self._kl)
+        steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
+        return Watch(self, Steered(steps, opened, fired, flips, kl, self._entropy.labels(*base)))
 
     def render(self, stats: EngineStats, entries: Sequence[Entry] = ()) -> bytes:
         """The text that Prometheus reads. entries: what is served now."""
@@ -127,6 +128,7 @@ class Metrics:
 class Steered(NamedTuple):
     """The steering series of one correction."""
 
+    steps: Counter
     open: Counter
     fired: Counter
     flips: Counter
@@ -162,6 +164,7 @@ class Watch:
         receipt = event.receipt
         if receipt is not None:
             self._steered.entropy.observe(receipt.entropy)
+            self._steered.steps.inc()
             self._steered.open.inc(receipt.open)
             self._steered.fired.inc(receipt.fired)
             self._steered.flips.inc(receipt.flip)

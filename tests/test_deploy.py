@@ -40,6 +40,11 @@ def test_every_metric_of_the_dashboard_is_served_and_every_panel_has_its_own_pla
     asked = set(re.findall(r"trimtab:\w+", json.dumps(dashboard)))
     assert len(asked) > 10
     assert asked - set(re.findall(r"^(trimtab:\w+)", told, re.MULTILINE)) == set()
+    shares = [
+        t["expr"] for p in dashboard["panels"] for t in p.get("targets", ()) if "steering_steps_total" in t["expr"]
+    ]
+    assert len(shares) == 2
+    assert all(share.count("sum by (correction, mode)") == 2 for share in shares), "each mode has steps of its own"
     taken = [
         (x, y)
         for place in (panel["gridPos"] for panel in dashboard["panels"])

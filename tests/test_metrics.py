@@ -64,6 +64,8 @@ def test_metrics_count_what_happened() -> None:
         series("request_decode_time_seconds_count"): 4.0,
         series("request_prompt_tokens_sum"): 3.0 * PROMPT,
         series("request_generation_tokens_sum"): 16.0,
+        series("steering_steps_total", **brief): 8.0,
+        series("steering_steps_total", correction="polite", mode="shadow"): 4.0,
         series("steering_open_total", **brief): 8.0,
         series("steering_fired_total", **brief): 8.0,
         series("steering_flips_total", **brief): 8.0,
