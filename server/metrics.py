@@ -62,7 +62,9 @@ class Metrics:
         self.prefill = self._histogram("request_prefill_time_seconds", prefill, _SECONDS).labels(model)
         self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS).labels(model)
-        self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice", _TOKENS).labels(model)
+        self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice that has some", _TOKENS).labels(
+            model
+        )
         self._requests = self._counter("http_requests", "Requests, refused ones too", "path", "method", "status")
         self._info = self._gauge(
             "correction_info", "1 for each correction that is served", "correction", "version", "tier"
@@ -170,6 +172,11 @@ class Watch:
             self._steered.flips.inc(receipt.flip)
             self._steered.kl.inc(max(0.0, receipt.kl))
 
+    def scored(self, event: Event) -> None:
+        """It is over: its tokens were given, and none was to be sampled."""
+        self._metrics.cached_tokens.inc(event.cached)
+        self.end("length")
+
     def end(self, reason: str) -> None:
         """It is over; only the first call counts."""
         if self.reason is None:
@@ -179,6 +186,7 @@ class Watch:
             if reason == REFUSED:
                 return
             metrics.whole.observe(now - self._start)
-            metrics.lengths.observe(self._tokens)
+            if self._tokens:
+                metrics.lengths.observe(self._tokens)
             if self._last is not None and self.first is not None:
                 metrics.decode.observe(self._last - self._start - self.first)

@@ -142,6 +142,7 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
                     reason = event.finish or reason
                     check_event(event)
                     if event.finish is not None:
+                        watch.scored(event)
                         return found
                     assert event.token is not None
                     assert event.receipt is not None

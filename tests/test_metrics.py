@@ -81,6 +81,22 @@ def test_metrics_count_what_happened() -> None:
     assert not any({("correction", "polite"), ("mode", "apply")} <= labels for _, labels in samples)
 
 
+def test_what_is_scored_has_hits_and_no_length() -> None:
+    def script(request: Request, index: int) -> list[Event]:
+        scored = [event(request, index, 98, scored=True)] if request.score_from is not None else []
+        return [*scored, event(request, index, None, finish="length", cached=3)]
+
+    with in_memory(ScriptedEngine(script)) as ask:
+        ask("POST", "/v1/completions", json={"prompt": "abcd", "echo": True, "max_tokens": 0})
+        ask("POST", "/v1/steering/score", json={"prompt": "abcd", "completion": "b"})
+        samples = read(ask("GET", "/metrics").text)
+    assert samples[series("prefix_cache_queries_total")] == 9.0
+    assert samples[series("prefix_cache_hits_total")] == 6.0
+    assert samples[series("request_success_total", finished_reason="length")] == 2.0
+    assert samples[series("e2e_request_latency_seconds_count")] == 2.0
+    assert samples[series("request_generation_tokens_count")] == 0.0
+
+
 def test_the_time_in_the_queue_is_told_apart() -> None:
     def script(request: Request, index: int) -> list[Event]:
         return [event(request, index, 65, finish="length", queued=30.0)]
