@@ -40,7 +40,8 @@ USER 10001
 WORKDIR /cache
 VOLUME /cache
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD ["python", "-c", \
+# A model may take minutes to load. The port is the entry point's: leave --port as it is, and publish another one.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["python", "-c", \
     "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); assert c.getresponse().status == 200"]
 ENTRYPOINT ["trimtab", "serve", "--host", "0.0.0.0", "--port", "8000", "--drain-timeout", "7"]
 CMD ["demo"]

@@ -64,6 +64,13 @@ def test_the_image_has_the_compiler_without_which_triton_launches_nothing() -> N
     assert {"gcc", "libc6-dev"} <= set(installed.split())
 
 
+def test_the_image_asks_itself_on_its_own_port_and_gives_a_model_time_to_load() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    (seconds,), (port,) = (re.findall(found, text) for found in (r"--start-period=(\d+)s", r"'127\.0\.0\.1', (\d+)"))
+    assert int(seconds) >= 600
+    assert int(port) == started_with().port
+
+
 def test_compose_starts_the_server_as_the_image_allows() -> None:
     (compose,) = read("compose.yaml")
     server = compose["services"]["trimtab"]
@@ -72,6 +79,8 @@ def test_compose_starts_the_server_as_the_image_allows() -> None:
     assert args.model == "demo"
     assert args.drain_timeout < int(server["stop_grace_period"].removesuffix("s"))
     assert (server["read_only"], server["cap_drop"]) == (True, ["ALL"])
+    conditions = [service.get("depends_on", []) for service in compose["services"].values()]
+    assert all(isinstance(names, list) for names in conditions), "nothing waits until another one is healthy"
     (scraped,) = read("prometheus/prometheus.yml")
     assert scraped["scrape_configs"][0]["static_configs"] == [{"targets": ["trimtab:8000"]}]
     for service in compose["services"].values():
