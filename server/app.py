@@ -175,7 +175,10 @@ def create_app(
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=openapi.TEXT)
     async def metrics() -> Response:
         """Prometheus' metrics."""
-        return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            service.metrics.render(engine.stats(), bank.entries, service.prompter.waiting),
+            media_type=CONTENT_TYPE_LATEST,
+        )
 
     tokens.add_routes(app, service)
     corrections.add_routes(app, service, corrections_root)

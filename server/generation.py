@@ -135,6 +135,8 @@ class Generation:
                 reason = "abort"
                 lengths = [len(request.prompt) for request in self._requests]
                 self._service.metrics.accept(lengths, self._body.choices)
+                for choice in self._choices.values():
+                    choice.watch.submitted()
                 yield ticket
         finally:
             for choice in self._choices.values():

@@ -22,7 +22,7 @@ from prometheus_client import (
 
 from trimtab.server.engine.engine import EngineStats
 from trimtab.server.engine.request import Event, Steering
-from trimtab.server.visit import Visit
+from trimtab.server.visit import Visit, current
 from trimtab.steering.bank import Entry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -48,16 +48,17 @@ class Metrics:
         self._up = self._gauge("engine_up", "1 while the engine lives and moves, else 0")
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
+        self._unread = self._gauge("num_prompts_waiting", "Texts that wait for the tokeniser, or that it reads")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests").labels(model)
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens whose KV was looked for").labels(model)
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
         self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
         self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
-        self.first = self._histogram("time_to_first_token_seconds", "From submission", _SECONDS).labels(model)
+        self.first = self._histogram("time_to_first_token_seconds", "From arrival", _SECONDS).labels(model)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
-        self.whole = self._histogram("e2e_request_latency_seconds", "From submission to end", _SECONDS).labels(model)
-        self.queued = self._histogram("request_queue_time_seconds", "From the engine to slots", _SECONDS).labels(model)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to end", _SECONDS).labels(model)
+        self.queued = self._histogram("request_queue_time_seconds", "From arrival to slots", _SECONDS).labels(model)
         prefill, decode = "From slots to the first token", "From the first token to the last"
         self.prefill = self._histogram("request_prefill_time_seconds", prefill, _SECONDS).labels(model)
         self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
@@ -98,8 +99,8 @@ class Metrics:
         steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
         return Watch(self, Steered(steps, opened, fired, flips, kl, self._entropy.labels(*base)))
 
-    def render(self, stats: EngineStats, entries: Sequence[Entry] = ()) -> bytes:
-        """The text that Prometheus reads. entries: what is served now."""
+    def render(self, stats: EngineStats, entries: Sequence[Entry] = (), unread: int = 0) -> bytes:
+        """The text that Prometheus reads. entries: what is served now; unread: texts in the tokeniser's queue."""
         self._info.clear()
         for entry in entries:
             found = entry.correction
@@ -107,6 +108,7 @@ class Metrics:
         self._up.labels(self.model).set(stats.well)
         self._running.labels(self.model).set(stats.running)
         self._waiting.labels(self.model).set(stats.waiting)
+        self._unread.labels(self.model).set(unread)
         self._cache.labels(self.model).set(stats.used / stats.slots)
         return generate_latest(self._registry)
 
@@ -139,15 +141,21 @@ class Steered(NamedTuple):
 
 
 class Watch:
-    """One choice on its way, timed."""
+    """One choice on its way, timed from when its request arrived."""
 
     def __init__(self, metrics: Metrics, steered: Steered) -> None:
         self._metrics, self._steered = metrics, steered
-        self._start = time.perf_counter()
+        visit = current()
+        self._start = time.perf_counter() if visit is None else visit.start
+        self._before = 0.0  # seconds until the engine had it
         self._tokens = 0
         self._last: float | None = None
         self.first: float | None = None  # seconds to the first token
         self.reason: str | None = None  # why it ended
+
+    def submitted(self) -> None:
+        """The engine has it."""
+        self._before = time.perf_counter() - self._start
 
     def token(self, event: Event) -> None:
         """A token was sampled."""
@@ -155,8 +163,9 @@ class Watch:
         if self._last is None:
             self.first = now - self._start
             metrics.first.observe(self.first)
-            metrics.queued.observe(event.queued)
-            metrics.prefill.observe(max(0.0, self.first - event.queued))
+            queued = self._before + event.queued
+            metrics.queued.observe(queued)
+            metrics.prefill.observe(max(0.0, self.first - queued))
             metrics.cached_tokens.inc(event.cached)
         else:
             metrics.between.observe(now - self._last)

@@ -137,6 +137,7 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
         with service.tickets.open([request]) as ticket:
             reason = "abort"
             service.metrics.accept([len(request.prompt)])
+            watch.submitted()
             while True:
                 for event in await ticket.next(service.keep_alive):
                     reason = event.finish or reason

@@ -1,14 +1,19 @@
 """The metrics: Prometheus' own parser reads them, they count what happened, and no caller can make a series."""
 
+import time
 from collections.abc import Mapping
+from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripted import ScriptedEngine, event, ids, in_memory, say
 from trimtab.errors import Overloaded
 from trimtab.server import metrics
+from trimtab.server.engine.engine import EngineStats
 from trimtab.server.engine.request import Event, Request, Steering
 from trimtab.server.metrics import Metrics
+from trimtab.server.prompt import Prompter
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 CHAT_PATH = "/v1/chat/completions"
@@ -104,8 +109,29 @@ def test_the_time_in_the_queue_is_told_apart() -> None:
     with in_memory(ScriptedEngine(script)) as ask:
         ask("POST", CHAT_PATH, json=CHAT)
         samples = read(ask("GET", "/metrics").text)
-    assert samples[series("request_queue_time_seconds_sum")] == 30.0
+    assert 30.0 < samples[series("request_queue_time_seconds_sum")] < 60.0
     assert samples[series("request_prefill_time_seconds_sum")] == 0.0, "never below"
+
+
+def test_times_begin_when_the_request_arrives_and_who_waits_for_the_tokeniser_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode = Prompter._encode
+
+    def slowly(self: Prompter, *what: Any) -> Any:
+        time.sleep(0.2)
+        return encode(self, *what)
+
+    monkeypatch.setattr(Prompter, "_encode", slowly)
+    with in_memory(ScriptedEngine(say("a"))) as ask:
+        ask("POST", CHAT_PATH, json=CHAT)
+        samples = read(ask("GET", "/metrics").text)
+    for name in ("time_to_first_token", "request_queue_time", "e2e_request_latency"):
+        assert samples[series(f"{name}_seconds_sum")] >= 0.2
+    assert samples[series("request_prefill_time_seconds_sum")] < 0.2
+    assert samples[series("num_prompts_waiting")] == 0.0
+    told = Metrics("tiny").render(EngineStats(0, 0, 0, 1, True, 0.0), unread=3).decode()
+    assert read(told)[series("num_prompts_waiting")] == 3.0
 
 
 def test_every_request_is_counted_by_its_routes_template_and_its_status() -> None:
