@@ -31,6 +31,13 @@ def describe(
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
 
 
+def describe_keys(api: Sequence[str], admin: Sequence[str]) -> str:
+    """Who may come in."""
+    asking = f"{len(api)} for /v1" if api else "none for /v1: whoever reaches it may ask"
+    changing = f"{len(admin)} for changes" if admin else "none for changes: nobody may make any"
+    return f"keys         {asking}; {changing}"
+
+
 def _describe_correction(entry: Entry) -> str:
     """One line, and one with the verdict where something was learned."""
     correction = entry.correction

@@ -19,7 +19,7 @@ from ray import serve
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.app import create_app
-from trimtab.server.card import describe
+from trimtab.server.card import describe, describe_keys
 from trimtab.server.engine.core import CONTRAST
 from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
@@ -78,6 +78,7 @@ class Replica:
         self._engine = Engine(self._base, self._bank, engine_config(args))
         self._names, self._slots = [args.served_model_name or self._base.name], args.max_num_seqs
         keys = choose_keys(None, API_VARIABLE, None, "api-key")
+        log.log(logging.INFO if keys else logging.WARNING, describe_keys(keys, ()))
         self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)
         self._configured = False
 

@@ -99,6 +99,7 @@ def test_kubernetes_probes_what_the_server_answers_and_waits_until_it_has_left()
     cache = 2 * 30 * 3 * 64 * 4 * args.max_num_seqs * args.max_model_len  # the demo's, in float32
     assert container["resources"]["limits"] == {"memory": "4Gi"}
     assert cache + 2 * 2**30 < 4 * 2**30
+    assert container["envFrom"] == [{"secretRef": {"name": "trimtab-keys"}}], "no key, no pod: never open by mistake"
     paths = {getattr(route, "path", "") for route in scripted_app(ScriptedEngine(say("hi"))).routes}
     probed = {kind: container[kind]["httpGet"]["path"] for kind in container if kind.endswith("Probe")}
     assert len(probed) == 3
