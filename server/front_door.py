@@ -26,7 +26,7 @@ from trimtab.errors import RateLimited
 from trimtab.server import corrections
 from trimtab.server.drain import Lifecycle
 from trimtab.server.http_errors import failure
-from trimtab.server.keys import Keys
+from trimtab.server.keys import Keys, name_of
 from trimtab.server.visit import Observer, Visit, visiting
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class FrontDoor:
         bodiless = scope["method"] == "HEAD"
         path = _SLASHES.sub("/", scope["path"]).rstrip("\n")  # a line break at the end, which routes would not see
         visit = Visit(request_id, scope["method"], path, headers)
+        client = scope.get("client") or (None,)
+        visit.note(client=client[0], key=name_of(headers.get("authorization", "")))
         scope = {**scope, "method": "GET" if bodiless else visit.method, "path": visit.path}
         limit = MAX_BODY
         received = 0

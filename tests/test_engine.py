@@ -222,7 +222,7 @@ def test_a_request_that_cannot_be_started_fails_alone(harness: Harness, monkeypa
     harness.engine.submit(greedy("good"))
     harness.engine.submit(replace(greedy("bad"), n=2))
     events = harness.collect(3)
-    assert [events["bad", k][-1].error for k in (0, 1)] == ["the engine failed: boom"] * 2
+    assert [events["bad", k][-1].error for k in (0, 1)] == ["the engine failed: its log says why"] * 2
     assert [event.token for event in events["good", 0]] == harness.alone(greedy("good"))
     harness.engine.submit(greedy("later"))
     assert harness.collect(1)["later", 0][-1].finish == "length"
@@ -240,7 +240,7 @@ def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:
     harness.engine.submit(greedy("r"))
     event = harness.events.get(timeout=WAIT)
     assert blocked.is_set()
-    assert (event.finish, event.error) == ("error", "the engine died: boom")
+    assert (event.finish, event.error) == ("error", "the engine died: its log says why")
 
 
 def test_events_arrive_once_a_step(harness: Harness) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from trimtab.errors import SHUTTING_DOWN, EngineFailure, EngineStopped, Overloaded
 from trimtab.server.engine.config import EngineConfig
-from trimtab.server.engine.core import Core
+from trimtab.server.engine.core import FAILED, Core
 from trimtab.server.engine.request import Event, FinishReason, Request, Structure
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
@@ -167,9 +167,9 @@ class Engine:
         try:
             while self._take_messages():
                 self._deliver(self._core.step())
-        except Exception as error:
+        except Exception:
             log.exception("the engine's thread died")
-            reason = f"the engine died: {error}"
+            reason = "the engine died: its log says why"
         self._end_all(reason)
 
     def _check_running(self) -> None:
@@ -213,11 +213,11 @@ class Engine:
     def _add(self, request: Request) -> None:
         try:
             self._core.add(request)
-        except Exception as error:  # whatever it was, its caller hears of it and the engine goes on
-            log.exception("a request could not be started")
+        except Exception:  # whatever it was, its caller hears of it and the engine goes on
+            log.exception("a request could not be started: %s", request.id)
             for index in range(request.n):
                 self._core.abort(request.id, index)
-            self._finish(request.id, self._open.get(request.id, set()), f"the engine failed: {error}")
+            self._finish(request.id, self._open.get(request.id, set()), FAILED)
 
     def _run(self, errand: _Errand) -> None:
         if not errand.outcome.set_running_or_notify_cancel():
