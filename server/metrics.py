@@ -2,13 +2,14 @@
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
 when somebody looks; label lookups happen once a request, not once a token. No label's values come from callers: a
-correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own; a path is its
-route's template. Beside ours stand prometheus_client's own series of the process.
+correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own, for as long as
+they are served; a path is its route's template. Beside ours stand prometheus_client's own series of the process.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Sequence, Set
+from typing import NamedTuple, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,7 +22,7 @@ from prometheus_client import (
 )
 
 from trimtab.server.engine.engine import EngineStats
-from trimtab.server.engine.request import Event, Steering
+from trimtab.server.engine.request import Event, Mode, Steering
 from trimtab.server.visit import Visit, current
 from trimtab.steering.bank import Entry
 
@@ -72,11 +73,13 @@ class Metrics:
         )
         self._seen: set[str] = set()  # corrections that have series of their own
         by = ("correction", "mode")
-        self._steps = self._counter("steering_steps", "Steps of choices, steered or not", *by)
-        self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
-        self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
-        self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
-        self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
+        self._by_mode = (
+            self._counter("steering_steps", "Steps of choices, steered or not", *by),
+            self._counter("steering_open", "Steps at which the gate was open", *by),
+            self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by),
+            self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by),
+            self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by),
+        )
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
     def count(self, visit: Visit) -> None:
@@ -95,12 +98,12 @@ class Metrics:
         """The series of one choice that starts now."""
         base = (self.model, self._label(steering.correction))
         labels = (*base, steering.mode)
-        series = (self._steps, self._open, self._fired, self._flips, self._kl)
-        steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
+        steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in self._by_mode)
         return Watch(self, Steered(steps, opened, fired, flips, kl, self._entropy.labels(*base)))
 
     def render(self, stats: EngineStats, entries: Sequence[Entry] = (), unread: int = 0) -> bytes:
         """The text that Prometheus reads. entries: what is served now; unread: texts in the tokeniser's queue."""
+        self._forget(self._seen - {entry.correction.name for entry in entries})
         self._info.clear()
         for entry in entries:
             found = entry.correction
@@ -118,6 +121,14 @@ class Metrics:
         if len(self._seen) < MAX_CORRECTIONS:
             self._seen.add(correction)
         return correction if correction in self._seen else OTHERS
+
+    def _forget(self, gone: Set[str]) -> None:
+        """Their places are others' now. What a request that is under way still adds to their series is told nobody."""
+        self._seen -= gone
+        for correction in gone:
+            self._entropy.remove(self.model, correction)
+            for counter, mode in itertools.product(self._by_mode, get_args(Mode)):
+                counter.remove(self.model, correction, mode)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scripted import ScriptedEngine, event, ids, in_memory, say
+from scripted import ScriptedEngine, event, ids, in_memory, say, scripted_bank
 from trimtab.errors import Overloaded
 from trimtab.server import metrics
 from trimtab.server.engine.engine import EngineStats
@@ -181,3 +181,20 @@ def test_callers_make_no_series_and_operators_not_too_many() -> None:
     assert metrics.OTHERS in labels
     assert counted._label(None) == metrics.NO_CORRECTION
     assert counted.watch(Steering(names[-1])) is not None
+
+
+def test_a_correction_that_is_gone_leaves_its_place_and_its_series() -> None:
+    counted, bank = Metrics("tiny"), scripted_bank()
+    idle = EngineStats(0, 0, 0, 1, True, 0.0)
+    for name in ("brief", "polite"):
+        counted.watch(Steering(name))
+        counted.watch(Steering(name, mode="shadow"))
+    for i in range(metrics.MAX_CORRECTIONS):
+        counted.watch(Steering(f"c{i}"))
+    assert counted._label("newest") == metrics.OTHERS
+    bank.remove("polite")
+    told = counted.render(idle, bank.entries).decode()
+    assert series("steering_fired_total", correction="brief", mode="shadow") in read(told)
+    assert "polite" not in told
+    assert "c1" not in told
+    assert counted._label("newest") == "newest"
