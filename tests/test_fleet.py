@@ -140,6 +140,30 @@ def test_a_replica_tells_what_it_serves(folder: Path, caplog: pytest.LogCaptureF
     assert "slots        3 of 64 tokens" in caplog.text
 
 
+def test_a_replica_logs_its_requests_and_keeps_a_keys_limit(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `trimtab serve` does; without Ray."""
+    from fastapi.testclient import TestClient
+
+    from trimtab.errors import InvalidRequest
+    from trimtab.server.fleet import Replica, Replicated
+
+    caplog.set_level("INFO", "trimtab")
+    monkeypatch.delenv("TRIMTAB_API_KEY", raising=False)
+    given: dict[str, Any] = {"model": str(folder / "tiny"), "max_model_len": 64, "max_requests_per_key": 1}
+    with pytest.raises(InvalidRequest, match="set TRIMTAB_API_KEY"):
+        Replica(Replicated(**given))
+    monkeypatch.setenv("TRIMTAB_API_KEY", "k")
+    replica = Replica(Replicated(**given, generation_config="auto", allowed_origins=["http://here"]))
+    assert "keys         1 for /v1; none for changes" in caplog.text
+    with TestClient(replica.__serve_build_asgi_app__()) as client:
+        headers = {"Authorization": "Bearer k", "Origin": "http://here"}
+        answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=headers)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://here")
+    assert "POST /v1/completions 200" in caplog.messages
+
+
 def test_a_config_that_does_not_fit_is_refused_whole(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
