@@ -17,6 +17,9 @@ COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
+# Triton compiles its way into the CUDA driver, in C, before the first kernel.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore
 # hadolint ignore=DL3013
@@ -37,7 +40,8 @@ USER 10001
 WORKDIR /cache
 VOLUME /cache
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD ["python", "-c", \
+# A model may take minutes to load. The port is the entry point's: leave --port as it is, and publish another one.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["python", "-c", \
     "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); assert c.getresponse().status == 200"]
 ENTRYPOINT ["trimtab", "serve", "--host", "0.0.0.0", "--port", "8000", "--drain-timeout", "7"]
 CMD ["demo"]

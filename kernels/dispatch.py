@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.errors import UnsupportedModel
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.steer import Steered, find_on_cpu, find_on_gpu, steer
 
@@ -18,6 +19,24 @@ class LayerKernels(NamedTuple):
     tokens_a_tile: Callable[[int, int], int]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+
+
+def make_ready(device: torch.device) -> None:
+    """Let Triton compile its way into the driver: at a kernel's first launch a model would be blamed for what fails.
+
+    Raises UnsupportedModel for what is missing on this machine, whatever the model.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:  # whatever it was, no kernel can run
+        raise UnsupportedModel(
+            f"Triton cannot use the GPU of this machine, whatever the model: {error}. It needs a C compiler and its "
+            "headers: install gcc and libc6-dev"
+        ) from error
 
 
 def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:

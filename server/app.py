@@ -8,7 +8,6 @@ with it. The engine starts with the app and is closed with it.
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,7 +43,6 @@ from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
 
-STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
 B = TypeVar("B", bound=Body)
 Prepared = Coroutine[Any, Any, Generation]
 
@@ -105,7 +103,11 @@ def create_app(
     app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(
-        FrontDoor, keys=Keys(api_keys, admin_keys), lifecycle=lifecycle, max_per_key=max_per_key, observers=observers
+        FrontDoor,
+        keys=Keys(api_keys, admin_keys),
+        lifecycle=lifecycle,
+        max_per_key=max_per_key,
+        observers=[service.metrics.count, *observers],
     )
     if origins:  # outside the front door: a browser asks without its key whether it may ask
         app.add_middleware(
@@ -157,27 +159,26 @@ def create_app(
         """Tell of one correction, its report included."""
         return service.catalogue.correction(name)
 
-    def is_well() -> bool:
-        stats = engine.stats()
-        return stats.alive and time.monotonic() - stats.heartbeat < STALE
-
     @app.get("/health", response_model=None, responses=openapi.status("ok", "unhealthy"))
     async def health() -> Response:
         """Whether the engine is alive and moves."""
-        well = is_well()
+        well = engine.stats().well
         return JSONResponse({"status": "ok" if well else "unhealthy"}, 200 if well else 503)
 
     @app.get("/ready", response_model=None, responses=openapi.status("ready", "draining or unhealthy"))
     async def ready() -> Response:
         """Whether new requests are taken."""
         draining = lifecycle.draining
-        up = not draining and is_well()
+        up = not draining and engine.stats().well
         return JSONResponse({"status": "ready" if up else "draining" if draining else "unhealthy"}, 200 if up else 503)
 
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse, responses=openapi.TEXT)
     async def metrics() -> Response:
         """Prometheus' metrics."""
-        return Response(service.metrics.render(engine.stats(), bank.entries), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            service.metrics.render(engine.stats(), bank.entries, service.prompter.waiting),
+            media_type=CONTENT_TYPE_LATEST,
+        )
 
     tokens.add_routes(app, service)
     corrections.add_routes(app, service, corrections_root)

@@ -5,6 +5,7 @@ from typing import Any
 
 from trimtab.server.engine.rule import slots_of
 from trimtab.server.model.base import Base
+from trimtab.server.model.kv import size_of
 from trimtab.steering.bank import Bank, Entry
 
 
@@ -19,14 +20,22 @@ def describe(
     """What is being served, for the operator. defaults: of sampling."""
     values = {"temperature": 1, "top_p": 1} | dict(defaults or {})
     source = " by the model's generation_config" if defaults else ""
+    cache = size_of(base.config, slots, max_len, base.dtype)
     lines = [
         f"model        {', '.join(names)} ({str(base.dtype).removeprefix('torch.')} on {base.device})",
-        f"slots        {slots} of {max_len} tokens",
+        f"slots        {slots} of {max_len} tokens: a KV cache of {cache / 1e6:,.0f} MB",
         f"sampling     {', '.join(f'{name} {value:g}' for name, value in values.items())}{source}"
         " unless a request says otherwise",
     ]
     corrections = [_describe_correction(entry) for entry in bank.entries]
     return "\n".join([*lines, *(f"correction   {line}" for line in corrections or ["none"])])
+
+
+def describe_keys(api: Sequence[str], admin: Sequence[str]) -> str:
+    """Who may come in."""
+    asking = f"{len(api)} for /v1" if api else "none for /v1: whoever reaches it may ask"
+    changing = f"{len(admin)} for changes" if admin else "none for changes: nobody may make any"
+    return f"keys         {asking}; {changing}"
 
 
 def _describe_correction(entry: Entry) -> str:

@@ -50,7 +50,7 @@ class Choice:
         check_event(event)
         self.cached += event.cached
         if event.token is None:  # max_tokens was 0
-            self.end("length")
+            self.watch.scored(event)
             return self.stream.close()
         self.watch.token(event)
         if event.receipt is not None:

@@ -3,6 +3,7 @@
 Invariant: from the first SIGTERM or SIGINT on, new work is refused with a 503 and /ready says so; an answer is whole,
 or its caller is told: when the time is over the engine is closed, which ends every generation with an error, in streams
 with an event. uvicorn alone would cut the connections, and close the port at once. A second signal ends the process.
+A server whose engine has died ends by itself, so that whoever started it can start it anew.
 """
 
 import asyncio
@@ -55,6 +56,7 @@ class DrainingServer(uvicorn.Server):
         self._engine, self._drain = engine, drain
         self._lifecycle = lifecycle or Lifecycle()
         self._deadline: float | None = None
+        self.failed = False  # it ended because the engine had died
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._captured_signals.append(sig)
@@ -65,6 +67,9 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ended = await super().on_tick(counter)
+        if self._deadline is None and not self._engine.stats().alive:
+            log.critical("the engine has died: the server ends")
+            self.failed, self._deadline, self._lifecycle.draining = True, time.monotonic(), True
         over = self._deadline is not None and (self._lifecycle.under_way == 0 or time.monotonic() >= self._deadline)
         return ended or over
 

@@ -11,22 +11,25 @@ the config says, stops a new replica, and leaves a running one as it is.
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from trimtab.errors import InvalidRequest
+from trimtab.server import logs
 from trimtab.server.app import create_app
-from trimtab.server.card import describe
+from trimtab.server.card import describe, describe_keys
+from trimtab.server.defaults import sampling_defaults
 from trimtab.server.engine.core import CONTRAST
 from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
 from trimtab.server.model.base import load_base
 from trimtab.server.model.weights import DEMO
-from trimtab.server.serve import engine_config
+from trimtab.server.serve import choose_tracer, engine_config
 from trimtab.server.sources import read_named
+from trimtab.server.traces import Tracer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction
 from trimtab.steering.folder import version_of
@@ -50,6 +53,13 @@ class Replicated(BaseModel):
     max_queue_tokens: int = 2**20
     enforce_eager: bool = False
     threads: int = 1
+    generation_config: Literal["vllm", "auto"] = "vllm"
+    max_requests_per_key: int | None = Field(default=None, ge=1)  # in each replica
+    allowed_origins: list[str] = []
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
 
 
 class Source(BaseModel):
@@ -72,14 +82,38 @@ class Wanted(BaseModel):
 class Replica:
     """One whole server: a base, an engine, a bank."""
 
+    _tracer: Tracer | None = None
+
     def __init__(self, args: Replicated) -> None:
+        if not logging.getLogger().handlers:  # as Ray starts a replica
+            logs.configure(args.log_format, args.log_level)
+        self._tracer = choose_tracer(args.otlp_traces_endpoint)
+        keys = choose_keys(None, API_VARIABLE, None, "api-key")
+        if args.max_requests_per_key and not keys:
+            raise InvalidRequest(f"max_requests_per_key needs keys: set {API_VARIABLE}", "max_requests_per_key")
+        log.log(logging.INFO if keys else logging.WARNING, describe_keys(keys, ()))
         self._base = load_base(args.model, args.dtype, args.device, args.threads)
         self._bank = Bank(self._base.hidden, self._base.device)
         self._engine = Engine(self._base, self._bank, engine_config(args))
         self._names, self._slots = [args.served_model_name or self._base.name], args.max_num_seqs
-        keys = choose_keys(None, API_VARIABLE, None, "api-key")
-        self._app = create_app(self._engine, self._base, self._bank, names=self._names, api_keys=keys)
+        self._defaults = sampling_defaults(self._base) if args.generation_config == "auto" else {}
+        self._app = create_app(
+            self._engine,
+            self._base,
+            self._bank,
+            names=self._names,
+            api_keys=keys,
+            max_per_key=args.max_requests_per_key,
+            defaults=self._defaults,
+            origins=args.allowed_origins,
+            observers=[logs.RequestLog(args.log_prompts), *([self._tracer] if self._tracer else [])],
+        )
         self._configured = False
+
+    def __del__(self) -> None:
+        """Ray calls it when a replica leaves."""
+        if self._tracer is not None:
+            self._tracer.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -97,19 +131,23 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises."""
-        if not self._engine.stats().alive:
-            raise RuntimeError("the engine has died: the replica's log says why")
+        if not self._engine.stats().well:
+            raise RuntimeError("the engine has died, or is stuck: the replica's log says why")
 
     def _serve(self, wanted: Wanted) -> None:
-        """All sources are read before anything changes."""
+        """All sources are read, and fit the base, before anything changes."""
         swap = self._app.state.service.swap
+        for name in set(wanted.corrections) & set(self._names):
+            raise InvalidRequest(f"corrections.{name}: the model itself is called {name}", f"corrections.{name}")
         read = [_read(name, source) for name, source in wanted.corrections.items() if not self._has(name, source)]
+        for correction in read:
+            swap.check(correction)
         for correction in read:
             swap.put(correction)
         for name in self._bank.names:
             if name not in wanted.corrections and name != CONTRAST:
                 swap.remove(name)
-        log.info(describe(self._base, self._bank, self._names, self._slots, self._engine.max_len))
+        log.info(describe(self._base, self._bank, self._names, self._slots, self._engine.max_len, self._defaults))
 
     def _has(self, name: str, source: Source) -> bool:
         return name in self._bank.names and self._bank.entry(name).version == source.version

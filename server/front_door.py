@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import RateLimited
 from trimtab.server import corrections
 from trimtab.server.drain import Lifecycle
 from trimtab.server.http_errors import failure
-from trimtab.server.keys import Keys
+from trimtab.server.keys import Keys, name_of
 from trimtab.server.visit import Observer, Visit, visiting
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class FrontDoor:
         bodiless = scope["method"] == "HEAD"
         path = _SLASHES.sub("/", scope["path"]).rstrip("\n")  # a line break at the end, which routes would not see
         visit = Visit(request_id, scope["method"], path, headers)
+        client = scope.get("client") or (None,)
+        visit.note(client=client[0], key=name_of(headers.get("authorization", "")))
         scope = {**scope, "method": "GET" if bodiless else visit.method, "path": visit.path}
         limit = MAX_BODY
         received = 0
@@ -100,6 +103,7 @@ class FrontDoor:
                         raise
                     await failure(error).response()(scope, receive, send_with_id)
         finally:
+            visit.route = _template(scope)
             self._tell(visit)
 
     @contextmanager
@@ -133,6 +137,12 @@ class FrontDoor:
                 observer(visit)
             except Exception:  # who watches must not change what is watched
                 log.exception("a request could not be noted")
+
+
+def _template(scope: Scope) -> str:
+    """That of the route whose path this is, be it by another method, or refused at the door."""
+    taken = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
+    return getattr(next(taken, None), "path", "")
 
 
 def _check_size(size: int, limit: int) -> None:

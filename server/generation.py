@@ -21,6 +21,7 @@ from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import Choice, outcome
 from trimtab.server.engine.request import Request, Structure
 from trimtab.server.http_errors import error_event
+from trimtab.server.metrics import REFUSED
 from trimtab.server.prompt import Ids
 from trimtab.server.prompt_scores import PromptScores, what_to_score
 from trimtab.server.schema import Body
@@ -127,15 +128,19 @@ class Generation:
     @contextmanager
     def open(self) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
-        with self._service.tickets.open(self._requests) as ticket:
-            lengths = [len(request.prompt) for request in self._requests]
-            self._service.metrics.accept(lengths, self._body.choices)
-            try:
-                yield ticket
-            finally:
+        reason = REFUSED
+        try:
+            with self._service.tickets.open(self._requests) as ticket:
+                reason = "abort"
+                lengths = [len(request.prompt) for request in self._requests]
+                self._service.metrics.accept(lengths, self._body.choices)
                 for choice in self._choices.values():
-                    choice.end("abort")
-                note(**outcome(self._choices.values()), cached_tokens=self._cached)
+                    choice.watch.submitted()
+                yield ticket
+        finally:
+            for choice in self._choices.values():
+                choice.end(reason)
+            note(**outcome(self._choices.values()), cached_tokens=self._cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""

@@ -31,6 +31,7 @@ from trimtab.errors import (
     Unauthorized,
 )
 from trimtab.server.many import TOO_MANY
+from trimtab.server.visit import note
 
 log = logging.getLogger("trimtab.server")
 
@@ -61,7 +62,13 @@ class Failure(NamedTuple):
 
 
 def failure(error: BaseException) -> Failure:
-    """What an error is to the caller. An error that nobody foresaw is logged, and only called internal."""
+    """What an error is to the caller, and, by its code, to the log. One that nobody foresaw is only called internal."""
+    found = _failure(error)
+    note(error=found.code or found.type)
+    return found
+
+
+def _failure(error: BaseException) -> Failure:
     match error:
         case ContextOverflow():
             return Failure(400, str(error), param=error.field, code="context_length_exceeded")

@@ -1,7 +1,7 @@
 """Who may come in: API keys for the service, admin keys for changing what it serves.
 
-Invariant: keys are compared by their digests, in constant time, and none is kept or told. An admin key opens all that
-an API key opens; no API key opens what takes an admin key.
+Invariant: keys are compared by their digests, in constant time, and none is kept or told: the log names one by how its
+digest begins. An admin key opens all that an API key opens; no API key opens what takes an admin key.
 
     keys = Keys(choose_keys(given, API_VARIABLE, file, "api-key"), admin);  holder = keys.admit(header, admin=False)
 """
@@ -49,8 +49,8 @@ class Keys:
         """
         if admin and not self._admin:
             raise Forbidden("this server changes nothing at run time: it was started without an admin key")
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip()) if scheme.lower() == "bearer" else b""
+        key = _bearer(authorization)
+        given = _digest(key) if key else b""
         fits = [hmac.compare_digest(given, digest) for digest in self._admin]
         ours = [hmac.compare_digest(given, digest) for digest in self._api]
         if any(fits) or not (admin or self._api):
@@ -60,6 +60,17 @@ class Keys:
         if not any(ours):
             raise Unauthorized("the API key is missing or wrong: send `Authorization: Bearer KEY`")
         return given
+
+
+def name_of(authorization: str) -> str | None:
+    """What the log calls the key in this header: the first of `printf %s KEY | sha256sum`; None where there is none."""
+    key = _bearer(authorization)
+    return _digest(key).hex()[:8] if key else None
+
+
+def _bearer(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

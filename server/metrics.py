@@ -2,25 +2,39 @@
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
 when somebody looks; label lookups happen once a request, not once a token. No label's values come from callers: a
-correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own.
+correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own, for as long as
+they are served; a path is its route's template. Beside ours stand prometheus_client's own series of the process.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Sequence, Set
+from typing import NamedTuple, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from trimtab.server.engine.engine import EngineStats
-from trimtab.server.engine.request import Event, Steering
+from trimtab.server.engine.request import Event, Mode, Steering
+from trimtab.server.visit import Visit, current
 from trimtab.steering.bank import Entry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 MAX_CORRECTIONS = 64
-OTHERS = "others"  # the label's value for corrections beyond that
+OTHERS = "others"  # the label's value for corrections beyond that; of paths without a route, and methods without one
 NO_CORRECTION = "none"  # the label's value for a request that is not steered
+METHODS = {"GET", "HEAD", "POST", "DELETE"}  # that have routes
+REFUSED = "refused"  # the reason of a choice that the engine did not take
+GONE = 499  # the status of a request whose client left before it had one
 _SHADOW = "; with the mode shadow, would have"  # nothing is applied then, so it is a series of its own
 
 
@@ -29,34 +43,49 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
         self.model = model
+        self._up = self._gauge("engine_up", "1 while the engine lives and moves, else 0")
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
+        self._unread = self._gauge("num_prompts_waiting", "Texts that wait for the tokeniser, or that it reads")
         self._cache = self._gauge("kv_cache_usage_perc", "Share of the slots in use, 0 to 1")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests").labels(model)
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens whose KV was looked for").labels(model)
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
         self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
         self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
-        self.first = self._histogram("time_to_first_token_seconds", "From submission", _SECONDS).labels(model)
+        self.first = self._histogram("time_to_first_token_seconds", "From arrival", _SECONDS).labels(model)
         self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
-        self.whole = self._histogram("e2e_request_latency_seconds", "From submission to end", _SECONDS).labels(model)
-        self.queued = self._histogram("request_queue_time_seconds", "From the engine to slots", _SECONDS).labels(model)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to end", _SECONDS).labels(model)
+        self.queued = self._histogram("request_queue_time_seconds", "From arrival to slots", _SECONDS).labels(model)
         prefill, decode = "From slots to the first token", "From the first token to the last"
         self.prefill = self._histogram("request_prefill_time_seconds", prefill, _SECONDS).labels(model)
         self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS).labels(model)
-        self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice", _TOKENS).labels(model)
+        self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice that has some", _TOKENS).labels(
+            model
+        )
+        self._requests = self._counter("http_requests", "Requests, refused ones too", "path", "method", "status")
         self._info = self._gauge(
             "correction_info", "1 for each correction that is served", "correction", "version", "tier"
         )
         self._seen: set[str] = set()  # corrections that have series of their own
         by = ("correction", "mode")
-        self._open = self._counter("steering_open", "Steps at which the gate was open", *by)
-        self._fired = self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by)
-        self._flips = self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by)
-        self._kl = self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by)
+        self._by_mode = (
+            self._counter("steering_steps", "Steps of choices, steered or not", *by),
+            self._counter("steering_open", "Steps at which the gate was open", *by),
+            self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by),
+            self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by),
+            self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by),
+        )
         self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
+
+    def count(self, visit: Visit) -> None:
+        """An observer of visits."""
+        method = visit.method if visit.method in METHODS else OTHERS
+        self._requests.labels(self.model, visit.route or OTHERS, method, visit.status or GONE).inc()
 
     def accept(self, prompts: Sequence[int], n: int = 1) -> None:
         """Prompts of so many tokens are in the engine's hands, for n choices each: every choice looks for its KV."""
@@ -69,18 +98,20 @@ class Metrics:
         """The series of one choice that starts now."""
         base = (self.model, self._label(steering.correction))
         labels = (*base, steering.mode)
-        series = (self._open, self._fired, self._flips, self._kl)
-        opened, fired, flips, kl = (counter.labels(*labels) for counter in series)
-        return Watch(self, Steered(opened, fired, flips, kl, self._entropy.labels(*base)))
+        steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in self._by_mode)
+        return Watch(self, Steered(steps, opened, fired, flips, kl, self._entropy.labels(*base)))
 
-    def render(self, stats: EngineStats, entries: Sequence[Entry] = ()) -> bytes:
-        """The text that Prometheus reads. entries: what is served now."""
+    def render(self, stats: EngineStats, entries: Sequence[Entry] = (), unread: int = 0) -> bytes:
+        """The text that Prometheus reads. entries: what is served now; unread: texts in the tokeniser's queue."""
+        self._forget(self._seen - {entry.correction.name for entry in entries})
         self._info.clear()
         for entry in entries:
             found = entry.correction
             self._info.labels(self.model, found.name, entry.version, found.tier).set(1)
+        self._up.labels(self.model).set(stats.well)
         self._running.labels(self.model).set(stats.running)
         self._waiting.labels(self.model).set(stats.waiting)
+        self._unread.labels(self.model).set(unread)
         self._cache.labels(self.model).set(stats.used / stats.slots)
         return generate_latest(self._registry)
 
@@ -90,6 +121,14 @@ class Metrics:
         if len(self._seen) < MAX_CORRECTIONS:
             self._seen.add(correction)
         return correction if correction in self._seen else OTHERS
+
+    def _forget(self, gone: Set[str]) -> None:
+        """Their places are others' now. What a request that is under way still adds to their series is told nobody."""
+        self._seen -= gone
+        for correction in gone:
+            self._entropy.remove(self.model, correction)
+            for counter, mode in itertools.product(self._by_mode, get_args(Mode)):
+                counter.remove(self.model, correction, mode)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)
@@ -104,6 +143,7 @@ class Metrics:
 class Steered(NamedTuple):
     """The steering series of one correction."""
 
+    steps: Counter
     open: Counter
     fired: Counter
     flips: Counter
@@ -112,15 +152,21 @@ class Steered(NamedTuple):
 
 
 class Watch:
-    """One choice on its way, timed."""
+    """One choice on its way, timed from when its request arrived."""
 
     def __init__(self, metrics: Metrics, steered: Steered) -> None:
         self._metrics, self._steered = metrics, steered
-        self._start = time.perf_counter()
+        visit = current()
+        self._start = time.perf_counter() if visit is None else visit.start
+        self._before = 0.0  # seconds until the engine had it
         self._tokens = 0
         self._last: float | None = None
         self.first: float | None = None  # seconds to the first token
         self.reason: str | None = None  # why it ended
+
+    def submitted(self) -> None:
+        """The engine has it."""
+        self._before = time.perf_counter() - self._start
 
     def token(self, event: Event) -> None:
         """A token was sampled."""
@@ -128,8 +174,9 @@ class Watch:
         if self._last is None:
             self.first = now - self._start
             metrics.first.observe(self.first)
-            metrics.queued.observe(event.queued)
-            metrics.prefill.observe(max(0.0, self.first - event.queued))
+            queued = self._before + event.queued
+            metrics.queued.observe(queued)
+            metrics.prefill.observe(max(0.0, self.first - queued))
             metrics.cached_tokens.inc(event.cached)
         else:
             metrics.between.observe(now - self._last)
@@ -139,10 +186,16 @@ class Watch:
         receipt = event.receipt
         if receipt is not None:
             self._steered.entropy.observe(receipt.entropy)
+            self._steered.steps.inc()
             self._steered.open.inc(receipt.open)
             self._steered.fired.inc(receipt.fired)
             self._steered.flips.inc(receipt.flip)
             self._steered.kl.inc(max(0.0, receipt.kl))
+
+    def scored(self, event: Event) -> None:
+        """It is over: its tokens were given, and none was to be sampled."""
+        self._metrics.cached_tokens.inc(event.cached)
+        self.end("length")
 
     def end(self, reason: str) -> None:
         """It is over; only the first call counts."""
@@ -150,7 +203,10 @@ class Watch:
             self.reason = reason
             metrics, now = self._metrics, time.perf_counter()
             metrics.finished.labels(metrics.model, reason).inc()
+            if reason == REFUSED:
+                return
             metrics.whole.observe(now - self._start)
-            metrics.lengths.observe(self._tokens)
+            if self._tokens:
+                metrics.lengths.observe(self._tokens)
             if self._last is not None and self.first is not None:
                 metrics.decode.observe(self._last - self._start - self.first)

@@ -47,6 +47,11 @@ class Prompter:
         self._tools = ToolTemplate(tokenizer)
         self.tool_format = self._tools.format  # in which the model is told to write the calls of tools
 
+    @property
+    def waiting(self) -> int:
+        """How many wait, with the one that is read."""
+        return self._waiting
+
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True, long: Long = "refuse") -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
         return [await self._run(partial(self._encode, text, add_special_tokens, "prompt", long)) for text in prompts]

@@ -22,6 +22,7 @@ from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.many import Many
 from trimtab.server.messages import Messages
+from trimtab.server.metrics import REFUSED
 from trimtab.server.prompt import Ids, replace_words
 from trimtab.server.receipts import Tally, finite, receipt_json
 from trimtab.server.service import Service
@@ -129,18 +130,21 @@ async def _tokens(service: Service, request: Request) -> list[tuple[Step, float]
     """What the engine tells of each scored token, and its log-probability. Raises EngineFailure, EngineStopped."""
     found: list[tuple[Step, float]] = []
     watch = service.metrics.watch(request.steering)
-    reason = "abort"
-    with service.tickets.open([request]) as ticket:
-        service.metrics.accept([len(request.prompt)])
-        try:
+    reason = REFUSED
+    try:
+        with service.tickets.open([request]) as ticket:
+            reason = "abort"
+            service.metrics.accept([len(request.prompt)])
+            watch.submitted()
             while True:
                 for event in await ticket.next(service.keep_alive):
                     reason = event.finish or reason
                     check_event(event)
                     if event.finish is not None:
+                        watch.scored(event)
                         return found
                     assert event.token is not None
                     assert event.receipt is not None
                     found.append((Step(event.token, event.receipt), event.logprob))
-        finally:
-            watch.end(reason)
+    finally:
+        watch.end(reason)

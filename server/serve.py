@@ -5,6 +5,7 @@ opens. Flags have vLLM's names where vLLM has one. Nothing heavy is imported unt
 """
 
 import argparse
+import ipaddress
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from trimtab.server.model.base import Base
     from trimtab.server.traces import Tracer
     from trimtab.steering.bank import Bank
+
+log = logging.getLogger(__name__)
 
 DEMO_CORRECTION = Path(__file__).resolve().parent.parent / "corrections" / "smollm2-135m-instructions"
 
@@ -95,12 +98,14 @@ def add_serve(commands: Subparsers) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Load, say what was loaded, serve until SIGTERM or Ctrl-C."""
+    """Load, say what was loaded, serve until SIGTERM or Ctrl-C; or until the engine dies, with the exit code 1."""
+    if args.log_format == "json":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are no JSON; tqdm reads this when it is imported: below
     import uvicorn
 
     from trimtab.server import logs
     from trimtab.server.app import create_app
-    from trimtab.server.card import describe
+    from trimtab.server.card import describe, describe_keys
     from trimtab.server.defaults import sampling_defaults
     from trimtab.server.drain import DrainingServer, Lifecycle
     from trimtab.server.engine.engine import Engine
@@ -140,7 +145,14 @@ def serve(args: argparse.Namespace) -> None:
         observers=[logs.RequestLog(args.log_prompts), *([tracer] if tracer else [])],
         with_page=not args.no_page,
     )
-    print(describe(base, bank, names, config.slots, engine.max_len, defaults), flush=True)
+    card = describe(base, bank, names, config.slots, engine.max_len, defaults)
+    card = f"{card}\n{describe_keys(api_keys, admin_keys)}"
+    if args.log_format == "json":
+        log.info("%s", card)
+    else:
+        print(card, flush=True)
+    if not api_keys and not is_loopback(args.host):
+        log.warning("no API key is in force on --host %s: give --api-key, or set %s", args.host, API_VARIABLE)
     settings = uvicorn.Config(
         app,
         args.host,
@@ -161,7 +173,7 @@ def serve(args: argparse.Namespace) -> None:
             tracer.close()
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
-    _end()
+    _end(1 if server.failed else 0)
 
 
 def try_port(host: str, port: int) -> None:
@@ -175,6 +187,14 @@ def try_port(host: str, port: int) -> None:
             raise InvalidRequest(
                 f"port {port} of {host} cannot be opened ({why}): give another --port", "port"
             ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this machine alone reaches it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def engine_config(given: Any) -> "EngineConfig":
@@ -234,11 +254,11 @@ def load_bank(base: "Base", folders: Sequence[tuple[str, Path]], names: Sequence
     return bank
 
 
-def _end() -> None:
+def _end(code: int) -> None:
     """All is answered and told. The interpreter's own end would take seconds more, and wait for other threads."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _origins(text: str) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.engine import Engine
+from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
-from trimtab.steering.bank import Bank, Entry
+from trimtab.steering.bank import Bank, Draft, Entry
 from trimtab.steering.correction import Correction, LoraCorrection, check
 
 
@@ -31,19 +32,28 @@ class Swap:
         Raises CorrectionError where it does not fit the base; then nothing has changed.
         """
         with self._lock:
-            check(correction, self._base.identity)
-            try:
-                draft = self._bank.prepare(correction)
-                placed = None
-                if isinstance(correction, LoraCorrection):
-                    placed = self._base.adapted.bring(correction.adapter)
-            except torch.OutOfMemoryError as error:
-                message = f"no memory is left on the device for {correction.name}: remove another one first"
-                raise InvalidRequest(message, "correction") from error
+            draft, placed = self._bring(correction)
             _ = draft.entry.version  # a digest of all its tensors: computed here, not where it is first told
             return draft.entry, self._engine.between_steps(lambda core: core.publish(draft, placed))
+
+    def check(self, correction: Correction) -> None:
+        """Raise what `put` would, for those who change several or none. Blocks."""
+        with self._lock:
+            self._bring(correction)
 
     def remove(self, name: str) -> None:
         """No new request finds it. Blocks. Raises NotFound."""
         with self._lock:
             self._engine.between_steps(lambda core: core.bank.remove(name))
+
+    def _bring(self, correction: Correction) -> tuple[Draft, Placed | None]:
+        check(correction, self._base.identity)
+        try:
+            draft = self._bank.prepare(correction)
+            placed = None
+            if isinstance(correction, LoraCorrection):
+                placed = self._base.adapted.bring(correction.adapter)
+        except torch.OutOfMemoryError as error:
+            message = f"no memory is left on the device for {correction.name}: remove another one first"
+            raise InvalidRequest(message, "correction") from error
+        return draft, placed

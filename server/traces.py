@@ -42,12 +42,13 @@ class Tracer:
     """An observer of visits."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "trimtab"}), shutdown_on_exit=False)
+        named = {"service.name": "trimtab", **OTELResourceDetector().detect().attributes}  # as OTEL_SERVICE_NAME says
+        self._provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("trimtab")
         self._parents = TraceContextTextMapPropagator()
@@ -58,7 +59,7 @@ class Tracer:
             return
         start = int(visit.began * 1e9)
         operation = _OPERATIONS.get(str(visit.facts.get("kind")))
-        name = f"{operation} {visit.facts['model']}" if operation else f"{visit.method} {visit.path}"
+        name = f"{operation} {visit.facts['model']}" if operation else f"{visit.method} {visit.route}".rstrip()
         parent = self._parents.extract(dict(visit.headers))
         span = self._tracer.start_span(name, parent, self._kind, attributes=attributes(visit), start_time=start)
         if not 0 < visit.status < 500 or "error" in visit.facts.get("finish", ()):
@@ -77,6 +78,7 @@ def attributes(visit: Visit) -> dict[str, Any]:
     found: dict[str, Any] = {
         "http.request.method": visit.method,
         "url.path": visit.path,
+        **({"http.route": visit.route} if visit.route else {}),
         "trimtab.request.id": visit.id,
         **({"http.response.status_code": visit.status} if visit.status else {}),
         **{name: facts[key] for key, name in _GEN_AI.items() if key in facts},

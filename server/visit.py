@@ -24,6 +24,7 @@ class Visit:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     began: float = field(default_factory=time.time)
     start: float = field(default_factory=time.perf_counter)
+    route: str = ""  # the template of its path, which no caller writes; "" where no route has it
     status: int = 0  # 0: no answer was begun
     seconds: float = 0.0  # to the end of its answer
     facts: dict[str, Any] = field(default_factory=dict)  # of a generation: see generation.py

@@ -18,9 +18,11 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serving(arguments: Sequence[str], folder: Path, code: int = 0) -> Iterator[Served]:
+def serving(
+    arguments: Sequence[str], folder: Path, code: int = 0, program: Sequence[str] = ("-m", "trimtab.cli")
+) -> Iterator[Served]:
     """Serves on a free port; afterwards SIGTERM must end it, if it runs, with this exit code and no traceback."""
-    command = [sys.executable, "-m", "trimtab.cli", "serve", *arguments, "--port", "0"]
+    command = [sys.executable, *program, "serve", *arguments, "--port", "0"]
     with subprocess.Popen(
         command,
         cwd=folder,

@@ -741,8 +741,10 @@ def test_health_follows_the_engine() -> None:
     engine = ScriptedEngine(say("x"))
     with in_memory(engine) as ask:
         assert ask("GET", "/health").status_code == 200
+        assert 'trimtab:engine_up{model_name="tiny"} 1.0' in ask("GET", "/metrics").text
         engine.beat = 120.0
         assert ask("GET", "/health").status_code == 503
+        assert 'trimtab:engine_up{model_name="tiny"} 0.0' in ask("GET", "/metrics").text
         engine.beat, engine.alive = 0.0, False
         assert ask("GET", "/health").status_code == 503
 

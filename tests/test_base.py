@@ -46,6 +46,23 @@ def test_a_model_that_is_not_there_is_named(model: str, message: str) -> None:
         load_base(model)
 
 
+def test_a_machine_without_a_compiler_is_told_so_and_no_model_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import driver
+
+    def lacking() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(driver, "_active", mock.Mock(get_current_device=lacking))
+    with pytest.raises(UnsupportedModel, match=r"Failed to find C compiler.*install gcc") as told:
+        load_base(str(tmp_path / "tiny"))
+    assert "tiny" not in str(told.value)
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
         load_base(str(tmp_path))

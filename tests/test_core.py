@@ -291,12 +291,14 @@ def test_a_penalty_that_makes_logits_infinite_ends_its_own_request_only(base: Ba
     assert tokens([e for e in first if e.request_id == "good"] + rest) == expected
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(base: Base) -> None:
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(base: Base, caplog: pytest.LogCaptureFixture) -> None:
     core = Core(base, bank_for(base), EngineConfig(slots=2))
     core.submit(Request("doomed", (1, 2, 3)))
     core._runner._step = lambda inputs: (_ for _ in ()).throw(RuntimeError("boom"))
     (event,) = core.step()
-    assert (event.finish, event.error) == ("error", "the engine failed: boom")
+    assert (event.finish, event.error) == ("error", "the engine failed: its log says why")
+    assert "a step failed; its sequences end: doomed" in caplog.text
+    assert "RuntimeError: boom" in caplog.text
     assert not core.busy
     assert core.free_slots == 2
 

@@ -1,6 +1,6 @@
 """The end of a server, in processes of their own: what runs is finished or told, and the exit code says so.
 
-Takes half a minute: three servers are started.
+Takes half a minute: four servers are started.
 """
 
 import asyncio
@@ -119,3 +119,17 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
 
     with serving(flags(600), folder, code=128 + signal.SIGTERM) as served:
         asyncio.run(main(served))
+
+
+def test_a_server_whose_engine_dies_tells_its_callers_and_ends_with_a_failure(folder: Path) -> None:
+    dies = "from trimtab.server.engine.core import Core; Core.step = lambda self: 1 // 0; "
+    program = ["-c", dies + "from trimtab.cli import main; main()"]
+    with serving(flags(600), folder, code=1, program=program) as served:
+        assert "trimtab:engine_up{" in httpx.get(f"{served.url}/metrics").text
+        told = httpx.post(served.url + PATH, json=BODY | {"stream": False}, timeout=60)
+        assert told.status_code == 500
+        assert served.process.wait(30) == 1
+        assert served.process.stdout is not None
+        log = served.process.stdout.read()
+    assert "ZeroDivisionError" in log
+    assert "the engine has died: the server ends" in log

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tiny import tiny_base, tiny_correction
-from trimtab.errors import ContextOverflow, EngineStopped, NotFound, Overloaded
+from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, NotFound, Overloaded
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
@@ -138,6 +138,48 @@ def test_an_errand_that_the_engine_never_came_to_is_told_so(harness: Harness) ->
     assert "before it came to this" in str(told.get(timeout=WAIT))
 
 
+def test_a_stuck_thread_is_left_and_who_waits_is_told_once(harness: Harness) -> None:
+    held, loose = threading.Event(), threading.Event()
+    step = harness.engine._core.step
+
+    def stick() -> list[Event]:
+        held.set()
+        loose.wait(WAIT)
+        return step()
+
+    harness.engine._core.step = stick  # type: ignore[method-assign]
+    harness.engine.submit(greedy("r"))
+    assert held.wait(WAIT)
+    harness.engine.close()
+    assert harness.events.get(timeout=WAIT).finish == "abort"
+    loose.set()
+    harness.engine._thread.join(WAIT)
+    assert not harness.engine.stats().alive
+    assert harness.events.empty(), "what its last step brought comes after the end"
+
+
+def test_an_errand_waits_for_a_stuck_thread_as_long_as_that_may_be_a_slow_one(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.server.engine.engine.STALE", 0.05)
+    held, loose, done = threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pytest.raises(EngineFailure, match="stuck"):
+            harness.engine.between_steps(lambda core: held.set() or loose.wait(WAIT))
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    assert held.wait(WAIT)
+    with pytest.raises(EngineFailure, match="stuck"):
+        harness.engine.between_steps(lambda core: done.set())
+    holding.join(WAIT)
+    loose.set()
+    harness.engine.submit(greedy("r"))
+    assert harness.collect(1)["r", 0][-1].finish == "length"
+    assert not done.is_set(), "who gave it up was told that it is not done"
+
+
 def test_prompts_that_wait_are_bounded_in_tokens(harness: Harness) -> None:
     engine = Engine(harness.base, harness.bank, EngineConfig(slots=1, max_model_len=512, max_queue_tokens=100))
     ended = queue.SimpleQueue[Event]()
@@ -180,7 +222,7 @@ def test_a_request_that_cannot_be_started_fails_alone(harness: Harness, monkeypa
     harness.engine.submit(greedy("good"))
     harness.engine.submit(replace(greedy("bad"), n=2))
     events = harness.collect(3)
-    assert [events["bad", k][-1].error for k in (0, 1)] == ["the engine failed: boom"] * 2
+    assert [events["bad", k][-1].error for k in (0, 1)] == ["the engine failed: its log says why"] * 2
     assert [event.token for event in events["good", 0]] == harness.alone(greedy("good"))
     harness.engine.submit(greedy("later"))
     assert harness.collect(1)["later", 0][-1].finish == "length"
@@ -198,7 +240,7 @@ def test_a_dying_thread_tells_its_requests(harness: Harness) -> None:
     harness.engine.submit(greedy("r"))
     event = harness.events.get(timeout=WAIT)
     assert blocked.is_set()
-    assert (event.finish, event.error) == ("error", "the engine died: boom")
+    assert (event.finish, event.error) == ("error", "the engine died: its log says why")
 
 
 def test_events_arrive_once_a_step(harness: Harness) -> None:

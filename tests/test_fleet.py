@@ -140,6 +140,56 @@ def test_a_replica_tells_what_it_serves(folder: Path, caplog: pytest.LogCaptureF
     assert "slots        3 of 64 tokens" in caplog.text
 
 
+def test_a_replica_logs_its_requests_and_keeps_a_keys_limit(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `trimtab serve` does; without Ray."""
+    from fastapi.testclient import TestClient
+
+    from trimtab.errors import InvalidRequest
+    from trimtab.server.fleet import Replica, Replicated
+
+    caplog.set_level("INFO", "trimtab")
+    monkeypatch.delenv("TRIMTAB_API_KEY", raising=False)
+    given: dict[str, Any] = {"model": str(folder / "tiny"), "max_model_len": 64, "max_requests_per_key": 1}
+    with pytest.raises(InvalidRequest, match="set TRIMTAB_API_KEY"):
+        Replica(Replicated(**given))
+    monkeypatch.setenv("TRIMTAB_API_KEY", "k")
+    replica = Replica(Replicated(**given, generation_config="auto", allowed_origins=["http://here"]))
+    assert "keys         1 for /v1; none for changes" in caplog.text
+    with TestClient(replica.__serve_build_asgi_app__()) as client:
+        headers = {"Authorization": "Bearer k", "Origin": "http://here"}
+        answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=headers)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://here")
+    assert "POST /v1/completions 200" in caplog.messages
+
+
+def test_a_config_that_does_not_fit_is_refused_whole(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where what does not fit comes after what does. Without Ray."""
+    from trimtab.server.fleet import Replica, Replicated
+
+    save(tiny_correction(tiny_base(seed=1), "foreign"), tmp_path / "foreign")
+    replica = Replica(Replicated(model=str(folder / "tiny"), served_model_name="us", max_model_len=64))
+    engine = replica._engine
+    engine.start(lambda events: None)
+
+    def configure(**sources: Path) -> list[str]:
+        corrections = {name: {"source": str(source)} for name, source in sources.items()}
+        asyncio.run(replica.reconfigure({"corrections": corrections}))
+        return [f"{entry.correction.name} {entry.version}" for entry in replica._bank.entries]
+
+    before = configure(mine=folder / "first")
+    assert len(before) == 2, "and the contrast"
+    assert configure(mine=folder / "second", other=tmp_path / "foreign") == before
+    assert "other weights" in caplog.text
+    assert configure(mine=folder / "second", us=folder / "second") == before
+    assert "the model itself is called us" in caplog.text
+    assert configure(mine=folder / "second") != before
+    engine.close()
+
+
 def test_a_killed_replica_costs_its_streams_a_retry_and_comes_back(url: str) -> None:
     async def watch() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:

@@ -1,5 +1,6 @@
 """The log: a line for each request that says what an operator asks for, and never what was said in it."""
 
+import hashlib
 import io
 import json
 import logging
@@ -71,6 +72,7 @@ def test_a_line_tells_all_of_a_request_but_what_was_said(listen: Any, stream: bo
         "method": "POST",
         "route": "/v1/chat/completions",
         "status": 200,
+        "client": "127.0.0.1",
         "model": "brief",
         "correction": "brief",
         "version": version,
@@ -111,6 +113,11 @@ def test_a_request_that_fails_has_a_line_too(listen: Any) -> None:
     whole, streamed, keyless, wrong = (json.loads(text) for text in lines.text)
     assert [line["status"] for line in (whole, streamed, keyless, wrong)] == [500, 200, 401, 400]
     assert [line["finish"] for line in (whole, streamed)] == [["error"], ["error"]]
+    assert [line["error"] for line in (whole, streamed)] == ["engine_failure", "engine_failure"]
+    assert [line["error"] for line in (keyless, wrong)] == ["invalid_api_key", "invalid_request_error"]
+    assert {line.get("key") for line in (whole, wrong)} == {hashlib.sha256(b"k").hexdigest()[:8]}
+    assert "key" not in keyless
+    assert {line["client"] for line in (whole, keyless)} == {"127.0.0.1"}
     assert "model" not in keyless
     assert "secret" not in "".join(lines.text)
 

@@ -210,6 +210,7 @@ def test_no_more_prompts_wait_than_the_engine_could_take_and_none_whose_caller_h
         prompter._tokenizer.encode = lambda text, **_: [read.append(text) or 2]
         waiting = [asyncio.create_task(prompter.text([f"w{i}"])) for i in range(MOST - 1)]
         await asyncio.sleep(0)
+        assert prompter.waiting == MOST
         with pytest.raises(Overloaded, match=f"{MOST} prompts wait"):
             await prompter.text(["one too many"])
         for task in waiting[1:]:

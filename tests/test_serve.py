@@ -1,5 +1,6 @@
 """`trimtab serve`: what is chosen from flags, and one real start and stop."""
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -14,11 +15,12 @@ from tiny import tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokeniz
 from trimtab.cli import build_parser, main
 from trimtab.errors import CorrectionError, InvalidRequest
 from trimtab.server import serve
-from trimtab.server.card import describe
+from trimtab.server.card import describe, describe_keys
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model.kv import size_of
 from trimtab.steering.adapter import adapter_files
 from trimtab.steering.atomic import write_bytes
 from trimtab.steering.folder import save
@@ -116,6 +118,8 @@ def test_the_bank_takes_what_fits_and_says_what_does_not(tmp_path: Path) -> None
         "one: head (rank 4, top_k 10, cap 3.0, activation none, parameters 288), strength 1 where entropy > 1 nats"
         in told
     )
+    assert "slots        4 of 128 tokens: a KV cache of 0 MB" in told
+    assert size_of(base.config, 4, 128, base.dtype) == 2 * base.new_cache(4, 128).keys.nbytes
     assert "never evaluated" in told
     assert "sampling     temperature 1, top_p 1 unless a request says otherwise" in told
     by_makers = describe(base, bank, ["tiny"], 4, 128, {"temperature": 0.6, "top_k": 20})
@@ -153,8 +157,30 @@ def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     with serving(["tiny", "--max-model-len", "64", "--max-num-seqs", "2"], tmp_path) as served:
         assert "slots        2 of 64 tokens" in served.told
+        assert "none for /v1: whoever reaches it may ask; none for changes" in served.told
+        assert "no API key is in force" not in served.told
         assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
         assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_a_server_that_is_open_to_the_network_says_so(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    flags = ["tiny", "--host", "0.0.0.0", "--max-model-len", "64", "--max-num-seqs", "2", "--log-format", "json"]
+    with serving(flags, tmp_path) as served:
+        assert "no API key is in force on --host 0.0.0.0: give --api-key, or set TRIMTAB_API_KEY" in served.told
+        told = [json.loads(line) for line in served.told.splitlines()]
+    assert any("slots        2 of 64 tokens" in line["message"] for line in told)
+    with_keys = describe_keys(["a", "b"], ["c"])
+    assert with_keys == "keys         2 for /v1; 1 for changes"
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_which_hosts_this_machine_alone_reaches(host: str, alone: bool) -> None:
+    assert serve.is_loopback(host) is alone
 
 
 def test_origins_are_a_json_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,7 @@ def test_a_span_tells_the_request_under_its_callers(sent: InMemorySpanExporter) 
         "http.request.method": "POST",
         "http.response.status_code": 200,
         "url.path": "/v1/completions",
+        "http.route": "/v1/completions",
         "trimtab.request.id": "r-1",
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "trimtab",
@@ -72,6 +73,23 @@ def test_a_span_tells_the_request_under_its_callers(sent: InMemorySpanExporter) 
         "trimtab.steering.flips": 4,
     }
     assert (other.name, other.parent) == ("GET /v1/models", None)
+
+
+@pytest.mark.parametrize(("given", "name"), [({}, "trimtab"), ({"OTEL_SERVICE_NAME": "ours"}, "ours")])
+def test_a_service_has_the_operators_name_and_spans_their_routes_templates(
+    sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], name: str
+) -> None:
+    monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    tracer = Tracer(SimpleSpanProcessor(sent))
+    with in_memory(ScriptedEngine(say("a")), observers=[tracer]) as ask:
+        for path in ("/v1/models/nobodys", "/v1/nobodys/path"):
+            assert ask("GET", path).status_code == 404
+    tracer.close()
+    named, lost = sent.get_finished_spans()
+    assert (named.name, lost.name) == ("GET /v1/models/{name:path}", "GET")
+    assert named.resource.attributes["service.name"] == name
 
 
 def test_what_failed_is_marked_streaming_or_not(sent: InMemorySpanExporter) -> None:

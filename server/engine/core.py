@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CONTRAST = "contrast"  # the built-in correction of that tier, which any base has
 DEFAULT_MAX_LEN = 4096
+FAILED = "the engine failed: its log says why"  # which callers are told, and no more
 
 
 class Core:
@@ -141,9 +142,10 @@ class Core:
             packed = self._runner.sample(forward)
             if packed is not None and self.runs_ahead and self._scheduler.settled(len(work)):
                 self._ahead = self._runner.forward_again(forward, packed[:, TOKEN])
-        except Exception as error:  # whatever it was, the requests of this step must hear of it and the rest go on
-            log.exception("a step failed; its sequences end")
-            return [self._fail(s, f"the engine failed: {error}") for s in dict.fromkeys(w.sequence for w in work)]
+        except Exception:  # whatever it was, the requests of this step must hear of it and the rest go on
+            ended = list(dict.fromkeys(w.sequence for w in work))
+            log.exception("a step failed; its sequences end: %s", ", ".join(s.request.id for s in ended))
+            return [self._fail(s, FAILED) for s in ended]
         for w in work:
             self._scheduler.computed(w)
         events = [event for tokens, told in scored for event in self._read(tokens, told)]

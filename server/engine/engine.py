@@ -15,20 +15,23 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from trimtab.errors import SHUTTING_DOWN, EngineFailure, EngineStopped, Overloaded
 from trimtab.server.engine.config import EngineConfig
-from trimtab.server.engine.core import Core
+from trimtab.server.engine.core import FAILED, Core
 from trimtab.server.engine.request import Event, FinishReason, Request, Structure
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 log = logging.getLogger(__name__)
 
+STALE = 60.0  # seconds without a heartbeat after which the engine counts as stuck
+PATIENCE = 1.0  # seconds that `close` gives the step under way: less than drain.py's backstop
 _IDLE_BEAT = 1.0  # seconds between heartbeats when there is nothing to do
 
 OnEvents = Callable[[list[Event]], None]
@@ -44,6 +47,11 @@ class EngineStats(NamedTuple):
     slots: int
     alive: bool
     heartbeat: float  # time.monotonic() of the engine's last loop
+
+    @property
+    def well(self) -> bool:
+        """Whether it lives and moves."""
+        return self.alive and time.monotonic() - self.heartbeat < STALE
 
 
 class _Abort(NamedTuple):
@@ -120,12 +128,15 @@ class Engine:
     def between_steps(self, work: Callable[[Core], T]) -> T:
         """Do this on the engine's thread, which alone may touch a core that runs. Waits for it.
 
-        Raises what `work` does, and EngineStopped or EngineFailure where there is no thread.
+        Raises what `work` does, and EngineStopped or EngineFailure where there is no thread, or it is stuck.
         """
         outcome: Future[T] = Future()
         with self._lock:
             self._check_running()
             self._inbox.put(_Errand(work, outcome))
+        if not wait([outcome], STALE).done:
+            outcome.cancel()  # what has not begun never will
+            raise EngineFailure("the engine is stuck: it has not come to this for a minute")
         return outcome.result()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -140,11 +151,15 @@ class Engine:
         return EngineStats(running, waiting, used, slots, self._thread.is_alive(), self._heartbeat)
 
     def close(self) -> None:
-        """Stop after the current step; open requests are aborted. Returns when the thread has ended."""
+        """Stop after the current step; open requests are aborted. A thread that is stuck in it is left where it is."""
         self._closing = True
         self._inbox.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            log.error("the engine did not end its step in %g s: it is left to itself", PATIENCE)
+            self._end_all(None)
+            self._inbox.put(None)  # should it come loose
 
     def _loop(self) -> None:
         torch.set_num_threads(self._core.config.threads)  # a setting of each thread's own
@@ -152,15 +167,10 @@ class Engine:
         try:
             while self._take_messages():
                 self._deliver(self._core.step())
-        except Exception as error:
+        except Exception:
             log.exception("the engine's thread died")
-            reason = f"the engine died: {error}"
-        with self._lock:
-            self._closed = True
-            left = list(self._open.items())
-        for request_id, choices in left:
-            self._finish(request_id, choices, reason)
-        self._dismiss()
+            reason = "the engine died: its log says why"
+        self._end_all(reason)
 
     def _check_running(self) -> None:
         if self._closing:
@@ -168,12 +178,18 @@ class Engine:
         if self._closed or not self._thread.is_alive():
             raise EngineFailure("the engine is not running")
 
-    def _dismiss(self) -> None:
-        """Nobody will do the errands that are left."""
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, _Errand):
-                message.outcome.set_exception(EngineStopped("the engine stopped before it came to this"))
+    def _end_all(self, reason: str | None) -> None:
+        """Whoever waits hears that nobody works on it any more. reason: what failed; None: it was closed."""
+        with self._lock:
+            self._closed = True
+            left = list(self._open.items())
+        for request_id, choices in left:
+            self._finish(request_id, choices, reason)
+        with suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if isinstance(message, _Errand) and message.outcome.set_running_or_notify_cancel():
+                    message.outcome.set_exception(EngineStopped("the engine stopped before it came to this"))
 
     def _take_messages(self) -> bool:
         """Apply what came in, waiting for it only when idle. -> False once closed."""
@@ -197,13 +213,15 @@ class Engine:
     def _add(self, request: Request) -> None:
         try:
             self._core.add(request)
-        except Exception as error:  # whatever it was, its caller hears of it and the engine goes on
-            log.exception("a request could not be started")
+        except Exception:  # whatever it was, its caller hears of it and the engine goes on
+            log.exception("a request could not be started: %s", request.id)
             for index in range(request.n):
                 self._core.abort(request.id, index)
-            self._finish(request.id, self._open.get(request.id, set()), f"the engine failed: {error}")
+            self._finish(request.id, self._open.get(request.id, set()), FAILED)
 
     def _run(self, errand: _Errand) -> None:
+        if not errand.outcome.set_running_or_notify_cancel():
+            return
         try:
             errand.outcome.set_result(errand.work(self._core))
         except Exception as error:  # whatever it was, whoever waits for it hears of it and the engine goes on
@@ -224,12 +242,17 @@ class Engine:
     def _deliver(self, events: list[Event]) -> None:
         if not events:
             return
+        heard = []
         with self._lock:
             for event in events:
+                if event.index not in self._open.get(event.request_id, ()):
+                    continue  # `close` has told its end, and this step came loose after that
+                heard.append(event)
                 if self._unread:
                     self._unread.pop(event.request_id, None)
-                if event.finish is not None and event.request_id in self._open:
+                if event.finish is not None:
                     self._open[event.request_id].discard(event.index)
                     if not self._open[event.request_id]:
                         del self._open[event.request_id]
-        self._on_events(events)
+        if heard:
+            self._on_events(heard)

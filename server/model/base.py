@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UnsupportedModel
-from trimtab.kernels.dispatch import LayerKernels, layers_for
+from trimtab.kernels.dispatch import LayerKernels, layers_for, make_ready
 from trimtab.server.model.adapters import AdaptedLayers
 from trimtab.server.model.attention import IMPLEMENTATION, FixedBatch, KVBatch, Span
 from trimtab.server.model.fused import FusedDecoder, can_fuse
@@ -157,6 +157,7 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto", threads: in
             f"device {device!r} is not here: it must be auto, cpu, or cuda where there is a CUDA GPU"
         )
     where = torch.device(device)
+    make_ready(where)
     if dtype != "auto" and dtype not in DTYPES:
         raise UnsupportedModel(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype}")
     kind = _native_dtype(where) if dtype == "auto" else DTYPES[dtype]

