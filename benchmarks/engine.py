@@ -25,7 +25,8 @@ from random_model import CORRECTIONS, RANK, SHAPES, STRENGTH, TOP_K, make_bank, 
 
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 

@@ -27,7 +27,8 @@ from starlette.responses import HTMLResponse
 
 from browser import CHROMIUM, NO_CHROMIUM, PATIENCE, PacedEngine, chromium, receipt, steps, visit
 from scripted import ids, loopback, scripted_app
-from trimtab.server.engine.request import Event, Receipt, Request
+from trimtab.server.engine.event import Event, Receipt
+from trimtab.server.engine.request import Request
 
 WORDS = "the tide turns and the small rudder turns the large one while the ship goes on over the water "
 LATE = 34.0  # ms

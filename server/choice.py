@@ -8,8 +8,8 @@ from typing import Any
 
 from trimtab.errors import EngineFailure, EngineStopped, InvalidRequest
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.event import Event
 from trimtab.server.engine.pieces import Pieces
-from trimtab.server.engine.request import Event
 from trimtab.server.metrics import Watch
 from trimtab.server.prompt_scores import PromptScores
 from trimtab.server.receipts import Tally

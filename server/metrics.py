@@ -22,7 +22,8 @@ from prometheus_client import (
 )
 
 from trimtab.server.engine.engine import EngineStats
-from trimtab.server.engine.request import Event, Mode, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Mode, Steering
 from trimtab.server.visit import Visit, current
 from trimtab.steering.bank import Entry
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab.errors import InvalidRequest
+from trimtab.server.engine.event import Event
 from trimtab.server.engine.pieces import Pieces
-from trimtab.server.engine.request import Event
 from trimtab.server.engine.rule import Rule
 from trimtab.server.receipts import finite
 from trimtab.server.schema import Body

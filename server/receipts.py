@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from trimtab.server.catalogue import Chosen
+from trimtab.server.engine.event import Receipt
 from trimtab.server.engine.pieces import Pieces
-from trimtab.server.engine.request import Receipt
 from trimtab.server.stream import Step
 
 _LIMIT = 9999.0  # stands for infinity, which JSON does not know

@@ -12,8 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from trimtab.server.engine.event import Event, FinishReason, Receipt
 from trimtab.server.engine.pieces import Pieces
-from trimtab.server.engine.request import Event, FinishReason, Receipt
 from trimtab.server.tools.reader import CallPiece
 
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from trimtab.errors import EngineStopped, Overloaded
 from trimtab.server.compiling import Compiler
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Event, Request, Structure
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, Structure
 
 
 class Ticket:

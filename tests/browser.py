@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from scripted import ScriptedEngine, event, ids
-from trimtab.server.engine.request import Event, Receipt
+from trimtab.server.engine.event import Event, Receipt
 from trimtab.server.engine.request import Request as EngineRequest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

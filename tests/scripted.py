@@ -23,7 +23,8 @@ from tiny import VOCAB, tiny_tokenizer
 from trimtab.server.app import create_app
 from trimtab.server.drain import DrainingServer
 from trimtab.server.engine.engine import EngineStats
-from trimtab.server.engine.request import Event, Receipt, Request, Structure
+from trimtab.server.engine.event import Event, Receipt
+from trimtab.server.engine.request import Request, Structure
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection

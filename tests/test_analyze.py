@@ -10,7 +10,8 @@ from fitting import Odd
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Receipt, Steering
+from trimtab.server.engine.event import Receipt
+from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection, HeadCorrection

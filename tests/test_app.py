@@ -29,7 +29,8 @@ from scripted import (
 )
 from trimtab.errors import ContextOverflow, EngineFailure, InvalidRequest, Overloaded
 from trimtab.server.drain import Lifecycle
-from trimtab.server.engine.request import Budget, Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Budget, Request
 from trimtab.server.front_door import MAX_BODY
 from trimtab.server.prompt import Prompter
 from trimtab.server.tickets import Ticket

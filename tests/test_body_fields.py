@@ -11,7 +11,8 @@ from scripted import EOS, TOKENIZER, ScriptedEngine, event, ids, in_memory, say
 from tiny import tiny_base
 from trimtab.errors import UnsupportedModel
 from trimtab.server.defaults import sampling_defaults
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"

@@ -12,7 +12,8 @@ from tiny import VOCAB, tiny_correction, tiny_tokenizer
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Budget, Event, Request, SamplingParams, Steering, Structure
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Budget, Request, SamplingParams, Steering, Structure
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 

@@ -15,7 +15,8 @@ from tiny import FAMILIES, VOCAB, tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest, NotFound
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.model.attention import IMPLEMENTATION
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank

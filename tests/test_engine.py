@@ -13,7 +13,8 @@ from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, NotFou
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 

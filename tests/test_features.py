@@ -9,7 +9,8 @@ import torch
 
 from trimtab.errors import TaskError
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Receipt, Request, SamplingParams
+from trimtab.server.engine.event import Receipt
+from trimtab.server.engine.request import Request, SamplingParams
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.tasks.problem import Problem

@@ -9,7 +9,8 @@ import pytest
 
 from scripted import EOS, ScriptedEngine, event, in_memory, loopback, say, scripted_app
 from trimtab.errors import Forbidden, InvalidRequest, Unauthorized
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.server.keys import Keys, choose_keys
 
 VARIABLE = "TRIMTAB_TEST_KEY"

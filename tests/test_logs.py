@@ -12,7 +12,8 @@ import pytest
 
 from scripted import ScriptedEngine, event, ids, in_memory, say
 from trimtab.server import logs
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.server.visit import Visit
 
 SECRET = "my secret"

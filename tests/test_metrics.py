@@ -11,7 +11,8 @@ from scripted import ScriptedEngine, event, ids, in_memory, say, scripted_bank
 from trimtab.errors import Overloaded
 from trimtab.server import metrics
 from trimtab.server.engine.engine import EngineStats
-from trimtab.server.engine.request import Event, Request, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, Steering
 from trimtab.server.metrics import Metrics
 from trimtab.server.prompt import Prompter
 

@@ -16,7 +16,7 @@ from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine, OnEvents
-from trimtab.server.engine.request import Event
+from trimtab.server.engine.event import Event
 from trimtab.steering.bank import Bank
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]

@@ -24,7 +24,8 @@ from trimtab.server import page
 from trimtab.server.app import create_app
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import HeadCorrection
 

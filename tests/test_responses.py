@@ -11,7 +11,8 @@ from openai.types.responses import Response
 
 from scripted import TOKENIZER, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app
 from trimtab.errors import EngineFailure, Overloaded
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.server.responses.body import ResponseBody
 from trimtab.server.responses.events import Writer
 

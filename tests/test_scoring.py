@@ -17,7 +17,8 @@ from trimtab.server.engine import scoring
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event, Receipt
+from trimtab.server.engine.request import Budget, Request, SamplingParams, Steering
 from trimtab.server.model.base import Base, load_base
 from trimtab.server.model.weights import locate
 from trimtab.steering.bank import Bank

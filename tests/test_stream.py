@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trimtab.server.engine.request import Event, Receipt
+from trimtab.server.engine.event import Event, Receipt
 from trimtab.server.stream import ChoiceStream, TextRules, Update
 
 RECEIPT = Receipt(1.0, True, True, 0, 1, -1.0, -1.0, -1.0, -1.0, 1.0, 0.0, 1.0)

@@ -18,7 +18,8 @@ from tiny import tiny_base, tiny_correction
 from trimtab.server.app import create_app
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.server.model.base import load_base
 from trimtab.steering.bank import Bank
 

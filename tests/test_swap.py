@@ -14,7 +14,8 @@ from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
-from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.engine.rule import rule_for
 from trimtab.server.swap import Swap
 from trimtab.steering.bank import Bank

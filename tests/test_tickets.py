@@ -9,7 +9,8 @@ from starlette.requests import ClientDisconnect
 
 from scripted import ScriptedEngine, event, say
 from trimtab.errors import EngineStopped, Overloaded
-from trimtab.server.engine.request import Event, Request
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request
 from trimtab.server.tickets import Ticket, Tickets
 from trimtab.server.wire import or_gone
 

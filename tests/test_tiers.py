@@ -16,7 +16,8 @@ from tiny import place, tiny_correction, tiny_lora
 from trimtab.errors import ContextOverflow, InvalidRequest
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Budget, Event, Receipt, Request, SamplingParams, Steering, Structure
+from trimtab.server.engine.event import Event, Receipt
+from trimtab.server.engine.request import Budget, Request, SamplingParams, Steering, Structure
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank

@@ -19,8 +19,9 @@ from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, TOKEN, StepRecord, unpack
 from trimtab.server.engine.admission import Admission
 from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.event import Event, Receipt
 from trimtab.server.engine.inputs import Sampling
-from trimtab.server.engine.request import Event, Receipt, Request, SamplingParams, Steering
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.engine.runner import Forward, Runner
 from trimtab.server.engine.scheduler import Scheduler
 from trimtab.server.engine.sequence import Sequence

@@ -24,7 +24,8 @@ import torch
 from trimtab.errors import SHUTTING_DOWN, EngineFailure, EngineStopped, Overloaded
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import FAILED, Core
-from trimtab.server.engine.request import Event, FinishReason, Request, Structure
+from trimtab.server.engine.event import Event, FinishReason
+from trimtab.server.engine.request import Request, Structure
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 

@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers, token by token. Plain data: no HTTP, no tensors.
+"""What the engine is asked. Plain data: no HTTP, no tensors. What it answers: event.py.
 
 Invariant: a Request that could be constructed is valid for any model; what depends on the model (context length, token
 ids in range, a correction's name) is checked by `Engine.submit`. Errors are InvalidRequest and name the field.
@@ -7,7 +7,7 @@ ids in range, a correction's name) is checked by `Engine.submit`. Errors are Inv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.errors import InvalidRequest
 from trimtab.steering.gate import KINDS, GateKind
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from trimtab.server.engine.rule import Rule
     from trimtab.server.engine.structure import Grammar
 
-FinishReason = Literal["stop", "length", "abort", "error"]
 Mode = Literal["apply", "shadow", "off"]
 
 MAX_MIX = 8  # corrections that act together in one request
@@ -212,52 +211,6 @@ class Request:
         elif self.sampling.max_tokens == 0:
             message = "max_tokens must be at least 1; it may be 0 only where the prompt is echoed or scored"
             raise InvalidRequest(message, "max_tokens")
-
-
-class Receipt(NamedTuple):
-    """What one step did (the words: kernels/record.py). Log-probabilities are natural, at temperature 1.
-
-    In shadow mode `fired` tells what apply would have done; nothing was applied.
-    """
-
-    entropy: float  # nats, of the base
-    open: bool  # a correction was chosen and allowed, and the gate's statistic was above tau and not above its ceiling
-    fired: bool  # open, and strength was not 0
-    base_token: int  # the base's most likely token
-    steered_token: int  # the corrected distribution's most likely token
-    base_logprob: float  # of the sampled token, under the base
-    steered_logprob: float  # of the sampled token, under the corrected distribution
-    base_token_logprob: float  # of base_token, under the base
-    steered_token_logprob: float  # of steered_token, under the corrected distribution
-    statistic: float  # what the gate compared with tau, of its kind
-    kl: float  # nats: KL(base || corrected); 0 where it did not fire
-    strength: float  # what was applied, after a budget's cap; 0 where it did not fire
-
-    @property
-    def flip(self) -> bool:
-        """The correction fired and changed the most likely token."""
-        return self.fired and self.base_token != self.steered_token
-
-
-@dataclass(slots=True)  # not frozen: thousands are made a step, and freezing triples what one costs
-class Event:
-    """One token of one choice, sampled, or scored where it stands in the prompt.
-
-    Or the choice's end without one (token None: abort, error, or max_tokens was 0).
-    """
-
-    request_id: str
-    index: int  # which of the n choices
-    token: int | None
-    logprob: float  # under the distribution the token was sampled from, before filters and temperature
-    top: tuple[tuple[int, float], ...]  # (token id, logprob) pairs, descending, of the same distribution
-    receipt: Receipt | None
-    finish: FinishReason | None  # "stop": end-of-text or a stop token, which `token` then is
-    error: str | None = None  # set with finish "error"
-    cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
-    queued: float = 0.0  # seconds that it waited for its slots, on the same
-    scored: bool = False  # the token stands in the prompt
-    refused: bool = False  # the error is the request's own: what it asks for leaves no token
 
 
 def _within(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from trimtab.server.engine.budget import Allowance
 from trimtab.server.engine.constraint import Constraint
 from trimtab.server.engine.edits import ChoiceEdits, Listed
-from trimtab.server.engine.request import FinishReason, Request
+from trimtab.server.engine.event import FinishReason
+from trimtab.server.engine.request import Request
 from trimtab.server.engine.rule import Rule
 from trimtab.server.engine.slots import NO_ADAPTER, Prefix
 from trimtab.server.engine.vocabulary import Words, bitmask

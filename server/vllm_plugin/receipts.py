@@ -20,7 +20,7 @@ from prometheus_client import Counter
 from torch import Tensor
 
 from trimtab.kernels.record import FIRED, OPEN, StepRecord, pack, unpack
-from trimtab.server.engine.request import Receipt
+from trimtab.server.engine.event import Receipt
 from trimtab.server.receipts import finite
 from trimtab.server.vllm_plugin.ask import Asked
 

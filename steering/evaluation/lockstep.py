@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import EngineFailure
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Budget, Event, FinishReason, Receipt, Request, Steering
+from trimtab.server.engine.event import Event, FinishReason, Receipt
+from trimtab.server.engine.request import Budget, Request, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.evaluation.calibrate import idle

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from trimtab.errors import EngineFailure, InvalidRequest, TaskError
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Budget, Receipt, Request, SamplingParams
+from trimtab.server.engine.event import Receipt
+from trimtab.server.engine.request import Budget, Request, SamplingParams
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection

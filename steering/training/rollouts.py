@@ -20,7 +20,8 @@ import torch
 from trimtab.errors import EngineFailure, TaskError
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
-from trimtab.server.engine.request import Event, Request, SamplingParams, Steering
+from trimtab.server.engine.event import Event
+from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.correction import ContrastCorrection
