@@ -1,6 +1,7 @@
 """The README's figures: what was gained, against what is simpler, and what steering costs. RESULTS.md has the rest.
 
-Invariant: a cell is one figure of one run or report, as it is; a column is one set of problems, answered in pairs.
+Invariant: a cell is one figure of one run or report, as it is; a column is one set of problems, answered in pairs, and
+a table is of one base model.
 
     fill_readme(ROOT / "README.md", headline(fits, runs))
 """
@@ -31,6 +32,7 @@ Pair = tuple[str, str]
 class Column(NamedTuple):
     """What was found on one set of problems: of its policies' names, those of a ladder."""
 
+    model: str
     of: str
     base: float  # pass@1
     fired: float | None  # at which share of its steps the head acted
@@ -47,8 +49,10 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     unjudged = [fit for fit in fits if fit["name"] not in named and fit.get("report")]
     own = [run for run in ladders if run.get("strength") is None]  # the strength that the correction has
     columns = [*map(_of_ladder, own), *map(_of_pool, pools), *map(_of_fit, unjudged)]
+    letters = iter(string.ascii_uppercase)
+    by_model = {model: [c for c in columns if c.model == model] for model in dict.fromkeys(c.model for c in columns)}
     elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
-    parts = [_gains(columns)] if columns else []
+    parts = [_gains(model, {next(letters): column for column in found}) for model, found in by_model.items()]
     parts += ["\n".join(elsewhere)] if elsewhere else []
     parts += map(_costs, _of_kind(runs, "tiers"))
     return "\n\n".join(parts)
@@ -71,21 +75,23 @@ def _of_ladder(run: Mapping[str, Any]) -> Column:
     judged = run["corrections"][0]
     gate = run.get("gate") or judged["facts"].rpartition("gate ")[2]  # the first ladders tell it there alone
     of = f"`{judged['name']}`, {_on({**run, 'gate': gate})}; problems {run['problems_sha256'][:8]}"
-    return Column(of, rows[BASE]["pass_at_1"], rows.get(HEAD, {}).get("fired"), _pairs(run["differences"]))
+    fired = rows.get(HEAD, {}).get("fired")
+    return Column(run["model"], of, rows[BASE]["pass_at_1"], fired, _pairs(run["differences"]))
 
 
 def _of_pool(run: Mapping[str, Any]) -> Column:
     rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
     gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
-    of = f"`{run['correction']}`, {run['problems']}; {run['model']}; {run['drawn on']}"
-    return Column(of, rates[BASE], None, gains)
+    of = f"`{run['correction']}`, {run['problems']}; {run['drawn on']}"
+    return Column(run["model"], of, rates[BASE], None, gains)
 
 
 def _of_fit(fit: Mapping[str, Any]) -> Column:
     report = fit["report"]
     rows = {row["policy"]: row for row in report["policies"]}
-    of = f"`{fit['name']}`, {_on(report | {'model': fit['base']['model']})}"
-    return Column(of, rows[BASE]["pass_at_1"], rows["correction"]["fired"], _pairs(report["differences"]))
+    of = f"`{fit['name']}`, {_on(report)}"
+    fired = rows["correction"]["fired"]
+    return Column(fit["base"]["model"], of, rows[BASE]["pass_at_1"], fired, _pairs(report["differences"]))
 
 
 def _pairs(differences: Iterable[Mapping[str, Any]]) -> dict[Pair, Mapping[str, float]]:
@@ -93,17 +99,17 @@ def _pairs(differences: Iterable[Mapping[str, Any]]) -> dict[Pair, Mapping[str, 
     return {(policy, against): d for policy, against, d in named}
 
 
-def _gains(columns: Sequence[Column]) -> str:
+def _gains(model: str, lettered: Mapping[str, Column]) -> str:
     """A column for each set of problems, and below the table what it is."""
-    letters = string.ascii_uppercase[: len(columns)]
+    columns = lettered.values()
     rows = [
         ["base: % of answers right", *(f"{100 * column.base:.1f}" for column in columns)],
         ["head: acts at % of steps", *("" if c.fired is None else f"{100 * c.fired:.0f}" for c in columns)],
     ]
     pairs = [*((policy, BASE) for policy in AGAINST_THE_BASE), *((HEAD, other) for other in OF_THE_HEAD)]
     rows += [[f"{policy} minus {against}", *(_gain(c, policy, against) for c in columns)] for policy, against in pairs]
-    told = [f"- {letter}: {column.of}" for letter, column in zip(letters, columns, strict=True)]
-    return table([["", *letters], *(row for row in rows if any(row[1:]))]) + "\n\n" + "\n".join(told)
+    told = "\n".join(f"- {letter}: {column.of}" for letter, column in lettered.items())
+    return f"{table([[model, *lettered], *(row for row in rows if any(row[1:]))])}\n\n{told}"
 
 
 def _gain(column: Column, policy: str, against: str) -> str:
@@ -144,5 +150,4 @@ def _costs(run: Mapping[str, Any]) -> str:
 
 
 def _on(run: Mapping[str, Any]) -> str:
-    asked = f"{run['problems']} {run['split']} problems of `{run['task']}`; {run['model']}"
-    return f"{asked}; gate {run['gate']}; {run['hardware']}"
+    return f"{run['problems']} {run['split']} problems of `{run['task']}`; gate {run['gate']}; {run['hardware']}"

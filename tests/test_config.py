@@ -83,7 +83,7 @@ def test_the_papers_hyper_parameters_are_one_option_and_each_may_be_given() -> N
     paper = FitConfig(tier="lora", lora_preset="paper", lora_warmup=7)
     assert shape(paper) == (("q_proj", "k_proj", "v_proj", "o_proj"), 32, 64, 7, 1.35)
     assert (paper.kl_limit, paper.strengths) == (0.0, (1.0,)), "the LoRA itself ships, as strong as it is"
-    assert FitConfig(via="lora").lora_kl_limit == paper.lora_kl_limit == 0.06
+    assert FitConfig(via="lora").lora_kl_limit == paper.lora_kl_limit == 0.03
     imitation = FitConfig(tier="lora", via="teacher", teacher="tuned")
     assert imitation.lora_kl_limit == 0.3, "a tuned model may differ from its base where that is sure, too"
 

@@ -89,7 +89,7 @@ def test_an_eval_is_a_table_of_its_own(
         assert f"- {words}\n" in text or f": {words}\n" in text
     assert "| correction - base | +0.100 | [+0.050, +0.150] |" in text
     readme = (tmp_path / "README.md").read_text()
-    assert "- `mine`, 200 held-out problems of `sums`; tiny; gate entropy > 0.5 nats; a box" in readme
+    assert "- `mine`, 200 held-out problems of `sums`; gate entropy > 0.5 nats; a box" in readme
     assert "(cpu, float32, 1 threads): +10.0 [5.0, 15.0] over the base\n" in readme
 
 
@@ -116,10 +116,10 @@ def test_a_fit_states_its_device_and_hardware(
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
     readme = (tmp_path / "README.md").read_text()
-    assert "| base: % of answers right | 60.0 |\n| head: acts at % of steps | 50 |\n" in readme
+    assert "| tiny | A |\n|---|---|\n| base: % of answers right | 60.0 |\n| head: acts at % of steps | 50 |\n" in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
-    assert "- A: `mine`, 200 held-out problems of `sums`; tiny; gate entropy > 0.5 nats; a box" in readme
-    assert "- `mine`, 200 held-out problems of `else.jsonl`; tiny; gate entropy > 0.5 nats; a box" in readme
+    assert "- A: `mine`, 200 held-out problems of `sums`; gate entropy > 0.5 nats; a box" in readme
+    assert "- `mine`, 200 held-out problems of `else.jsonl`; gate entropy > 0.5 nats; a box" in readme
     assert "- its loss on 9 tokens of `wiki.txt`, minus the base's: +0.1000 [0.0000, 0.2000] nats a token" in readme
 
 
@@ -214,6 +214,6 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
-    assert "- A: `mine`, 300 held-out problems of `sums`; tiny; gate entropy > 1 nats; a box; problems abcd\n" in readme
+    assert "- A: `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
     assert "| head | 97.0 [90.0, 100.0] |\n" in readme
