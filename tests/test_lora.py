@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +20,6 @@ from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training import lora, lora_loss
 from trimtab.steering.training.config import FitConfig
 from trimtab.steering.training.features import cache_features
-from trimtab.steering.training.lora import schedule
 from trimtab.steering.training.lora_loss import Lesson, Target
 from trimtab.steering.training.selection import Item
 from trimtab.steering.training.teacher import adapt, without_peft_warnings
@@ -242,23 +239,6 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(
     assert len(made) == 25 + (calls - 1) % lora.CHECKPOINT_EVERY, "it went on from the last checkpoint"
 
 
-@given(st.integers(1, 300), st.integers(1, 400), st.floats(0.1, 5))
-def test_the_rate_rises_then_falls_and_is_never_zero(steps: int, warmup: int, epochs: float) -> None:
-    config = dataclasses.replace(CONFIG, lora_warmup=warmup, lora_epochs=epochs)
-    rates = [schedule(step, steps, config) for step in range(steps)]
-    assert all(0 < rate <= 1 for rate in rates)
-    top = rates.index(max(rates))
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_the_rate_is_that_of_the_authors_schedule() -> None:
-    config = dataclasses.replace(CONFIG, lora_warmup=50, lora_epochs=1.35)
-    rates = [schedule(step, 135, config) for step in range(135)]
-    assert (rates[24], rates[49], rates[50]) == (0.5, 1.0, 1.0)
-    assert rates[125] == pytest.approx(0.5), "half way from step 50 to the 200th, at which a second pass would end"
-
-
 def test_a_finished_folder_is_left_alone(base: Base, tmp_path: Path) -> None:
     train(base, tmp_path)
     before = digest(tmp_path)
@@ -326,7 +306,6 @@ def test_a_lora_that_runs_away_ends_in_words_and_leaves_no_folder(base: Base, tm
 def test_a_lora_that_runs_away_late_ends_as_it_was_at_the_last_checkpoint(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lora, "schedule", lambda *_: 1.0)  # which would tell ten steps from ten of 25
     train(base, tmp_path / "short", dataclasses.replace(CONFIG, lora_epochs=2.0))
     objective, made = lora_loss.objective, []
 

@@ -118,7 +118,7 @@ class FitConfig:
     lora_rank: int = option(None, "of the LoRA: small 8, paper 32")
     lora_alpha: int = option(None, "the LoRA's update is scaled by this over its rank: small 16, paper 64")
     lora_rate: float = option(None, "learning rate of the LoRA's AdamW: 1e-4")
-    lora_warmup: int = option(None, "steps over which that rate rises, to fall from then on: small 10, paper 50")
+    lora_warmup: int = option(None, "steps over which that rate rises: small 10, paper 50")
     lora_epochs: float = option(None, "passes of the LoRA over the completions: small 1, paper 1.35")
     lora_batch: int = option(8, "completions a step of the LoRA")
     lora_kl: float = option(0.2, "of KL(base || LoRA) at the other positions, in the LoRA's loss")

@@ -6,11 +6,12 @@ For a completion of advantage A, with pi the adapted model and p the base at tem
 
 For a lesson of a teacher's, the first part is the mean over open positions of KL(teacher || pi), where tokens beyond
 the base's CANDIDATES best ones count as one. A step takes the mean over `lora_batch` completions: accumulation over
-batches of one. Those that say most come first: by |A| * share of open positions. The rate rises for `lora_warmup` steps
-and then falls, to 0 at the end of the last whole pass, as in the authors' code (of their 1.35 passes: of 2). That code
-anchors a prompt's positions too, and drops the longest completions of all problems together; we do neither.
--A log pi has no lower bound where A < 0, so a LoRA may run away from its base: it then ends as it was at its last
-checkpoint.
+batches of one. Those that say most come first: by |A| * share of open positions. -A log pi has no lower bound where
+A < 0, so a LoRA may run away from its base: it then ends as it was at its last checkpoint.
+
+What the authors' code does and we do not: after the warm-up their rate falls, to 0 at the end of a whole pass (so the
+demo's LoRA learned far less: a mean reward of 0.61 on its problems where 0.79 was reached at the full rate, the base's
+0.51); a prompt's positions are anchored too; the longest completions are dropped of all problems together.
 
 Invariant: the folder ends as plain PEFT files (adapter_config.json, adapter_model.safetensors; no pickle), the same
 bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on. (On CUDA the
@@ -109,7 +110,7 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
             start = step * config.lora_batch
             batch = [taught[(start + i) % len(taught)] for i in range(config.lora_batch)]
             for group in optimizer.param_groups:
-                group["lr"] = config.lora_rate * schedule(step, steps, config)
+                group["lr"] = config.lora_rate * min(1.0, (step + 1) / config.lora_warmup)
             optimizer.zero_grad()
             parts = []
             for part in _split(batch, TOKENS_AT_ONCE[base.device.type]):
@@ -140,12 +141,6 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
                 checkpoint.save(path, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
     path.unlink(missing_ok=True)
-
-
-def schedule(step: int, steps: int, config: FitConfig) -> float:
-    """A step's learning rate, of the full one: above 0 at each of them."""
-    whole = steps * math.ceil(config.lora_epochs) / config.lora_epochs
-    return min(1.0, (step + 1) / config.lora_warmup, (whole - step) / max(1.0, whole - config.lora_warmup))
 
 
 def put_on(base: Base, config: FitConfig) -> Any:
