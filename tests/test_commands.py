@@ -34,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         work_in(folder, patch)
         assert run(f"fit --model tiny {TASK} --out odd {HEAD} --kl-budgets 0.01 0.03") == 0
         lora = (
-            "--via lora --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --lora-batch 4 --teacher-samples 2"
+            "--via lora --epochs 8 --rank 4 --top-k 40 --problems 20 --lora-targets down_proj --lora-rate 0.02 "
+            "--lora-kl-limit 0 --lora-batch 4 --teacher-samples 2"
         )
         assert run(f"fit --model tiny {TASK} --out taught {HEAD} {lora}") == 0
     return folder

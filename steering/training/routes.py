@@ -69,6 +69,7 @@ def choose_route(study: Study, teacher: Base | None) -> Route:
     return ViaTeacher(study, teacher)
 
 
+LEAST_GAIN = 1e-6  # nats: a head that comes so little nearer to its teacher does so by rounding
 SELECT: dict[str, Callable[..., list[Item]]] = {"direct": select, "lora": select, "teacher": take_all}
 
 
@@ -116,7 +117,7 @@ class ViaTeacher:
         """The same head at each strength within the KL limit; where none is, at the one that meets it."""
         config, features, rows = self._study.config, self._study.features, self._study.base.head_weight
         found = self._distil("distil")
-        if found.kl >= found.base_kl:
+        if found.kl > found.base_kl - LEAST_GAIN:
             raise TaskError(
                 f"no epoch brought the head nearer to the teacher: held-out KL {found.kl:.4f}, the base's own is "
                 f"{found.base_kl:.4f}; lower --learning-rate, or give a teacher that differs more from the base"
