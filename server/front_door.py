@@ -140,9 +140,11 @@ class FrontDoor:
 
 
 def _template(scope: Scope) -> str:
-    """That of the route whose path this is, be it by another method, or refused at the door."""
-    taken = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
-    return getattr(next(taken, None), "path", "")
+    """That of the route whose path this is, be it by another method, or refused before it was looked for."""
+    route = scope.get("route")
+    if route is None:
+        route = next((one for one in scope["app"].routes if one.matches(scope)[0] is not Match.NONE), None)
+    return getattr(route, "path", "")
 
 
 def _check_size(size: int, limit: int) -> None:
