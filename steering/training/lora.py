@@ -9,9 +9,9 @@ the base's CANDIDATES best ones count as one. A step takes the mean over `lora_b
 batches of one. Those that say most come first: by |A| * share of open positions. -A log pi has no lower bound where
 A < 0, so a LoRA may run away from its base: it then ends as it was at its last checkpoint.
 
-What the authors' code does and we do not: after the warm-up their rate falls, to 0 at the end of a whole pass (so the
-demo's LoRA learned far less: a mean reward of 0.61 on its problems where 0.79 was reached at the full rate, the base's
-0.51); a prompt's positions are anchored too; the longest completions are dropped of all problems together.
+What the authors' code does and we do not: after the warm-up their rate falls, to 0 at the end of a whole pass, with
+which the demo's LoRA learned far less; a prompt's positions are anchored too; the longest completions are dropped of
+all problems together.
 
 Invariant: the folder ends as plain PEFT files (adapter_config.json, adapter_model.safetensors; no pickle), the same
 bytes whether or not the run was killed on the way: a checkpoint holds all that the next step depends on. (On CUDA the
