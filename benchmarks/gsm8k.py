@@ -2,6 +2,7 @@
 
     python benchmarks/gsm8k.py TRAIN.jsonl --out gsm8k-train.jsonl
     python benchmarks/gsm8k.py TEST.jsonl --shots-from TRAIN.jsonl --out gsm8k-test.jsonl
+    python benchmarks/gsm8k.py TEST.jsonl --shots 0 --out any.jsonl --text gsm8k.txt     # for trimtab eval --text
     trimtab fit --task gsm8k-train.jsonl --held-out gsm8k-test.jsonl --verifier final ...
 
 The set itself (openai/grade-school-math, MIT) is read from a path: nothing is downloaded. Invariant: the examples
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--system", default="", help="a system message before every problem")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples, and of the problems' order")
     parser.add_argument("--out", type=Path, required=True, help="the task file to write")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="write its questions and solutions as plain text too")
     args = parser.parse_args()
     lines = read(args.source)
     pool = lines if args.shots_from is None else read(args.shots_from)
@@ -51,6 +53,10 @@ def main() -> None:
         "shots_sha256": digest(args.shots_from or args.source),
         "task_sha256": digest(args.out),
     }
+    if args.text is not None:
+        asked = [line for _, line in lines_besides(lines, shown)]
+        args.text.write_text("\n".join(f"{line['question']}\n{solution(line)}\n" for line in asked), encoding="utf-8")
+        facts["text_sha256"] = digest(args.text)
     print(f"{args.out}: {len(problems)} problems, each after {args.shots} examples")
     print(json.dumps(facts))
 

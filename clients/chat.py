@@ -129,14 +129,14 @@ def add_chat(commands: Any) -> None:
     parser.add_argument(
         "--correction", help=f"default: the first that was learned; `{NO_CORRECTION}` for the base alone"
     )
-    parser.add_argument("--require-correction", action="store_true", help="fail when the server has learned none")
+    parser.add_argument("--require-correction", action="store_true", help="fail where the server has learned none")
     parser.add_argument("--strength", type=float, help="default: the correction's own")
     parser.add_argument("--tau", type=float, help="default: the correction's own")
     parser.add_argument("--compare", action="store_true", help="answer without the correction first, then with it")
     parser.add_argument("--system", help="a system message")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--max-tokens", type=int, default=400, help="default: 400")
     parser.add_argument("--once", metavar="QUESTION", help="one answer, and no conversation")
 
 

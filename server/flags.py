@@ -52,8 +52,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--max-model-len", type=at_least(2), metavar="TOKENS", help="prompt and answer; the model's, at most 4096")
-    add("--max-num-seqs", type=at_least(1), default=32, metavar="N", help="choices that run at once")
+    add("--max-model-len", type=at_least(2), metavar="TOKENS", help="prompt and answer (default: the model's, or 4096)")
+    add("--max-num-seqs", type=at_least(1), default=32, metavar="N", help="choices at once, and their second rows")
     add("--max-num-batched-tokens", type=at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
     add("--max-queue", type=at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")
     tokens = "tokens of prompts that may wait to be read; more get a 503"
@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--enforce-eager", action="store_true", help="on CUDA, decode steps without graphs: far slower")
     add("--threads", type=at_least(1), default=1, help="torch's threads on the CPU: no more than free cores")
     add("--no-page", action="store_true", help="without the page at /")
-    idle = "that a connection may be idle: longer than a load balancer before it keeps one"
+    idle = "for which an idle connection is kept: longer than a load balancer in front keeps it"
     add("--timeout-keep-alive", type=at_least(1), default=75, metavar="SECONDS", help=idle)
     add("--drain-timeout", type=at_least(0), default=30, metavar="SECONDS", help="for running answers after SIGTERM")
     add("--log-level", default="info", choices=("critical", "error", "warning", "info", "debug"), help="of the log")

@@ -30,7 +30,8 @@ def test_both_splits_show_the_same_examples(
 ) -> None:
     train, test = write(tmp_path / "train.jsonl", "Train", 20), write(tmp_path / "test.jsonl", "Test", 6)
     run(monkeypatch, train, "--out", tmp_path / "a.jsonl", "--shots", 2)
-    run(monkeypatch, test, "--shots-from", train, "--out", tmp_path / "b.jsonl", "--shots", 2)
+    run(monkeypatch, test, "--shots-from", train, "--out", tmp_path / "b.jsonl", "--shots", 2, "--text", tmp_path / "b")
+    assert (tmp_path / "b").read_text().startswith("Test 0?\n0 + 1000 = 1000\n#### 1000\n\nTest 1?\n")
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["problems"], facts["shots"], len(facts["task_sha256"])) == (6, 2, 64)
     task = load_task(str(tmp_path / "a.jsonl"), "final", str(tmp_path / "b.jsonl"))

@@ -35,12 +35,16 @@ def add_eval(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--skip", type=at_least(0), default=0, help="leave out the first so many: others than the fit's report"
     )
-    parser.add_argument("--samples", type=at_least(1), help="completions a problem and policy (default: as many, or 2)")
+    parser.add_argument(
+        "--samples", type=at_least(1), help="completions a problem and policy (default: as fitted, or 2)"
+    )
     parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
     parser.add_argument("--tau", type=float, help="of the gate, the controls' too (default: the correction's)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="also: how likely this plain text is to both")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="also: how likely this plain text is, base and steered"
+    )
     ladder = parser.add_argument_group("the ladder: every tier, beside what is simpler")
     ladder.add_argument("--ladder", action="store_true", help="all rows, in one table and one picture")
     ladder.add_argument("--lora", type=Path, metavar="DIR", help="a LoRA to compare with (default: the fit's own)")

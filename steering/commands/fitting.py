@@ -25,7 +25,8 @@ def add_fit(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "fit",
         help="fit a correction to a base and a task, and report what it does on held-out problems",
-        description="Fit a correction. A killed run continues when started again with the same options.",
+        description="Fit a correction. A killed run continues when started again with the same options. Most fits need "
+        "--out, --model, --task, --verifier and --max-tokens, and perhaps --via lora.",
         formatter_class=HelpFormatter,
     )
     _add_fields(parser)

@@ -77,14 +77,17 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "analyze",
         help="count where a tuned model ranks another token first than its base, and test what those tokens do",
-        description="The paper's token study, with its interventions. Options left out are those of `trimtab fit`.",
+        description="The paper's token study, with its interventions. Options left out are those TUNED was fitted "
+        "with, if it is a correction, or else `trimtab fit`'s.",
     )
     parser.add_argument("model", metavar="BASE", help="demo, a folder, a GGUF file or a model's id")
     parser.add_argument("tuned", metavar="TUNED", help="a tuned model, a PEFT folder or a correction's folder")
     add_what(parser, model=False)
     parser.add_argument("--problems", type=SEVERAL, default=100, help="held-out problems (default: 100)")
     parser.add_argument("--samples", type=at_least(1), default=2, help="completions a problem and rule (default: 2)")
-    parser.add_argument("--gate", default="entropy", metavar="KIND", help="of the gated interventions")
+    parser.add_argument(
+        "--gate", default="entropy", metavar="KIND", help="of the gated interventions (default: entropy)"
+    )
     parser.add_argument("--taus", type=float, nargs="+", help="their thresholds (default: those of the kind)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep completions here, and go on from those")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for benchmarks/results.py to read")

@@ -110,8 +110,11 @@ class FitConfig:
     epochs: int = option(None, "most passes over the positions; by default 25, distilled 8")
     ratio_clip: float = option(0.5, "the likelihood ratio counts within 1 minus and 1 plus this")
     kl_weight: float = option(0.02, "of KL(base || corrected) in the loss")
-    kl_budgets: tuple[float, ...] = option((0.06, 0.12, 0.18), "stop where held-out KL reaches each; the best ships")
-    kl_limit: float = option(None, "most held-out KL(base || corrected) to ship; 0: any. By default 0.25, a LoRA any")
+    kl_budgets: tuple[float, ...] = option((0.06, 0.12, 0.18), "stop where held-out KL reaches each; the best is kept")
+    kl_limit: float = option(
+        None,
+        "most held-out KL(base || corrected) of what is kept, in nats; 0: any. By default 0.25, a LoRA any",
+    )
 
     lora_preset: str = option("small", "defaults of the next six: small, or paper")
     lora_targets: tuple[str, ...] = option(None, "linear layers that the LoRA adapts: small o_proj, paper q,k,v,o_proj")
@@ -129,7 +132,7 @@ class FitConfig:
     teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
     strengths: tuple[float, ...] = option(
         None,
-        "a distilled correction is tried at each; the best within the limit ships; default 0.5 0.7 1 1.4, a LoRA 1",
+        "a distilled correction is tried at each; the best within the limit is kept; default 0.5 0.7 1 1.4, a LoRA 1",
     )
 
     validation_problems: int = option(64, "further problems, to choose a budget or strength on")
