@@ -50,7 +50,7 @@ BAD: dict[str, dict[str, Any]] = {  # the key that the answer must name -> what 
     "tau": {"tau": "nan"},
     "mode": {"mode": "maybe"},
     "gate": {"gate": "sometimes"},
-    "rate": {"rate": 0.1},
+    "rate": {"rate": 2},
     "kl": {"kl": -1},
 }
 

@@ -168,7 +168,8 @@ def decode_attention(
     width = max(16, triton.next_power_of_2(size))
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
     partial = torch.empty(rows, heads, splits if splits > 1 else 0, size, dtype=torch.float32, device=query.device)
-    peak, mass = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=query.device).unbind(0)
+    # two tensors: halves of one lie anyhow, and a kernel is compiled anew for another alignment
+    peak, mass = (torch.empty(rows, heads, splits, dtype=torch.float32, device=query.device) for _ in range(2))
     cos, sin, query_norm, key_norm, eps = rotary or (query, query, None, None, 0.0)
     attend_kernel[rows, kv_heads, splits](
         query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1),

@@ -11,6 +11,8 @@ from trimtab.errors import UnsupportedModel
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.steer import Steered, find_on_cpu, find_on_gpu, steer
 
+LEAST_CAPABILITY = (8, 0)  # bfloat16, and the shared memory that attention over slots wants
+
 
 class LayerKernels(NamedTuple):
     """What the layers of a decoder are run with; signatures in slot_attention.py and layer.py."""
@@ -34,9 +36,14 @@ def make_ready(device: torch.device) -> None:
         driver.active.get_current_device()
     except Exception as error:  # whatever it was, no kernel can run
         raise UnsupportedModel(
-            f"Triton cannot use the GPU of this machine, whatever the model: {error}. It needs a C compiler and its "
-            "headers: install gcc and libc6-dev"
+            f"Triton cannot use the GPU of this machine, whatever the model: {error}. It needs a C compiler and "
+            "headers, Python's too: install gcc, libc6-dev and, where Python is the system's own, python3-dev"
         ) from error
+    if (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        raise UnsupportedModel(
+            f"this GPU is of compute capability {found[0]}.{found[1]}, and the kernels are written for "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} and later: use another one, or --device cpu"
+        )
 
 
 def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:

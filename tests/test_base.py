@@ -63,6 +63,17 @@ def test_a_machine_without_a_compiler_is_told_so_and_no_model_is_blamed(
     assert "tiny" not in str(told.value)
 
 
+def test_a_gpu_that_the_kernels_are_not_written_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver
+
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(driver, "_active", mock.Mock())
+    with pytest.raises(UnsupportedModel, match=r"capability 7\.5.*8\.0 and later.*--device cpu"):
+        load_base(str(tmp_path / "tiny"))
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"has no config\.json"):
         load_base(str(tmp_path))

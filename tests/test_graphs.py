@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from tiny import FAMILIES, REFERENCE, tiny_base, tiny_correction, tiny_lora
+from tiny import FAMILIES, REFERENCE, tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokenizer
+from trimtab.errors import EngineFailure
 from trimtab.kernels.capture import Capture
 from trimtab.server.engine import runner
 from trimtab.server.engine.config import EngineConfig
@@ -16,7 +17,7 @@ from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.server.model import base as base_module
 from trimtab.server.model import kv
-from trimtab.server.model.base import Base
+from trimtab.server.model.base import Base, prepare
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
 
@@ -52,7 +53,7 @@ def test_all_captures_warm_up_on_one_side_stream(monkeypatch: pytest.MonkeyPatch
 
 def answers(base: Base, **config: Any) -> list[tuple[Any, ...]]:
     """Everything but the floats: greedy and sampled, of every tier and none, of several lengths."""
-    bank = Bank(base.hidden, "cpu")
+    bank = Bank(base.hidden, base.device)
     bank.add(tiny_correction(base, "c0"))
     bank.add(tiny_lora(base))
     steerings = [
@@ -90,6 +91,52 @@ def test_the_gpus_path_answers_as_the_cpus(family: str, on_gpu: list[int], monke
     assert len(on_gpu) == steps
     monkeypatch.undo()
     assert answers(tiny_base(family)) == found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_answers_with_graphs_as_without_them_and_as_the_cpu(family: str) -> None:
+    base = prepare(tiny_model(family).to("cuda"), tiny_tokenizer(), f"tiny-{family}")
+    assert (base._fused is not None) == (family != "gemma3_text")
+    found = answers(base)
+    assert answers(base, graphs=False) == found
+    assert answers(tiny_base(family)) == found
+
+
+SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+SCALED |= {"llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(("family", "config"), [("ministral3", {"rope_parameters": SCALED}), ("smollm3", {})])
+def test_parts_of_known_names_that_do_more_are_not_fused(
+    family: str, config: dict[str, Any], on_gpu: list[int]
+) -> None:
+    """What is left out may act beyond all positions that are compared when a model is loaded."""
+    assert tiny_base(family, **config)._fused is None
+
+
+def test_the_first_steps_use_every_slot_and_say_what_to_do_where_they_fail(
+    on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, most = tiny_base(), []
+    bank = Bank(base.hidden, "cpu")
+    config = EngineConfig(slots=6, step_tokens=40, max_model_len=64)
+
+    def watch(self: runner.Runner, work: list[Any]) -> runner.Forward:
+        most.append((len(work), sum(w.end - w.start for w in work)))
+        if len(work) > limit:
+            raise torch.OutOfMemoryError
+        return forward(self, work)
+
+    forward, limit = runner.Runner.forward, 6
+    monkeypatch.setattr(runner.Runner, "forward", watch)
+    Core(base, bank, config)
+    assert max(rows for rows, _ in most) == 6
+    assert max(tokens for _, tokens in most) == 40
+    limit = 5
+    with pytest.raises(EngineFailure, match="--max-num-seqs"):
+        Core(base, bank, config)
 
 
 def test_fusing_changes_no_weight_and_holds_none_twice(on_gpu: list[int]) -> None:

@@ -56,7 +56,7 @@ class Core:
         self._scheduler = self._new_scheduler()
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
-        if self._runner.captured:
+        if self._runner.compiles:
             self._warm_up()
 
     def _new_scheduler(self) -> Scheduler:
@@ -164,21 +164,32 @@ class Core:
             yield from self.step()
 
     def _warm_up(self) -> None:
-        """Compile now what the first requests would wait for: prompts, draws, edits, masks, a head, a companion."""
+        """Compile now what the first requests would wait for: prompts, draws, edits, masks, a head, a LoRA, companions;
+        then all slots at once, for which memory may not suffice."""
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
-        head = next((name for name in self.bank.names if self.bank.get(name).tier == "head"), None)
-        prompt = (0,) * min(8, self.max_len - 1)
-        kinds = [Steering()] + [Steering(head)] * (head is not None)
-        if self.config.slots > 1:  # a companion takes the second
-            kinds.append(Steering(CONTRAST, companion_prompt=prompt))
+        tiers = {self.bank.get(name).tier: name for name in reversed(self.bank.names)}
+        slots, prompt = self.config.slots, (0,) * min(8, self.max_len - 1)
+        kinds = [Steering()] + [Steering(tiers[tier], gate="always") for tier in ("head", "lora") if tier in tiers]
+        contrast = Steering(CONTRAST, companion_prompt=prompt)
+        if slots > 1:  # a companion takes the second
+            kinds.append(contrast)
         biased = replace(sampling, logit_bias={0: 1.0})
         masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
         for draws in (sampling, biased, *masked):
             for steering in kinds:
-                for event in self.run([Request("warm-up", prompt, draws, steering)]):
-                    if event.error is not None:
-                        raise EngineFailure(f"the engine's first step failed: {event.error}")
+                self._try([Request("warm-up", prompt, draws, steering)])
+        longest = (1,) * min(self.config.step_tokens, self.max_len - 1)  # of which no slot holds a beginning
+        self._try([Request(f"warm-up {i}", longest if i == 0 else prompt, sampling) for i in range(slots)])
+        self._try([Request(f"warm-up {i}", prompt, sampling, contrast) for i in range(slots // 2)])
         self.forget()
+
+    def _try(self, requests: Iterable[Request]) -> None:
+        for event in self.run(requests):
+            if event.error is not None:
+                raise EngineFailure(
+                    f"the engine's first steps failed ({event.error}): where memory ran out, take fewer slots "
+                    "(--max-num-seqs) or shorter ones (--max-model-len)"
+                )
 
     def _read(self, sampling: Sampling, record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take the tokens they sampled and leave when they end."""

@@ -59,9 +59,9 @@ class Runner:
             gc.freeze()  # what is loaded stays: the collector need not look at it again between steps
 
     @property
-    def captured(self) -> bool:
-        """Whether decode steps are replayed."""
-        return self._graphs is not None
+    def compiles(self) -> bool:
+        """Whether the first steps take long: they compile kernels, and allocate what the next ones use again."""
+        return self._graphs is not None or self.base.device.type == "cuda"
 
     def take(self, entry: Entry, placed: Placed) -> None:
         """An adapter that rows may run under from now on."""

@@ -18,6 +18,9 @@ from trimtab.kernels.dispatch import LayerKernels
 from trimtab.kernels.places import Places, Rotary
 from trimtab.server.model.kv import KVCache
 
+# Whose attention is known to be rotation and softmax alone: parts of the same names may do more, and only far along,
+# where no check looks (Ministral3 scales queries by position, SmolLM3 leaves out some layers' rotation).
+_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -42,8 +45,10 @@ class _Layer(NamedTuple):
 
 
 def can_fuse(decoder: Any) -> bool:
-    """Whether the decoder is built of the parts that FusedDecoder knows. It may still compute something else."""
+    """Whether the decoder is of a known family, and built of the parts that FusedDecoder knows."""
     config = decoder.config
+    if config.model_type not in _FAMILIES:
+        return False
     parts = {name for name, _ in decoder.named_children()}
     if parts != {"embed_tokens", "layers", "norm", "rotary_emb"} or getattr(config, "hidden_act", None) != "silu":
         return False
