@@ -10,11 +10,12 @@ import pytest
 
 from tiny import tiny_base, tiny_correction
 from trimtab.errors import ContextOverflow, EngineFailure, EngineStopped, NotFound, Overloaded
+from trimtab.server.engine import structure
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.event import Event
-from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
@@ -260,3 +261,12 @@ def test_events_arrive_once_a_step(harness: Harness) -> None:
     assert done.wait(WAIT)
     engine.close()
     assert len(calls) <= 50 + 2  # the first sample is a step ahead of its siblings
+
+
+def test_what_grammars_need_of_a_tokenizer_is_read_before_anyone_asks(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, max_model_len=64))
+    monkeypatch.setattr(structure, "Vocabulary", None)
+    engine.compile(Structure("regex", "[a-z]+"), "structure")
+    assert engine.compiled(Structure("regex", "[a-z]+"))

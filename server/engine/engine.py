@@ -70,6 +70,7 @@ class Engine:
 
     def __init__(self, base: Base, bank: Bank, config: EngineConfig | None = None) -> None:
         self._core = Core(base, bank, config)
+        self._core.grammars.warm()
         self._inbox: queue.SimpleQueue[Request | _Abort | _Errand | None] = queue.SimpleQueue()
         self._open: dict[str, set[int]] = {}  # request id -> choices without a finish yet
         self._unread: dict[str, int] = {}  # request id -> its prompt's tokens, until its first token is sampled

@@ -11,6 +11,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -42,6 +43,11 @@ class Grammars:
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[Structure, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+
+    def warm(self) -> None:
+        """Read the vocabulary before anyone asks: a large one takes a second, in which no thread gets on."""
+        with suppress(InvalidRequest):  # who asks is told
+            self._read_vocabulary("structure")
 
     def holds(self, structure: Structure) -> bool:
         """Whether it is compiled and kept."""
