@@ -298,6 +298,22 @@ def test_a_rank_that_computes_no_logits_follows_the_batch_and_draws_nothing(
         engine.processor.apply(torch.zeros(1, vllm.base.vocab))
 
 
+def test_every_rank_draws_from_the_first_ones_states(vllm: FakeVllm, folders: dict[str, Path]) -> None:
+    """vLLM's sum over ranks on a CPU differs from rank to rank in its last bits."""
+    vllm.group.rank_in_group, vllm.group.world_size = 1, 2
+    vllm.group.all_gather = lambda part, dimension: torch.cat([part, part])
+    vllm.group.broadcast = lambda states, source: states.fill_(source + 0.5)
+    engine = start(vllm, V1Runner, folders)
+    engine.add("a", PROMPTS["a"], ASKED["a"])
+    engine.take_in()
+    states = torch.ones(1, vllm.base.hidden)
+    logits = engine.model.compute_logits(states)
+    assert (states == 1).all(), "the model's own stay as they are"
+    seen, z = engine.processor._sight.take(1)
+    assert (seen == 0.5).all()
+    assert torch.equal(z, logits)
+
+
 def test_parts_of_a_head_are_put_together(vllm: FakeVllm, base: Base) -> None:
     from fake_vllm import FakeModel
 
