@@ -4,7 +4,8 @@
     `-- ClientError
         |-- ConnectionFailed     the server could not be reached, or hung up
         |   `-- TimedOut         it did not answer in time
-        |-- StreamFailed         an answer broke off, or the server reported a failure in its middle
+        |-- StreamFailed         an answer broke off, or the server reported a failure in its middle: code, type, param,
+        |                        request_id
         |-- BadAnswer            what came back is not this API: look at base_url
         `-- StatusError          the server refused: status, code, type, param, request_id, retry_after
             |-- BadRequest       400, 422
@@ -37,7 +38,22 @@ class TimedOut(ConnectionFailed):
 
 
 class StreamFailed(ClientError):
-    """A streamed answer broke off. What had arrived is good."""
+    """A streamed answer broke off. What had arrived is good. code, type and param: the server's, where it said why."""
+
+    def __init__(
+        self,
+        message: str,
+        code: str | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code, self.type, self.param, self.request_id = code, type, param, request_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it was made, like a StatusError."""
+        return type(self), (str(self), self.code, self.type, self.param, self.request_id)
 
 
 class BadAnswer(ClientError):

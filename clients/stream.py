@@ -62,7 +62,9 @@ class _Reader(Generic[C]):
     def _take(self, data: str) -> C:
         try:
             body = json.loads(data)
-            _raise_failure(body)
+            told = _error_in(body)
+            if told is not None:
+                raise self._failed(told.pop("message") or "the server reported a failure without a message", **told)
             chunk: C = self._kind.model_validate(body)
         except (ValueError, ValidationError) as error:
             raise BadAnswer(f"not a chunk of this API: {data[:200]!r}") from error
@@ -110,14 +112,17 @@ class _Reader(Generic[C]):
             if "steps" in report.model_fields_set:
                 self.steering = report
 
-    def _failed(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed:
+    def _failed(self, message: str, **told: str | None) -> StreamFailed:
+        return StreamFailed(message, request_id=self.http.headers.get("x-request-id"), **told)
+
+    def _broken(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed:
         if isinstance(error, httpx.StreamError):
-            return StreamFailed("a stream can be read once, inside its `with` block")
-        return StreamFailed(str(transport_error(error, str(self.http.url))))
+            return self._failed("a stream can be read once, inside its `with` block")
+        return self._failed(str(transport_error(error, str(self.http.url))))
 
     def _finish(self) -> None:
         if not self._done:
-            raise StreamFailed("the stream ended before [DONE]: the answer is incomplete")
+            raise self._failed("the stream ended before [DONE]: the answer is incomplete")
 
 
 class Stream(_Reader[C]):
@@ -128,7 +133,7 @@ class Stream(_Reader[C]):
             for piece in self.http.iter_bytes():
                 yield from self._read(piece)
         except (httpx.RequestError, httpx.StreamError) as error:
-            raise self._failed(error) from error
+            raise self._broken(error) from error
         self._finish()
 
 
@@ -141,7 +146,7 @@ class AsyncStream(_Reader[C]):
                 for chunk in self._read(piece):
                     yield chunk
         except (httpx.RequestError, httpx.StreamError) as error:
-            raise self._failed(error) from error
+            raise self._broken(error) from error
         self._finish()
 
 
@@ -156,15 +161,15 @@ def _join(pieces: list[ToolCall]) -> ToolCall:
     return ToolCall(index=pieces[0].index, id=call_id, type=kind, function=function)
 
 
-def _raise_failure(body: object) -> None:
-    """Raise StreamFailed for an event that says the answer failed: {"error": ...}, or a response's own two ways."""
+def _error_in(body: object) -> dict[str, str | None] | None:
+    """What an event says of a failure, if it does: {"error": ...}, or a response's own two ways."""
     if not isinstance(body, dict):
-        return
+        return None
     failure = body.get("error")
     if body.get("type") == "response.failed" and isinstance(body.get("response"), dict):
         failure = body["response"].get("error") or {}
     elif body.get("type") == "error":
-        failure = failure or body
-    if failure is not None or body.keys() == {"error"}:  # some servers send `"error": null` in good chunks
-        fields = read_envelope({"error": failure})
-        raise StreamFailed(fields["message"] or "the server reported a failure without a message")
+        failure = failure or {**body, "type": None}  # which is the event's
+    if failure is None and body.keys() != {"error"}:  # some servers send `"error": null` in good chunks
+        return None
+    return read_envelope({"error": failure})

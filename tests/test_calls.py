@@ -277,19 +277,24 @@ def test_a_response_streams_until_its_last_event(both: Both) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "message"),
+    ("last", "message", "code"),
     [
-        (event("response.failed", 2, response={**RESPONSE, "error": {"code": "x", "message": "engine died"}}), "died"),
-        (event("error", 2, code="x", message="engine died", param=None), "died"),
-        ({"error": {"message": "engine died"}}, "died"),
-        (event("response.output_text.done", 2), "incomplete"),
+        (
+            event("response.failed", 2, response={**RESPONSE, "error": {"code": "x", "message": "engine died"}}),
+            "died",
+            "x",
+        ),
+        (event("error", 2, code="x", message="engine died", param=None), "died", "x"),
+        ({"error": {"message": "engine died"}}, "died", None),
+        (event("response.output_text.done", 2), "incomplete", None),
     ],
 )
-def test_a_response_that_fails_is_raised(both: Both, last: dict[str, Any], message: str) -> None:
-    with pytest.raises(StreamFailed, match=message):
+def test_a_response_that_fails_is_raised(both: Both, last: dict[str, Any], message: str, code: str | None) -> None:
+    with pytest.raises(StreamFailed, match=message) as caught:
         both.stream(
             Server(httpx.Response(200, content=sse(text_event(1, "The"), last))), "Why?", method="stream_respond"
         )
+    assert (caught.value.code, caught.value.type) == (code, None)
 
 
 # settings

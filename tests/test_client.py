@@ -245,7 +245,14 @@ def test_transport_failures_name_the_server(both: Both) -> None:
         both.call(Server(httpx.PoolTimeout("none free")), "models", settings=settings)
 
 
-@pytest.mark.parametrize("error", [BadRequest("m", 400, "c", "t", "p", "id", 1.5), ContextOverflow(10, 20, 1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadRequest("m", 400, "c", "t", "p", "id", 1.5),
+        StreamFailed("m", "c", "t", "p", "id"),
+        ContextOverflow(10, 20, 1),
+    ],
+)
 def test_errors_come_home_from_a_pool_of_processes(error: TrimtabError) -> None:
     found = pickle.loads(pickle.dumps(error))
     assert (type(found), str(found)) == (type(error), str(error))
@@ -410,6 +417,23 @@ def test_a_stream_cut_short_is_an_error(both: Both) -> None:
 def test_a_failure_in_the_middle_is_raised(both: Both, events: bytes, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         both.stream(Server(httpx.Response(200, content=events)), "Why?")
+
+
+def test_a_failure_in_the_middle_says_all_that_a_refusal_does(both: Both) -> None:
+    error = {"message": "no token is left", "type": "invalid_request_error", "param": "bad_words", "code": "c"}
+    answer = httpx.Response(200, content=sse(piece("The"), {"error": error}), headers={"x-request-id": "r1"})
+    with pytest.raises(StreamFailed, match="no token is left") as caught:
+        both.stream(Server(answer), "Why?")
+    told = caught.value
+    assert (told.type, told.param, told.code) == ("invalid_request_error", "bad_words", "c")
+    assert told.request_id == "r1"
+
+
+def test_a_stream_that_breaks_tells_its_request_id(both: Both) -> None:
+    for events in (Body(sse(piece("The"))), Body(sse(piece("The")), httpx.ReadError("reset"))):
+        with pytest.raises(StreamFailed) as caught:
+            both.stream(Server(httpx.Response(200, stream=events, headers={"x-request-id": "r1"})), "Why?")
+        assert (caught.value.request_id, caught.value.code) == ("r1", None)
 
 
 class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
