@@ -20,19 +20,23 @@ API_VARIABLE, ADMIN_VARIABLE = "TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY"
 def choose_keys(given: Sequence[str] | None, variable: str, file: Path | None, flag: str) -> list[str]:
     """The keys of the flags and the file, else those of the environment, which commas or spaces separate.
 
-    An empty key is refused: it would let everybody in. So is an empty file, which would leave the door open.
+    An empty key is refused: it would let everybody in. So is an empty file, which would leave the door open, and a key
+    that no header can bring: it would let nobody in.
     """
-    keys = list(given or ())
+    keys = [key.strip() for key in given or ()]
     if file is not None:
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"--{flag}-file {file} cannot be read: {error}", flag) from error
         keys += [line for line in lines if line and not line.startswith("#")] or [""]
     elif not keys and variable in os.environ:
         keys = os.environ[variable].replace(",", " ").split() or [""]
+    look = f"look at --{flag}, --{flag}-file and {variable}"
     if not all(keys):
-        raise InvalidRequest(f"a key must not be empty: look at --{flag}, --{flag}-file and {variable}", flag)
+        raise InvalidRequest(f"a key must not be empty: {look}", flag)
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise InvalidRequest(f"a key must be printable ASCII, as it travels in a header: {look}", flag)
     return keys
 
 

@@ -43,6 +43,32 @@ def test_an_empty_key_is_refused(empty: str, tmp_path: Path, monkeypatch: pytest
         choose_keys(["a", ""] if empty == "flag" else None, VARIABLE, file if empty == "file" else None, "api-key")
 
 
+def test_a_key_is_what_a_header_can_bring(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffone\r\ntwo\r\n".encode())  # as an editor on Windows writes it
+    keys = choose_keys([" three\n"], VARIABLE, file, "api-key")
+    assert keys == ["three", "one", "two"]
+    for key in keys:
+        assert Keys(keys).admit(f"Bearer {key}", admin=False) is not None
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "\ufeffsecret", "se\x01cret"])
+@pytest.mark.parametrize("source", ["flag", "file", "variable"])
+def test_a_key_that_no_header_can_bring_is_refused_and_not_told(
+    key: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"good\n{key}\n", encoding="utf-8")
+    monkeypatch.setenv(VARIABLE, f"good,{key}")
+    given = ["good", key] if source == "flag" else None
+    with pytest.raises(
+        InvalidRequest, match=r"printable ASCII.*--api-key, --api-key-file and TRIMTAB_TEST_KEY"
+    ) as caught:
+        choose_keys(given, VARIABLE, file if source == "file" else None, "api-key")
+    assert caught.value.field == "api-key"
+    assert key not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
 def test_a_file_that_cannot_be_read_is_told(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "keys"
