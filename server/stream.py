@@ -84,14 +84,13 @@ class ChoiceStream:
         assert event.token is not None
         self.tokens += 1
         content = b"" if self._hidden(event) else self._pieces.content(event.token)
-        before = self._out + len(self._held)
         self._bytes += content
-        self._held += self._utf8.decode(content, event.finish is not None)
+        self._held += self._utf8.decode(content[:1])  # apart: it may show that what came before is no character
+        before = self._characters - 1 if content else self._out + len(self._held)
+        self._held += self._utf8.decode(content[1:], event.finish is not None)
         if self.tokens <= self._rules.min_tokens:
             self._exempt = self._out + len(self._held)
-        partial = 1 if self._utf8.getstate()[0] else 0
-        complete = self._out + len(self._held) + partial
-        self._pending.append(_Pending(event, content, before, complete, len(self._bytes)))
+        self._pending.append(_Pending(event, content, before, self._characters, len(self._bytes)))
         found = self._find_stop()
         if found is not None:
             self.stop_reason, cut = found
@@ -106,6 +105,11 @@ class ChoiceStream:
         """End without a token."""
         assert self.finish is None, "closed after the end"
         return self._release(self._held, "length")
+
+    @property
+    def _characters(self) -> int:
+        """How many came, one that is not whole included."""
+        return self._out + len(self._held) + (1 if self._utf8.getstate()[0] else 0)
 
     def _hidden(self, event: Event) -> bool:
         """Whether a token has no text here."""

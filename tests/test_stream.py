@@ -127,10 +127,18 @@ def test_every_step_is_reported_once_and_shown_tokens_are_in_order(parts: list[b
     assert [step.token for update in updates for step in update.steps] == list(range(len(updates)))
     shown = [token for update in updates for token in update.tokens]
     assert [token.event.token for token in shown] == sorted(token.event.token or 0 for token in shown)
-    decoder, characters = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    before = b""
     for token in shown:
-        assert token.offset == characters
-        characters += len(decoder.decode(token.bytes))
+        if token.bytes:
+            assert token.offset == len((before + token.bytes[:1]).decode("utf-8", "replace")) - 1
+        before += token.bytes
+    assert [token.offset for token in shown] == sorted(token.offset for token in shown)
+
+
+def test_a_token_after_half_a_character_stands_behind_what_replaces_it() -> None:
+    updates = play([b"a", b"\xe2", b"\x80", b"b", b"c"], TextRules())
+    assert text_of(updates) == "a\ufffdbc"
+    assert [token.offset for update in updates for token in update.tokens] == [0, 1, 1, 2, 3]
 
 
 @given(tokens())
