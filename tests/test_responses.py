@@ -284,6 +284,18 @@ def test_a_failure_in_the_middle_is_an_event_of_its_own() -> None:
     assert respond(failing).status_code == 500
 
 
+def test_what_leaves_no_token_is_no_fault_of_the_server() -> None:
+    def stuck(request: Request, index: int) -> list[Event]:
+        end = event(request, index, None, finish="error", error="no token is left", refused=True)
+        return [event(request, index, ids("a")[0]), end]
+
+    *_, last = events_of(respond(stuck, stream=True))
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"] == {"code": "invalid_prompt", "message": "no token is left"}
+    Response.model_validate(last["response"])
+    assert respond(stuck).status_code == 400
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("refusal", "status"), [(Overloaded("full"), 503), (EngineFailure("not running"), 500)])
 def test_a_refusal_has_its_status(refusal: Exception, status: int, stream: bool) -> None:

@@ -61,7 +61,8 @@ class ResponseGeneration(Generation):
                     yield sent
             yield encode(writer.end(self._usage()))
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
-            yield encode(writer.fail(failure(error).message))
+            told = failure(error)
+            yield encode(writer.fail(told.message, refused=told.status < 500))
 
     def _settled(self) -> dict[str, Any]:
         """The fields of the answer that the request settles, those that are ignored included: the SDK's types ask."""

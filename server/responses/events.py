@@ -72,11 +72,12 @@ class Writer:
             self.response["completed_at"] = int(time.time())
         return [*events, self._event(f"response.{status}", response=self._now())]
 
-    def fail(self, message: str) -> list[Event]:
-        """The last event where the engine failed. What was open stays incomplete."""
+    def fail(self, message: str, refused: bool) -> list[Event]:
+        """The last event where the engine failed, or what was asked left no token. What was open stays incomplete."""
         if self._item is not None:
             self._item["status"] = "incomplete"
-        self.response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        code = "invalid_prompt" if refused else "server_error"  # the nearest of OpenAI's codes
+        self.response |= {"status": "failed", "error": {"code": code, "message": message}}
         return [self._event("response.failed", response=self._now())]
 
     def _text(self, text: str) -> list[Event]:
