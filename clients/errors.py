@@ -133,10 +133,15 @@ def status_error(response: httpx.Response, retry_after: float | None) -> StatusE
     )
 
 
-def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFailed:
+def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFailed | BadAnswer:
     """httpx's error as ours, naming the server."""
+    if isinstance(error, httpx.DecodingError):
+        return BadAnswer(f"{base_url} sent what cannot be decompressed ({error}): is base_url right?")
     if isinstance(error, httpx.PoolTimeout):
         return TimedOut("this client has as many requests under way as it has connections, and none came free in time")
+    if isinstance(error, httpx.ConnectTimeout):
+        within = error.request.extensions["timeout"]["connect"]
+        return TimedOut(f"{base_url} could not be reached within {within:g} seconds; is the server running there?")
     if isinstance(error, httpx.TimeoutException):
         return TimedOut(f"{base_url} did not answer in time ({type(error).__name__}); raise `timeout` if it is slow")
     return ConnectionFailed(f"cannot talk to {base_url} ({error}); is the server running?")

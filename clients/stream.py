@@ -1,7 +1,8 @@
 """A streamed answer: iterate it for chunks; what it added up to is on it afterwards.
 
 Invariant: a stream that iterates to its end was whole: it saw [DONE], or the event that ends a response. A connection
-that breaks, or an error event, raises StreamFailed. Stream and AsyncStream differ in `for` and `async for` alone.
+that breaks, or an error event, raises StreamFailed; what is not this API's, BadAnswer. Stream and AsyncStream differ in
+`for` and `async for` alone.
 
     with client.stream_chat("Why is the sky blue?", steering="brief") as stream:
         for chunk in stream:
@@ -115,10 +116,11 @@ class _Reader(Generic[C]):
     def _failed(self, message: str, **told: str | None) -> StreamFailed:
         return StreamFailed(message, request_id=self.http.headers.get("x-request-id"), **told)
 
-    def _broken(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed:
+    def _broken(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed | BadAnswer:
         if isinstance(error, httpx.StreamError):
             return self._failed("a stream can be read once, inside its `with` block")
-        return self._failed(str(transport_error(error, str(self.http.url))))
+        found = transport_error(error, str(self.http.url))
+        return found if isinstance(found, BadAnswer) else self._failed(str(found))
 
     def _finish(self) -> None:
         if not self._done:

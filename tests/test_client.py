@@ -245,6 +245,26 @@ def test_transport_failures_name_the_server(both: Both) -> None:
         both.call(Server(httpx.PoolTimeout("none free")), "models", settings=settings)
 
 
+@pytest.mark.parametrize(("timeout", "waited"), [(600.0, "5"), (None, "5"), (2.5, "2.5")])
+def test_an_address_that_is_not_reached_is_not_a_slow_answer(both: Both, timeout: float | None, waited: str) -> None:
+    settings = {"base_url": "http://h:1", "max_retries": 0, "timeout": timeout}
+    with pytest.raises(TimedOut, match=rf"http://h:1/v1 could not be reached within {waited} seconds") as caught:
+        both.call(Server(httpx.ConnectTimeout("slow")), "models", settings=settings)
+    assert "timeout" not in str(caught.value), "to raise it would not help"
+
+
+def test_an_answer_that_cannot_be_decompressed_is_no_answer(both: Both, naps: list[float]) -> None:
+    def damaged(status: int) -> httpx.Response:
+        return httpx.Response(status, headers={"content-encoding": "gzip"}, stream=Body(b"not gzip"))
+
+    for status in (200, 404):
+        with pytest.raises(BadAnswer, match=r"http://127.0.0.1:8000/v1 .*decompressed.*base_url"):
+            both.call(Server(damaged(status)), "chat", "Why?")
+        with pytest.raises(BadAnswer, match="decompressed"):
+            both.stream(Server(damaged(status)), "Why?")
+    assert naps == []
+
+
 @pytest.mark.parametrize(
     "error",
     [
