@@ -51,7 +51,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
-        self._http = httpx.AsyncClient(transport=transport, limits=LIMITS)
+        self._http = httpx.AsyncClient(transport=transport, limits=LIMITS, follow_redirects=True)
 
     def with_options(
         self,

@@ -51,7 +51,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
-        self._http = httpx.Client(transport=transport, limits=LIMITS)
+        self._http = httpx.Client(transport=transport, limits=LIMITS, follow_redirects=True)
 
     def with_options(
         self,

@@ -137,6 +137,8 @@ def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFaile
     """httpx's error as ours, naming the server."""
     if isinstance(error, httpx.DecodingError):
         return BadAnswer(f"{base_url} sent what cannot be decompressed ({error}): is base_url right?")
+    if isinstance(error, httpx.TooManyRedirects):
+        return BadAnswer(f"{base_url} answers with one redirect after another: is base_url right?")
     if isinstance(error, httpx.PoolTimeout):
         return TimedOut("this client has as many requests under way as it has connections, and none came free in time")
     if isinstance(error, httpx.ConnectTimeout):

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -365,6 +366,64 @@ def test_waits_double_up_to_the_longest() -> None:
     assert all(wait is not None and 0.75 * cap <= wait <= cap
                for wait, cap in zip(waits, [0.5, 1, 2, 4] + [8.0] * 16, strict=True))  # fmt: skip
     assert retries.after_error(20, httpx.ConnectError("x")) is None
+
+
+# where it is redirected to
+
+
+def moved(location: str, status: int = 307) -> httpx.Response:
+    return httpx.Response(status, headers={"location": location})
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_redirect_is_followed_with_the_same_body(both: Both, status: int) -> None:
+    server = Server(moved("/there/v1/chat/completions", status), httpx.Response(200, json=CHAT))
+    settings = {"base_url": "http://h:1", "api_key": "k", "timeout": 7.0}
+    assert both.call(server, "chat", "Why?", settings=settings).text == "The sky"
+    first, second = server.requests
+    assert (second.method, second.content, second.headers) == ("POST", first.content, first.headers)
+    assert str(second.url) == "http://h:1/there/v1/chat/completions"
+    assert second.extensions["timeout"] == {"connect": 5.0, "read": 7.0, "write": 7.0, "pool": 7.0}
+
+
+def test_a_key_does_not_go_to_another_origin(both: Both) -> None:
+    server = Server(moved("http://other:2/v1/chat/completions"), httpx.Response(200, json=CHAT))
+    both.call(server, "chat", "Why?", settings={"base_url": "http://h:1", "api_key": "k"})
+    assert [request.headers.get("authorization") for request in server.requests] == ["Bearer k", None]
+    assert server.requests[1].headers["host"] == "other:2"
+
+
+def test_what_a_redirect_leads_to_is_retried_from_the_start(both: Both, naps: list[float]) -> None:
+    answers = [moved("/there"), refusal(503, {"retry-after": "2"}), moved("/there"), httpx.Response(200, json=CHAT)]
+    server = Server(*answers)
+    both.call(server, "chat", "Why?")
+    paths = [request.url.path for request in server.requests]
+    assert paths == ["/v1/chat/completions", "/there"] * 2
+    assert naps == [2.0]
+
+
+def test_a_redirected_stream_adds_up(both: Both) -> None:
+    server = Server(moved("/there"), httpx.Response(200, stream=Body(EVENTS)))
+    _, stream = both.stream(server, "Why?")
+    assert stream.text == "The sky"
+    assert (server.requests[1].url.path, server.body["stream"]) == ("/there", True)
+
+
+def test_a_form_is_sent_again_where_a_redirect_leads(both: Both, tmp_path: Path) -> None:
+    for name in ("correction.json", "correction.safetensors"):
+        (tmp_path / name).write_bytes(b"some bytes")
+    server = Server(moved("/there"), httpx.Response(200, json={"id": "brief"}))
+    both.call(server, "upload_correction", tmp_path, "brief")
+    first, second = server.requests
+    assert first.content == second.content
+    assert b"some bytes" in second.content
+
+
+def test_redirects_in_a_circle_come_to_an_end(both: Both, naps: list[float]) -> None:
+    server = Server(*(moved("/round") for _ in range(99)))
+    with pytest.raises(BadAnswer, match=r"redirect.*base_url"):
+        both.call(server, "chat", "Why?")
+    assert naps == []
 
 
 # streams
