@@ -45,7 +45,9 @@ class Connection:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def request(self, http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
-        """A call as httpx's request, ready to be sent; built anew for each attempt."""
+        """A call as httpx's request, ready to be sent; built anew for each attempt. Raises ClientError, once closed."""
+        if http.is_closed:
+            raise ClientError("this client is closed, and those that share its connections: make another")
         server = str(self.base_url).rstrip("/")
         if call.root:
             server = server.removesuffix(_VERSION)

@@ -1,7 +1,7 @@
 """What can go wrong between the client and a server: status to class, transport failure to class.
 
     TrimtabError
-    `-- ClientError
+    `-- ClientError              itself: the client was closed
         |-- ConnectionFailed     the server could not be reached, or hung up
         |   `-- TimedOut         it did not answer in time
         |-- StreamFailed         an answer broke off, or the server reported a failure in its middle: code, type, param,

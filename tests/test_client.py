@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -281,6 +282,37 @@ def test_errors_come_home_from_a_pool_of_processes(error: TrimtabError) -> None:
     renamed = ContextOverflow(10, 20, 1)
     renamed.rename("prompt")
     assert str(pickle.loads(pickle.dumps(renamed))) == str(renamed)
+
+
+@pytest.mark.parametrize("method", ["chat", "stream_chat"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_closed_client_says_so(both: Both, method: str, copied: bool) -> None:
+    """So does a copy with other options: they share their connections."""
+    transport = httpx.MockTransport(Server())
+
+    def ask() -> None:
+        client = Client(transport=transport)
+        asked = client.with_options(timeout=1) if copied else client
+        client.close()
+        with getattr(asked, method)("Why?"):
+            pass
+
+    async def ask_async() -> None:
+        client = AsyncClient(transport=transport)
+        asked = client.with_options(timeout=1) if copied else client
+        await client.close()
+        answer = getattr(asked, method)("Why?")
+        await (answer if method == "chat" else answer.__aenter__())
+
+    with pytest.raises(ClientError, match="this client is closed"):
+        ask() if both.kind is Client else asyncio.run(ask_async())
+
+
+def test_a_client_that_is_closed_while_it_waits_to_try_again_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(transport=httpx.MockTransport(Server(503)))
+    monkeypatch.setattr("trimtab.clients.client.time", SimpleNamespace(sleep=lambda _: client.close()))
+    with pytest.raises(ClientError, match="this client is closed"):
+        client.chat("Why?")
 
 
 # what is retried
