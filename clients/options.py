@@ -1,7 +1,7 @@
 """What a caller may ask of a generation: steering, and everything else in OpenAI's and vLLM's words.
 
-Invariant: what was not set is not sent, so the server's defaults hold; values are checked by the server, which names
-the field that is wrong.
+Invariant: what was not set, or is None, is not sent, so the server's defaults hold; values are checked by the server,
+which names the field that is wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,45 +55,45 @@ Steer = str | Steering | None  # a string is a correction's name
 class _Drawing(TypedDict, total=False):
     """What every generation may ask for."""
 
-    temperature: float
-    top_p: float
-    top_logprobs: int
-    tools: Sequence[Mapping[str, Any]]
-    tool_choice: str | Mapping[str, Any]
-    parallel_tool_calls: bool
-    metadata: Mapping[str, str]
-    user: str
-    extra: Mapping[str, Any]  # any further keys of the body, as they are
+    temperature: float | None
+    top_p: float | None
+    top_logprobs: int | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    metadata: Mapping[str, str] | None
+    user: str | None
+    extra: Extra  # any further keys of the body, as they are
 
 
 class Options(_Drawing, total=False):
     """Of chats and completions. Tools are for chats."""
 
-    max_tokens: int
-    min_tokens: int
-    top_k: int
-    min_p: float
-    seed: int
-    n: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
-    logprobs: bool | int  # chat: true or false; completions: how many alternatives
-    echo: bool
-    response_format: Format
-    structured_outputs: Mapping[str, Any]  # vLLM's: one of json, regex, choice, grammar
-    chat_template_kwargs: Mapping[str, Any]
+    max_tokens: int | None
+    min_tokens: int | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    n: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: bool | int | None  # chat: true or false; completions: how many alternatives
+    echo: bool | None
+    response_format: Format | None
+    structured_outputs: Mapping[str, Any] | None  # vLLM's: one of json, regex, choice, grammar
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class ResponseOptions(_Drawing, total=False):
     """Of /v1/responses."""
 
-    instructions: str
-    max_output_tokens: int
-    reasoning: Mapping[str, Any]
-    store: bool
-    text: Format  # {"format": {...}}, or a pydantic class
+    instructions: str | None
+    max_output_tokens: int | None
+    reasoning: Mapping[str, Any] | None
+    store: bool | None
+    text: Format | None  # {"format": {...}}, or a pydantic class

@@ -1,7 +1,7 @@
 """What is sent to the server: the one request builder, shared by both clients.
 
-Invariant: what the caller did not set is not sent. Here is checked only what no request can say; values are checked by
-the server.
+Invariant: what the caller did not set, or set to None, is not sent; `extra` goes as it is, null included. Here is
+checked only what no request can say; values are checked by the server.
 """
 
 import difflib
@@ -157,7 +157,7 @@ def _body(
     steering: Steer,
     options: Options | ResponseOptions | Mapping[str, Any],
 ) -> dict[str, Any]:
-    rest: dict[str, Any] = dict(options)
+    rest = _set(**dict(options))
     extra = rest.pop("extra", {})
     if not isinstance(extra, Mapping):
         raise InvalidRequest(f"extra must be a mapping of further body keys, not {type(extra).__name__}", "extra")

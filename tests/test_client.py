@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import httpx
 import pytest
@@ -24,8 +24,10 @@ from trimtab.clients import (
     ClientError,
     ConnectionFailed,
     NotFound,
+    Options,
     PermissionDenied,
     RateLimit,
+    ResponseOptions,
     ServerError,
     StatusError,
     Steering,
@@ -180,6 +182,26 @@ def test_what_cannot_be_sent_is_named(both: Both, messages: Any, options: Any, f
     with pytest.raises(InvalidRequest) as caught:
         both.call(Server(), "chat", messages, **options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "answer"),
+    [("chat", Options, CHAT), ("complete", Options, COMPLETION), ("respond", ResponseOptions, {"id": "r"})],
+)
+def test_an_option_that_is_none_is_not_sent(both: Both, method: str, options: Any, answer: Any) -> None:
+    """Some servers refuse null."""
+    bare, server = (Server(httpx.Response(200, json=answer)) for _ in range(2))
+    both.call(bare, method, "Why?")
+    both.call(server, method, "Why?", steering=None, **dict.fromkeys(options.__annotations__))
+    assert server.body == bare.body
+    assert all(type(None) in get_args(kind) for kind in get_type_hints(options).values())
+
+
+def test_null_is_sent_where_extra_says_so(both: Both) -> None:
+    server = Server(httpx.Response(200, json=CHAT))
+    both.call(server, "chat", "Why?", temperature=None, extra={"seed": None})
+    assert server.body.items() > {"seed": None}.items()
+    assert "temperature" not in server.body
 
 
 def test_a_misspelled_option_is_told_its_name(both: Both) -> None:
