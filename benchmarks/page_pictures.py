@@ -17,14 +17,14 @@ from playwright.sync_api import Browser
 from browser import CHROMIUM, NO_CHROMIUM, PATIENCE, chromium, visit
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTION = 'Write one short sentence about the sea that contains the word "lantern".'
+QUESTION = 'Write one short sentence about the sea that contains the words "lantern" and "garden".'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take pictures of the page.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a server with a correction")
     parser.add_argument("--ask", default=QUESTION, help="the question")
-    parser.add_argument("--seed", type=int, default=0, help="of both answers")
+    parser.add_argument("--seed", type=int, default=1, help="of both answers")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "page", help="the folder of the pictures")
     args = parser.parse_args()
     if CHROMIUM is None:
@@ -39,7 +39,7 @@ def picture(browser: Browser, url: str, scheme: str, question: str, seed: int, p
     with visit(browser, url, viewport={"width": 1320, "height": 780}, color_scheme=scheme) as visited:
         page = visited.page
         page.locator("#corrections article").first.wait_for()
-        page.get_by_label("Seed").fill(str(seed))
+        page.get_by_label("Seed", exact=True).fill(str(seed))
         page.get_by_label("Message").fill(question)
         page.get_by_label("Message").press("Enter")
         for i in range(2):

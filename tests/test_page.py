@@ -474,16 +474,16 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Browser) -> None:
 
 
 @in_a_browser
-def test_what_a_correction_does_not_beat_is_said_first(browser: Browser) -> None:
+def test_what_a_correction_beats_and_does_not_beat_is_said_in_words(browser: Browser) -> None:
     with opened(browser, ScriptedEngine(MIXED), bank_with(BOTH)) as visited:
         page = visited.page
         panel = page.get_by_role("region", name="Corrections")
         good, poor, bare = (panel.get_by_role("article", name=name) for name in ("brief", "polite", "tuned"))
-        expect(good).to_contain_text("Beats base, random-positions, shuffled-rewards.")
+        expect(good).to_contain_text("Beats base, shuffled-rewards; does not beat random-positions.")
         expect(poor).to_contain_text("Does not beat base, random-positions, shuffled-rewards.")
         expect(bare).to_contain_text("Never evaluated")
-        option = page.get_by_label("Correction", exact=True).get_by_role("option", name="polite")
-        expect(option).to_have_text("polite (see its report)")
+        for name, shown in (("brief", "brief"), ("polite", "polite (see its report)")):
+            expect(page.get_by_label("Correction", exact=True).get_by_role("option", name=name)).to_have_text(shown)
         poor.get_by_role("button", name="Full report").click()
         report = page.get_by_role("dialog", name="polite")
         expect(report).to_contain_text("do not serve it")

@@ -1,5 +1,5 @@
-// The corrections, and what is known of them. Invariant: what a correction does not beat is said first, and in words;
-// a correction without a report is called never evaluated.
+// The corrections, and what is known of them. Invariant: what a correction does not beat is said in words, and alone
+// where its report is against serving it; a correction without a report is called never evaluated.
 
 const OWN = "correction"; // what a report calls the correction itself
 
@@ -22,25 +22,22 @@ function entry(correction) {
   return about;
 }
 
-/** What it does not beat, by its report: null where it beats all it was compared with. */
-function missed(report) {
-  if (!report) return null;
-  const beats = Object.entries(report.verdict?.beats ?? {});
-  const names = beats.filter(([, better]) => !better).map(([name]) => name);
-  if (names.length) return names;
-  return report.verdict?.ship ? null : ["its controls"];
-}
+/** Whether it has a report, and that is against serving it. */
+const discouraged = ({ report }) => Boolean(report) && !report.verdict?.ship;
 
-function verdictOf({ tier, report }) {
+function verdictOf(correction) {
+  const { tier, report } = correction;
   if (!report) {
     const why = tier === "contrast" ? "Nothing was learned for it, and it was never evaluated." : "Never evaluated: it has no report.";
     return make("p", { class: "verdict unknown" }, why);
   }
-  const lost = missed(report);
-  const won = Object.entries(report.verdict?.beats ?? {}).flatMap(([name, better]) => (better ? [name] : []));
-  const words = lost ? `Does not beat ${lost.join(", ")}.` : `Beats ${won.join(", ")}.`;
-  return make("p", { class: lost ? "verdict lost" : "verdict won" }, make("span", { "aria-hidden": "true" }, lost ? "✕ " : "✓ "), words);
+  const beats = Object.entries(report.verdict?.beats ?? {});
+  const [won, lost] = [true, false].map((better) => beats.flatMap(([name, is]) => (is === better ? [name] : [])).join(", "));
+  if (discouraged(correction)) return verdict("lost", "✕ ", `Does not beat ${lost || "its controls"}.`);
+  return verdict("won", "✓ ", `Beats ${won}${lost && `; does not beat ${lost}`}.`);
 }
+
+const verdict = (kind, sign, words) => make("p", { class: `verdict ${kind}` }, make("span", { "aria-hidden": "true" }, sign), words);
 
 const ownDifferences = (report) => (report.differences ?? []).filter(({ policy }) => policy === OWN);
 

@@ -61,7 +61,7 @@ const settings = {
   offer(corrections) {
     const before = find("correction").value;
     this.corrections = new Map(corrections.map((correction) => [correction.id, correction]));
-    const named = corrections.map(({ id, report }) => make("option", { value: id }, missed(report) ? `${id} (see its report)` : id));
+    const named = corrections.map((one) => make("option", { value: one.id }, discouraged(one) ? `${one.id} (see its report)` : one.id));
     find("correction").replaceChildren(...named, make("option", { value: "" }, "none: the base alone"));
     if (this.corrections.has(before)) find("correction").value = before;
     else this.reset();
