@@ -1,4 +1,4 @@
-"""The README's figures: what was gained, against what is simpler, and what steering costs. RESULTS.md has the rest.
+"""The README's figures: what was gained, against what is simpler, where, and what it costs. RESULTS.md has the rest.
 
 Invariant: a cell is one figure of one run or report, as it is; a column is one set of problems, answered in pairs, and
 a table is of one base model.
@@ -54,6 +54,7 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
     parts = [_gains(model, {next(letters): column for column in found}) for model, found in by_model.items()]
     parts += ["\n".join(elsewhere)] if elsewhere else []
+    parts += map(_gates, _of_kind(runs, "gates"))
     parts += map(_costs, _of_kind(runs, "tiers"))
     return "\n\n".join(parts)
 
@@ -137,6 +138,19 @@ def _of_transfer(run: Mapping[str, Any]) -> list[str]:
         changed = f"{d['mean']:+.4f} [{d['low']:.4f}, {d['high']:.4f}] nats a token; more is worse"
         lines.append(f"- its loss on {text['tokens']} tokens of `{text['file']}`, minus the base's: {changed}")
     return lines
+
+
+def _gates(run: Mapping[str, Any]) -> str:
+    """What heads gain that learned and act above one threshold each, and by how much chance does worse."""
+    found = run["results"]
+    rows = [
+        ["a head that learned and acts above, in nats", *(f"{r['tau']:g}" for r in found)],
+        ["acts at % of steps", *(f"{100 * r['fired']:.0f}" for r in found)],
+        ["minus base", *(_interval(**r["over_base"]) for r in found)],
+        ["minus itself at as many random steps, as far from the base", *(_interval(**r["over_random"]) for r in found)],
+    ]
+    told = f"distilled anew above each from the LoRA of {run['run']}; {run['answered']}; {run['compared at']}"
+    return f"{table(rows)}\n\n- {told}; {hardware(run['machine'])}; {run['model']} ({run['device']})"
 
 
 def _costs(run: Mapping[str, Any]) -> str:
