@@ -5,7 +5,8 @@
 chat: one conversation of --chat tokens goes on turn by turn, each turn under another correction, or under none. rush:
 as many requests at once on an empty cache, after beginnings of their own and after one beginning of the same length,
 in turns. `first token` is the time until every request of the case has its first. Ratios are to the first row of the
-same case; a rush's figures are medians of rounds, a chat happens once.
+same case; a rush's figures are medians of rounds, a chat happens once, after another prompt that nobody times. MODEL
+may be a shape of random_model.py, such as 1.5B: nothing is downloaded then.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import machine
-from random_model import make_bank
+import torch
+from random_model import SHAPES, make_bank, make_base
 
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=512)
     machine.add_options(parser)
     args = parser.parse_args()
-    base = load_base(args.model, args.dtype, args.device, args.threads)
+    base = load(args)
     results = [*chat(base, args), *rush(base, args)]
     here = machine.describe()
     facts = {
@@ -59,9 +61,18 @@ def main() -> None:
     print(json.dumps({"benchmark": "prefix", **facts, "machine": here, "results": results}))
 
 
+def load(args: argparse.Namespace) -> Base:
+    if args.model not in SHAPES:
+        return load_base(args.model, args.dtype, args.device, args.threads)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    return make_base(args.model, here if args.device == "auto" else args.device, args.seed)
+
+
 def chat(base: Base, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A conversation that changes its correction at every turn."""
     core = open_core(base, 4, args.chat + 5 * TURN, args)
+    answer(core, [words(base, min(args.chat, 2 * args.step_tokens), f"{args.seed} before")], Steering())
+    core.forget()
     said = words(base, args.chat, f"{args.seed} chat")
     rows = []
     turns = (("read first, off", None), ("then c0", "c0"), ("then c1", "c1"), ("then off", None), ("then c0", "c0"))
