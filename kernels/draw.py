@@ -109,17 +109,17 @@ def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def best_tokens_of_rows(z: Tensor, rows: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`best_tokens` of rows [n] of z [all rows, padded] at once -> [n, k] each. maxima [n, groups]: theirs."""
-    groups = maxima.topk(min(k, maxima.shape[1])).indices
-    inside = z.view(len(z), -1, GROUP)[rows[:, None], groups].flatten(1)
-    values, places = inside.topk(k)
-    ids, order = (groups.gather(1, places // GROUP) * GROUP + places % GROUP).sort()
-    values, order = values.gather(1, order).sort(descending=True, stable=True)
-    ids = ids.gather(1, order)
-    least = values[:, -1:]
-    tied = ((inside >= least).sum(1) > k) | ((maxima >= least).sum(1) > k)  # topk may have kept a higher id
-    for row in tied.nonzero()[:, 0].tolist():
-        values[row], ids[row] = best_tokens(z[rows[row]], maxima[row], k)
-    return values, ids
+    few = k >= maxima.shape[1]
+    floor = torch.full((len(rows), 1), float("-inf")) if few else maxima.topk(k).values[:, -1:]
+    row, group = (maxima >= floor).nonzero().unbind(1)
+    inside = z.view(len(z), -1, GROUP)[rows[row], group]
+    at, lane = (inside >= floor[row]).nonzero().unbind(1)
+    values, row, ids = inside[at, lane], row[at], group[at] * GROUP + lane
+    order = values.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    found = torch.bincount(row, minlength=len(rows))  # k at least
+    first = order[(found.cumsum(0) - found)[:, None] + torch.arange(k)]
+    return values[first], ids[first]
 
 
 def total_mass(weights: Tensor) -> Tensor:

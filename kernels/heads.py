@@ -84,7 +84,7 @@ def _read_rest(z: Tensor, base: list[Row], rows: Tensor, ids: Tensor, maxima: Te
 def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> Tensor:
     """What the corrections of each of these rows add to its tokens ids [n, k], at strength 1: float32 [n, k]."""
     h = inputs.hidden[rows].float()
-    directions = embedding(ids, inputs.head).float()  # [n, k, hidden]; indexing would take ten times as long
+    directions = embedding(ids, inputs.head)  # [n, k, hidden]; indexing would take ten times as long
     mixes, weights = inputs.params.correction[rows], inputs.params.weight[rows]
     total = torch.zeros(ids.shape)
     for column, which in enumerate(mixes.T.tolist()):
@@ -98,14 +98,14 @@ def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> 
 
 
 def _delta_of(bank: Corrections, which: list[int], h: Tensor, directions: Tensor) -> Tensor:
-    """The delta of one correction a row: n indices, h [n, hidden], directions [n, k, hidden] -> [n, k]."""
+    """The delta of one correction a row: n indices, h [n, hidden], directions [n, k, hidden] of any dtype -> [n, k]."""
     at = torch.tensor(which if len(set(which)) > 1 else which[:1])  # rows of one correction share its tensors
     inner = (bank.A[at] * h[:, None, :]).sum(-1)  # [n, rank]
     curved = bank.silu[at, None]
     if curved.any():
         inner = torch.where(curved, silu(inner), inner)
     shift = (bank.B[at] * inner[:, None, :]).sum(-1) + bank.b[at]  # [n, hidden]
-    raw = (directions * shift[:, None, :]).sum(-1)
+    raw = (directions * shift[:, None, :]).sum(-1)  # in float32, whatever the head's dtype
     cap = bank.cap[at, None]
     within = torch.arange(raw.shape[1]) < bank.top_k[at, None]
     return torch.where(within & (raw == raw), cap * torch.tanh(raw / cap), 0.0)
