@@ -74,8 +74,8 @@ def throughput(measured: dict[str, Any]) -> str:
             " second by how many choices decode at once; every gate open at every step, the worst case.\n",
             table(["tier", *(f"batch {batch}" for batch in runs)], rows),
             "## Replicas for a load, on such a machine\n",
-            f"Answers of {MIX_TOKENS} tokens a second, at the throughput of batch {max(runs)}; prompts cost extra, and"
-            " a replica that is always full makes others wait: take half as many again.\n",
+            f"By answers a second, of {MIX_TOKENS} tokens each, at the throughput of batch {max(runs)}; prompts cost"
+            " extra, and a replica that is always full makes others wait: take half as many again.\n",
             table(["tier", *(f"{wanted}/s" for wanted in WANTED)], replicas),
         ]
     )
