@@ -20,6 +20,7 @@ from trimtab.server.model import kv
 from trimtab.server.model.base import Base, prepare
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
+from trimtab.steering.gate import Gate
 
 
 @pytest.fixture
@@ -137,6 +138,16 @@ def test_the_first_steps_use_every_slot_and_say_what_to_do_where_they_fail(
     limit = 5
     with pytest.raises(EngineFailure, match="--max-num-seqs"):
         Core(base, bank, config)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_first_steps_suit_few_slots_and_any_tier(slots: int, on_gpu: list[int]) -> None:
+    base = tiny_base()
+    bank = Bank(base.hidden, "cpu")
+    bank.add(tiny_correction(base, "c0"), tiny_lora(base, gate=Gate("entropy", 1.0)))
+    core = Core(base, bank, EngineConfig(slots=slots, step_tokens=16, max_model_len=32))
+    assert not core.busy
+    assert core.free_slots == slots
 
 
 def test_fusing_changes_no_weight_and_holds_none_twice(on_gpu: list[int]) -> None:

@@ -167,12 +167,13 @@ class Core:
         """Compile now what the first requests would wait for: prompts, draws, edits, masks, a head, a LoRA, companions;
         then all slots at once, for which memory may not suffice."""
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
-        tiers = {self.bank.get(name).tier: name for name in reversed(self.bank.names)}
+        found = {self.bank.get(name).tier: Steering(name) for name in reversed(self.bank.names)}
+        heads, loras = ([found[tier]] if tier in found else [] for tier in ("head", "lora"))
         slots, prompt = self.config.slots, (0,) * min(8, self.max_len - 1)
-        kinds = [Steering()] + [Steering(tiers[tier], gate="always") for tier in ("head", "lora") if tier in tiers]
         contrast = Steering(CONTRAST, companion_prompt=prompt)
+        kinds = [Steering(), *heads]
         if slots > 1:  # a companion takes the second
-            kinds.append(contrast)
+            kinds += [contrast, *loras]
         biased = replace(sampling, logit_bias={0: 1.0})
         masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
         for draws in (sampling, biased, *masked):
