@@ -187,10 +187,8 @@ class Core:
     def _try(self, requests: Iterable[Request]) -> None:
         for event in self.run(requests):
             if event.error is not None:
-                raise EngineFailure(
-                    f"the engine's first steps failed ({event.error}): where memory ran out, take fewer slots "
-                    "(--max-num-seqs) or shorter ones (--max-model-len)"
-                )
+                advice = "where memory ran out, take fewer slots (--max-num-seqs) or shorter ones (--max-model-len)"
+                raise EngineFailure(f"the engine's first steps failed ({event.error}): {advice}")
 
     def _read(self, sampling: Sampling, record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take the tokens they sampled and leave when they end."""
