@@ -4,6 +4,8 @@ Rows are padded with -inf to whole groups of GROUP tokens. The maxima of the gro
 that few tokens are sorted; ids ascend before that sort, which is stable, so ties keep the lower id first.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -107,19 +109,30 @@ def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:k], (groups[group] * GROUP + lane)[order[:k]]
 
 
-def best_tokens_of_rows(z: Tensor, rows: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`best_tokens` of rows [n] of z [all rows, padded] at once -> [n, k] each. maxima [n, groups]: theirs."""
-    few = k >= maxima.shape[1]
-    floor = torch.full((len(rows), 1), float("-inf")) if few else maxima.topk(k).values[:, -1:]
+class Best(NamedTuple):
+    """The k best tokens of each of n rows, and a copy of the m groups that hold them."""
+
+    values: Tensor  # float32 [n, k], as `best_tokens` orders them
+    ids: Tensor  # int64 [n, k]
+    place: Tensor  # int64 [n, k]: where in `logits` they are, counted through
+    logits: Tensor  # float32 [m, GROUP]
+    row: Tensor  # int64 [m], below n
+    group: Tensor  # int64 [m]
+
+
+def best_tokens_of_rows(z: Tensor, rows: Tensor, maxima: Tensor, k: int) -> Best:
+    """`best_tokens` of rows [n] of z [all rows, padded] at once. maxima [n, groups]: theirs."""
+    n, groups = maxima.shape
+    floor = maxima.topk(k).values[:, -1:] if k < groups else torch.full((n, 1), float("-inf"))
     row, group = (maxima >= floor).nonzero().unbind(1)
-    inside = z.view(len(z), -1, GROUP)[rows[row], group]
-    at, lane = (inside >= floor[row]).nonzero().unbind(1)
-    values, row, ids = inside[at, lane], row[at], group[at] * GROUP + lane
-    order = values.argsort(descending=True, stable=True)
-    order = order[row[order].argsort(stable=True)]
-    found = torch.bincount(row, minlength=len(rows))  # k at least
-    first = order[(found.cumsum(0) - found)[:, None] + torch.arange(k)]
-    return values[first], ids[first]
+    logits = z.view(-1, GROUP).index_select(0, rows.take(row) * groups + group)
+    reach = (logits >= floor.take(row)[:, None]).view(-1).nonzero()[:, 0]
+    of = row.take(reach // GROUP)
+    order = logits.take(reach).argsort(descending=True, stable=True)
+    order = order.take(of.take(order).argsort(stable=True))
+    first = torch.searchsorted(of, torch.arange(n))[:, None] + torch.arange(k)  # k a row at least
+    place = reach.take(order.take(first))
+    return Best(logits.take(place), group.take(place // GROUP) * GROUP + place % GROUP, place, logits, row, group)
 
 
 def total_mass(weights: Tensor) -> Tensor:

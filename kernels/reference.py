@@ -90,9 +90,9 @@ def _finish(
 ) -> _Drawn:
     """Edit and draw one live row, unless its token is forced, and report it.
 
-    z [padded] holds z'; it is overwritten, as the row of top_* is.
+    z [padded] holds z'; the row of top_* is overwritten.
     """
-    maxima, normaliser = base.maxima, base.normaliser
+    start, maxima, normaliser = z, base.maxima, base.normaliser
     steered_best, steered_normaliser = base.best, normaliser
     if changed is None:
         base_token = steered_token = best_token(z, maxima)
@@ -101,31 +101,28 @@ def _finish(
         steered_token = changed.token
         steered_best, steered_normaliser = float(z[steered_token]), changed.normaliser
         if inputs.params.shadow[row]:
-            z[changed.ids] = changed.base
+            start = z.scatter(0, changed.ids, changed.base)
         else:
             maxima, normaliser = changed.maxima, changed.normaliser
     token = int(inputs.params.forced[row])
     if token < 0:
-        final = z if inputs.edits is None else _edit(z, inputs, row)
+        final = start if inputs.edits is None else _edit(start, inputs, row)
         final = final if inputs.mask is None else _mask(final, inputs.mask, row)
-        token = draw_token(final, maxima if final is z else final.view(-1, GROUP).amax(1), inputs, row)
+        token = draw_token(final, maxima if final is start else final.view(-1, GROUP).amax(1), inputs, row)
     if token < 0:  # the edits or the mask forbade every token, or the edits made one infinite
         return _Drawn()
     if inputs.alternatives:
         k = min(inputs.alternatives, inputs.logits.shape[1])
-        values, ids = best_tokens(z, maxima, k)
+        values, ids = best_tokens(start, maxima, k)
         top_ids[row, :k] = ids.int()
         # float64, as the token's own log-probability below: the two must be the same float
         top_logprobs[row, :k] = values.double() - normaliser
-    base_value = steered_value = float(inputs.logits[row, token])
-    if changed is not None:
-        steered_value = changed.steered.get(token, base_value)
     return _Drawn(
         token=token,
         base_token=base_token,
         steered_token=steered_token,
-        base_logprob=base_value - base.normaliser,
-        steered_logprob=steered_value - steered_normaliser,
+        base_logprob=float(inputs.logits[row, token]) - base.normaliser,
+        steered_logprob=float(z[token]) - steered_normaliser,
         base_token_logprob=base.best - base.normaliser,
         steered_token_logprob=steered_best - steered_normaliser,
     )

@@ -68,7 +68,7 @@ def find_on_cpu(inputs: StepInputs) -> tuple[StepRecord, Candidates]:
     )
     for row, change in changed.items():
         found.found[row], found.ids[row] = len(change.ids), change.ids
-        found.logits[row] = torch.tensor(list(change.steered.values()))
+        found.logits[row] = change.steered
     return record, found
 
 

@@ -22,8 +22,10 @@ def test_the_best_tokens_of_many_rows_are_those_of_each(
     z[torch.rand(z.shape, generator=draw) < missing] = float("-inf")
     rows = torch.tensor([4, 0, 2])
     maxima = z.view(5, groups, GROUP).amax(2)[rows]
-    values, ids = best_tokens_of_rows(z, rows, maxima, k)
+    best = best_tokens_of_rows(z, rows, maxima, k)
     for at, row in enumerate(rows.tolist()):
         expected = best_tokens(z[row], maxima[at], k)
-        assert torch.equal(values[at], expected[0])
-        assert torch.equal(ids[at], expected[1])
+        assert torch.equal(best.values[at], expected[0])
+        assert torch.equal(best.ids[at], expected[1])
+        assert torch.equal(best.logits.take(best.place[at]), expected[0])
+    assert torch.equal(best.logits, z.view(5, groups, GROUP)[rows[best.row], best.group])
