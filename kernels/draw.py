@@ -1,4 +1,4 @@
-"""Order and chance over one row of logits, in plain torch: the best tokens, the filters, the draw.
+"""Order and chance over one row of logits: the best tokens, the filters, the draw.
 
 Rows are padded with -inf to whole groups of GROUP tokens. The maxima of the groups bound the exact top k from below, so
 that few tokens are sorted; ids ascend before that sort, which is stable, so ties keep the lower id first.
@@ -6,6 +6,7 @@ that few tokens are sorted; ids ascend before that sort, which is stable, so tie
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,27 +113,28 @@ def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class Best(NamedTuple):
     """The k best tokens of each of n rows, and a copy of the m groups that hold them."""
 
-    values: Tensor  # float32 [n, k], as `best_tokens` orders them
-    ids: Tensor  # int64 [n, k]
-    place: Tensor  # int64 [n, k]: where in `logits` they are, counted through
-    logits: Tensor  # float32 [m, GROUP]
-    row: Tensor  # int64 [m], below n
-    group: Tensor  # int64 [m]
+    values: np.ndarray  # float32 [n, k], as `best_tokens` orders them
+    ids: np.ndarray  # int64 [n, k]
+    place: np.ndarray  # int64 [n, k]: where in `logits` they are, counted through
+    logits: np.ndarray  # float32 [m, GROUP]
+    row: np.ndarray  # int64 [m], below n
+    home: np.ndarray  # int64 [m]: where in the maxima the groups are, counted through
 
 
-def best_tokens_of_rows(z: Tensor, rows: Tensor, maxima: Tensor, k: int) -> Best:
+def best_tokens_of_rows(z: np.ndarray, rows: np.ndarray, maxima: np.ndarray, k: int) -> Best:
     """`best_tokens` of rows [n] of z [all rows, padded] at once. maxima [n, groups]: theirs."""
     n, groups = maxima.shape
-    floor = maxima.topk(k).values[:, -1:] if k < groups else torch.full((n, 1), float("-inf"))
-    row, group = (maxima >= floor).nonzero().unbind(1)
-    logits = z.view(-1, GROUP).index_select(0, rows.take(row) * groups + group)
-    reach = (logits >= floor.take(row)[:, None]).view(-1).nonzero()[:, 0]
+    floor = np.partition(maxima, -k, axis=1)[:, -k] if k < groups else np.full(n, -np.inf, np.float32)
+    home = np.flatnonzero(maxima >= floor[:, None])
+    row = home // groups
+    logits = z.reshape(-1, GROUP).take(rows.take(row) * groups + home % groups, axis=0)
+    reach = np.flatnonzero(logits >= floor.take(row)[:, None])
     of = row.take(reach // GROUP)
-    order = logits.take(reach).argsort(descending=True, stable=True)
-    order = order.take(of.take(order).argsort(stable=True))
-    first = torch.searchsorted(of, torch.arange(n))[:, None] + torch.arange(k)  # k a row at least
+    order = np.lexsort((-logits.take(reach), of))
+    first = np.searchsorted(of, np.arange(n))[:, None] + np.arange(k)  # k a row at least
     place = reach.take(order.take(first))
-    return Best(logits.take(place), group.take(place // GROUP) * GROUP + place % GROUP, place, logits, row, group)
+    ids = home.take(place // GROUP) % groups * GROUP + place % GROUP
+    return Best(logits.take(place), ids, place, logits, row, home)
 
 
 def total_mass(weights: Tensor) -> Tensor:

@@ -1,22 +1,28 @@
-"""The head tier in plain torch: what corrections add to the best tokens of a row, and how far from the base that is.
+"""The head tier on the CPU: what corrections add to the best tokens of a row, and how far from the base that is.
 
 Invariant: a row's numbers do not depend on the rows beside it. So sums of products, over one row each, stand where
 matrix multiplications could: the bits of a GEMM depend on how many rows it is given.
+
+Few numbers are NumPy's, whose calls cost a third of torch's; many are torch's, which is faster at them.
 """
 
 import math
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad, silu
+from torch.nn.functional import embedding, silu
 
 from trimtab.kernels.draw import GROUP, Best, best_tokens_of_rows, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
 from trimtab.kernels.rows import Row
 
+_Numbers = npt.NDArray[np.float64]
+
 _DEEP = 60.0  # nats below which masses in float32 lose tokens
-_TOGETHER = 8  # rows whose candidates' rows of the LM head fit a core's cache, in float32
+_TOGETHER = 8  # rows whose products, in float32, fit a core's cache and stay in the allocator
 
 
 class Changed(NamedTuple):
@@ -40,92 +46,104 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     params, bank = inputs.params, inputs.corrections
     assert bank is not None
     k = min(bank.max_top_k, inputs.logits.shape[1])
-    at = torch.tensor(rows)
-    maxima = torch.stack([base[row].maxima for row in rows])
-    best = best_tokens_of_rows(z, at, maxima, k)
-    values, ids = best.values, best.ids  # [n, k]
-    delta = _delta(inputs, bank, at, ids)
-    rests = _read_rest(z, rows, [base[row] for row in rows], best, maxima)
-    normaliser = torch.tensor([base[row].normaliser for row in rows], dtype=torch.float64)
-    lines = _Lines(values, delta, torch.tensor(rests, dtype=torch.float64), normaliser)
-    strength, kl, gain = lines.bound(params.strength.take(at).double(), params.kl_cap.take(at).double())
-    steered = values + strength.float()[:, None] * delta
-    z.put_(at[:, None] * z.shape[1] + ids, steered)
-    maxima.scatter_reduce_(1, ids // GROUP, steered, "amax")
+    at, plain = np.array(rows), z.numpy()
+    maxima = torch.stack([base[row].maxima for row in rows]).numpy()
+    best = best_tokens_of_rows(plain, at, maxima, k)
+    delta = _delta(inputs, bank, at, best.ids)
+    rests = _read_rest(plain, rows, [base[row] for row in rows], best, maxima)
+    normaliser = np.array([base[row].normaliser for row in rows])
+    lines = _Lines(best.values, delta, rests, normaliser)
+    asked = (params.strength, params.kl_cap)
+    strength, kl, gain = lines.bound(*(column.numpy()[at].astype(np.float64) for column in asked))
+    steered = best.values + strength.astype(np.float32)[:, None] * delta
+    plain[at[:, None], best.ids] = steered
+    np.maximum.at(maxima, (np.arange(len(rows))[:, None], best.ids // GROUP), steered)
     peak = maxima.argmax(1)
-    tokens = peak * GROUP + z.view(-1, GROUP).index_select(0, at * maxima.shape[1] + peak).argmax(1)
-    taken = zip((normaliser + gain).tolist(), kl.tolist(), strength.tolist(), strict=True)
-    found = zip(rows, ids, values, steered, maxima, tokens.tolist(), taken, strict=True)
-    return {row: Changed(*seen, *told) for row, *seen, told in found}
+    tokens = peak * GROUP + plain.reshape(-1, GROUP).take(at * maxima.shape[1] + peak, axis=0).argmax(1)
+    seen = (torch.from_numpy(array) for array in (best.ids, best.values, steered, maxima))
+    told = (array.tolist() for array in (tokens, normaliser + gain, kl, strength))
+    return {row: Changed(*of) for row, *of in zip(rows, *seen, *told, strict=True)}
 
 
-def _read_rest(z: Tensor, rows: list[int], base: list[Row], best: Best, maxima: Tensor) -> list[float]:
-    """The log sum exp of the tokens of z but for the best; maxima [n, groups] becomes theirs.
+def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxima: np.ndarray) -> _Numbers:
+    """The log sum exp of the tokens of z but for the best: float64 [n]; maxima [n, groups] becomes theirs.
 
     Only the best tokens' groups are read again, unless what is left lies too deep under the best logit for the masses
     to show. base: of these rows. best.logits is overwritten.
     """
-    left, where = best.logits, best.row * maxima.shape[1] + best.group
-    left.view(-1).index_fill_(0, best.place.view(-1), -math.inf)
-    maxima.put_(where, left.amax(1))
-    masses = torch.stack([row.masses for row in base])
-    masses.put_(where, left.sub_(best.values[:, 0].take(best.row)[:, None]).exp_().sum(1))
+    best.logits.put(best.place, -np.inf)
+    left = torch.from_numpy(best.logits)  # torch reduces many numbers faster
+    maxima.put(best.home, left.amax(1).numpy())
+    masses = torch.stack([row.masses for row in base]).numpy()
+    peaks = torch.from_numpy(best.values[:, 0].take(best.row))
+    masses.put(best.home, left.sub_(peaks[:, None]).exp_().sum(1).numpy())
     rests = []
-    told = zip(base, maxima.amax(1).tolist(), masses.sum(1).tolist(), strict=True)
+    told = zip(base, maxima.max(1).tolist(), masses.sum(1).tolist(), strict=True)
     for at, (row, peak, mass) in enumerate(told):
         if row.best - peak <= _DEEP:
             rests.append(row.best + math.log(mass))
         elif peak > -math.inf:
-            others = z[rows[at]].index_fill(0, best.ids[at], -math.inf)
-            rests.append(peak + math.log(float(total_mass(others.sub_(peak).exp_()))))
+            others = torch.from_numpy(z[rows[at]] - np.float32(peak))
+            others[best.ids[at]] = -math.inf
+            rests.append(peak + math.log(float(total_mass(others.exp_()))))
         else:
             rests.append(peak)
-    return rests
+    return np.array(rests)
 
 
-def _delta(inputs: StepInputs, bank: Corrections, rows: Tensor, ids: Tensor) -> Tensor:
+def _delta(inputs: StepInputs, bank: Corrections, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """What the corrections of each of these rows add to its tokens ids [n, k], at strength 1: float32 [n, k]."""
-    h = inputs.hidden.index_select(0, rows).float()
-    mixes, weights = inputs.params.correction.index_select(0, rows), inputs.params.weight.index_select(0, rows)
-    total = torch.zeros(ids.shape)
-    for column, which in enumerate(mixes.T.tolist()):
-        here = [i for i, index in enumerate(which) if index >= 0]
-        weight = weights[:, column, None]
-        if len(here) == len(which):
-            total += weight * _delta_of(bank, which, h, ids, inputs.head)
-        elif here:
-            total[here] += weight[here] * _delta_of(bank, [which[i] for i in here], h[here], ids[here], inputs.head)
+    h = inputs.hidden.index_select(0, torch.from_numpy(rows)).float()
+    mixes, weights = inputs.params.correction.numpy()[rows], inputs.params.weight.numpy()[rows]
+    total = np.zeros(ids.shape, np.float32)
+    for which, weight in zip(mixes.T, weights.T, strict=True):
+        here = np.flatnonzero(which >= 0)
+        if len(here) == len(rows):
+            total += weight[:, None] * _delta_of(bank, which, h, ids, inputs.head)
+        elif len(here):
+            total[here] += weight[here, None] * _delta_of(bank, which[here], h[here], ids[here], inputs.head)
     return total
 
 
-def _delta_of(bank: Corrections, which: list[int], h: Tensor, ids: Tensor, head: Tensor) -> Tensor:
-    """The delta of one correction a row: n indices, h [n, hidden], ids [n, k] -> [n, k]."""
-    one = len(set(which)) == 1  # rows of one correction share its tensors
-    at = slice(which[0], which[0] + 1) if one else torch.tensor(which)
+def _delta_of(bank: Corrections, which: np.ndarray, h: Tensor, ids: np.ndarray, head: Tensor) -> np.ndarray:
+    """The delta of one correction a row: their indices [n], h [n, hidden], ids [n, k] -> float32 [n, k]."""
+    tokens, raw = torch.from_numpy(ids), torch.empty(ids.shape)
+    for first in range(0, len(ids), _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        directions = embedding(tokens[part], head)  # indexing would take ten times as long
+        raw[part] = (directions * _shift(bank, which[part], h[part])[:, None, :]).sum(-1)
+    values, cap = raw.numpy(), bank.cap.numpy()[which, None]
+    acts = (np.arange(ids.shape[1]) < bank.top_k.numpy()[which, None]) & (values == values)
+    return np.where(acts, cap * np.tanh(values / cap), np.float32(0))
+
+
+def _shift(bank: Corrections, which: np.ndarray, h: Tensor) -> Tensor:
+    """B act(A h) + b of one correction a row: their indices [n], h [n, hidden] -> [n, hidden]."""
+    one = (which == which[0]).all()  # rows of one correction share its tensors
+    at = slice(which[0], which[0] + 1) if one else torch.from_numpy(which)
     inner = (bank.A[at] * h[:, None, :]).sum(-1)  # [n, rank]
     curved = bank.silu[at, None]
     if curved.any():
         inner = torch.where(curved, silu(inner), inner)
-    shift = (bank.B[at] * inner[:, None, :]).sum(-1) + bank.b[at]  # [n, hidden]
-    parts = zip(torch.split(ids, _TOGETHER), torch.split(shift, _TOGETHER), strict=True)
-    raw = torch.cat([(embedding(part, head) * by[:, None, :]).sum(-1) for part, by in parts])  # indexing is slower
-    cap = bank.cap[at, None]
-    within = torch.arange(raw.shape[1]) < bank.top_k[at, None]
-    return torch.where(within, (cap * torch.tanh(raw / cap)).nan_to_num_(0.0), 0.0)
+    return (bank.B[at] * inner[:, None, :]).sum(-1) + bank.b[at]
 
 
 class _Lines:
     """Each row's distributions softmax(z + strength * delta), by strength. float64; the other tokens count as one."""
 
-    def __init__(self, logits: Tensor, delta: Tensor, rest: Tensor, normaliser: Tensor) -> None:
+    def __init__(
+        self, logits: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], rest: _Numbers, normaliser: _Numbers
+    ) -> None:
         """Of the candidates [n, k]; rest [n]: log sum exp of the other tokens' z; normaliser [n]: that of all."""
-        self._logs = torch.cat([logits, rest[:, None]], 1) - normaliser[:, None]
-        self._delta = pad(delta.double(), (0, 1))
-        shares = self._logs.exp()
+        n, k = delta.shape
+        self._logs, self._delta = np.empty((n, k + 1)), np.zeros((n, k + 1))
+        self._logs[:, :k], self._logs[:, k], self._delta[:, :k] = logits, rest, delta
+        self._logs -= normaliser[:, None]
+        shares = np.exp(self._logs)
         self._mean = (shares * self._delta).sum(1) / shares.sum(1)
         self._start = _add_logs(self._logs)  # rounded as in _measure: no move diverges by 0, which a cap of 0 allows
 
-    def bound(self, strength: Tensor, cap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def bound(self, strength: _Numbers, cap: _Numbers) -> tuple[_Numbers, _Numbers, _Numbers]:
         """The strengths [n] as far as the caps [n] on the divergence allow (record.py, 3).
 
         -> them, the divergences KL(softmax z || softmax z') in nats, and what log sum exp gains.
@@ -134,26 +152,27 @@ class _Lines:
         within = kl <= cap
         if within.all():
             return strength, kl, gain
-        low, low_kl, low_gain = torch.zeros(3, len(kl), dtype=torch.float64)
+        low, low_kl, low_gain = np.zeros((3, len(kl)))
         for halving in range(1, HALVINGS + 1):
             middle = low + 0.5**halving
             further, gained = self._measure(strength * middle)
             fits = further <= cap
-            low = torch.where(fits, middle, low)
-            low_kl = torch.where(fits, further, low_kl)
-            low_gain = torch.where(fits, gained, low_gain)
+            low = np.where(fits, middle, low)
+            low_kl = np.where(fits, further, low_kl)
+            low_gain = np.where(fits, gained, low_gain)
         return (
-            torch.where(within, strength, strength * low),
-            torch.where(within, kl, low_kl),
-            torch.where(within, gain, low_gain),
+            np.where(within, strength, strength * low),
+            np.where(within, kl, low_kl),
+            np.where(within, gain, low_gain),
         )
 
-    def _measure(self, strength: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, strength: _Numbers) -> tuple[_Numbers, _Numbers]:
         gain = _add_logs(self._logs + strength[:, None] * self._delta) - self._start
-        return (gain - strength * self._mean).clamp(min=0), gain
+        return np.maximum(gain - strength * self._mean, 0.0), gain
 
 
-def _add_logs(terms: Tensor) -> Tensor:
+def _add_logs(terms: _Numbers) -> _Numbers:
     """log sum exp of each row of terms [n, k], one of which is finite: [n]."""
-    peak = terms.amax(1)
-    return peak + (terms - peak[:, None]).exp().sum(1).log()
+    peak = terms.max(1)
+    total: _Numbers = peak + np.log(np.exp(terms - peak[:, None]).sum(1))
+    return total
