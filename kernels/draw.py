@@ -1,74 +1,83 @@
-"""Order and chance over one row of logits: the best tokens, the filters, the draw.
+"""Order and chance over rows of logits: the best tokens, the filters, the draw.
 
 Rows are padded with -inf to whole groups of GROUP tokens. The maxima of the groups bound the exact top k from below, so
 that few tokens are sorted; ids ascend before that sort, which is stable, so ties keep the lower id first.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.kernels.record import RANK_ORDER, StepInputs
+from trimtab.kernels.record import RANK_ORDER
 
 GROUP = 128  # tokens a group; also the kernel's
 _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
 
+_Numbers = npt.NDArray[np.float64]
 
-def draw_token(z: Tensor, maxima: Tensor, inputs: StepInputs, row: int) -> int:
-    """The sampled token of one row (record.py, 6 and 7), or -1 when there is none (9). maxima [groups]: z's."""
-    params = inputs.params
-    vocab = inputs.logits.shape[1]
-    temperature = float(params.temperature[row])
-    top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
-    uniform = float(params.uniform[row])
-    best = maxima.amax()
-    if not best.isfinite():  # no token is left; or an edit made +inf, next to which nothing has any mass
+
+class Asked(NamedTuple):
+    """How one row is to be drawn: its columns of RowParams."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+def draw_token(z: Tensor, maxima: Tensor, vocab: int, asked: Asked) -> int:
+    """The sampled token of z [padded] (record.py, 6 and 7), or -1 when there is none (9). maxima [groups]: z's."""
+    best = float(maxima.amax())
+    if not math.isfinite(best):  # no token is left; or an edit made +inf, next to which nothing has any mass
         return -1
-    if temperature == 0:
+    if asked.temperature == 0:
         return best_token(z, maxima)
-    scaled = (z - best).div_(temperature)
-    if vocab > RANK_ORDER and not top_k and top_p >= 1 and min_p <= 0:
-        return _draw_by_id(scaled.exp_(), uniform)
-    ids = best_tokens(z, maxima, min(max(RANK_ORDER, top_k), vocab))[1]
-    values = scaled[ids]
+    scaled = (z - best).div_(asked.temperature)
+    if vocab > RANK_ORDER and not asked.top_k and asked.top_p >= 1 and asked.min_p <= 0:
+        return _draw_by_id(scaled.exp_(), asked.uniform)
+    ids = best_tokens(z, maxima, min(max(RANK_ORDER, asked.top_k), vocab))[1]
+    values = scaled.numpy()[ids]
     weights = scaled.exp()
-    kept, cut = _keep(scaled, weights, values, top_k, top_p, min_p)
+    kept, cut = _keep(scaled, weights, values, asked)
     if kept <= RANK_ORDER:
-        mass = values[:kept].double().exp().cumsum(0)
-        return int(ids[int((mass <= uniform * mass[-1]).sum().clamp(max=kept - 1))])
-    ties = (scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]
-    weights[scaled <= cut] = 0
-    weights[ties] = cut.exp()
-    return _draw_by_id(weights, uniform)
+        mass = np.exp(values[:kept].astype(np.float64)).cumsum()
+        return int(ids[min(int(mass.searchsorted(asked.uniform * mass[-1], "right")), kept - 1)])
+    dropped = scaled <= cut
+    dropped[(scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]] = False
+    weights[dropped] = 0
+    return _draw_by_id(weights, asked.uniform)
 
 
-def _keep(scaled: Tensor, weights: Tensor, best: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[int, Tensor]:
+def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], asked: Asked) -> tuple[int, float]:
     """How many of the best tokens the filters keep, and the last one's value.
 
     scaled [padded]: logits over the temperature, at most 0; weights: their exp; best: the leading values, descending,
     at least top_k and RANK_ORDER of them, which usually settle it.
     """
-    values = best[:top_k] if top_k else best
-    mass = values.double().exp()
-    kept = int((values > float("-inf")).sum())
-    closed = bool(top_k) or kept < len(best)
-    if min_p > 0:
-        kept = min(kept, int((mass >= min_p * mass[0]).sum()))
-    if top_p < 1:
-        cumulative = mass.cumsum(0)
-        whole = cumulative[-1] if top_k else total_mass(weights)
-        kept = min(kept, 1 + int((cumulative < top_p * whole).sum()))
+    values = best[: asked.top_k] if asked.top_k else best
+    mass = np.exp(values.astype(np.float64))
+    kept = int((values > -np.inf).sum())
+    closed = bool(asked.top_k) or kept < len(best)
+    if asked.min_p > 0:
+        kept = min(kept, int((mass >= asked.min_p * mass[0]).sum()))
+    if asked.top_p < 1:
+        cumulative = mass.cumsum()
+        whole = cumulative[-1] if asked.top_k else float(total_mass(weights))
+        kept = min(kept, 1 + int((cumulative < asked.top_p * whole).sum()))
     if closed or kept < len(best):
-        return kept, values[kept - 1]
-    return _keep_many(scaled, weights, top_p, min_p)
+        return kept, float(values[kept - 1])
+    return _keep_many(scaled, weights, asked.top_p, asked.min_p)
 
 
-def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> tuple[int, Tensor]:
+def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> tuple[int, float]:
     """`_keep` for a flat distribution: mass by bucket of the logit, then a sort of the bucket that top_p falls in."""
     floor = weights >= min_p if min_p > 0 else weights > 0
-    least = scaled[floor].min()
+    least = float(scaled[floor].min())
     if top_p >= 1:
         return int(floor.sum()), least
     bucket = (scaled * -_BUCKETS_A_NAT).clamp_(max=_BUCKETS - 1).int()
@@ -80,40 +89,39 @@ def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> t
     within = min(int((before + inside.double().exp().cumsum(0) < target).sum()), len(inside) - 1)
     if inside[within] < least:  # min_p cuts first
         return int(floor.sum()), least
-    return int((bucket < at).sum()) + within + 1, inside[within]
+    return int((bucket < at).sum()) + within + 1, float(inside[within])
 
 
 def _draw_by_id(weights: Tensor, uniform: float) -> int:
     """Inverse CDF in ascending id order, in two levels. weights float32 [padded] >= 0, not all 0."""
     groups = weights.view(-1, GROUP)
-    mass = groups.sum(1, dtype=torch.float64)
-    cumulative = mass.cumsum(0)
+    mass = groups.sum(1, dtype=torch.float64).numpy()
+    cumulative = mass.cumsum()
     target = uniform * cumulative[-1]
-    # Rounding may point past the last token with mass: never draw one without.
-    group = min(int((cumulative <= target).sum()), int(mass.nonzero()[-1]))
-    inner = groups[group].double()
-    target = target - (cumulative[group] - mass[group])
-    token = min(int((inner.cumsum(0) <= target).sum()), int(inner.nonzero()[-1]))
-    return group * GROUP + token
+    group = _place(cumulative, mass, target)
+    inner = groups[group].double().numpy()
+    return group * GROUP + _place(inner.cumsum(), inner, target - (cumulative[group] - mass[group]))
 
 
-def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _place(cumulative: _Numbers, mass: _Numbers, target: float) -> int:
+    """The first whose cumulative mass exceeds the target; never one past the last that has any, though rounding may
+    point there."""
+    return min(int(cumulative.searchsorted(target, "right")), int(np.flatnonzero(mass)[-1]))
+
+
+def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of a row in (value descending, id ascending) order -> values float32, ids int64, both [k].
 
-    z [padded]; maxima [groups]: z's. At least k tokens reach the k-th best maximum: those short of it are not sorted.
+    z [padded]; maxima [groups]: z's.
     """
-    floor = float(maxima.topk(k).values[-1]) if k < len(maxima) else float("-inf")
-    groups = (maxima >= floor).nonzero()[:, 0]
-    inside = z.view(-1, GROUP)[groups]
-    group, lane = (inside >= floor).nonzero().unbind(1)
-    values, order = inside[group, lane].sort(descending=True, stable=True)
-    return values[:k], (groups[group] * GROUP + lane)[order[:k]]
+    best = best_tokens_of_rows(z.numpy()[None], np.zeros(1, np.int64), maxima.numpy()[None], k)
+    return best.values[0], best.ids[0]
 
 
 class Best(NamedTuple):
     """The k best tokens of each of n rows, and a copy of the m groups that hold them."""
 
-    values: np.ndarray  # float32 [n, k], as `best_tokens` orders them
+    values: np.ndarray  # float32 [n, k], in (value descending, id ascending) order
     ids: np.ndarray  # int64 [n, k]
     place: np.ndarray  # int64 [n, k]: where in `logits` they are, counted through
     logits: np.ndarray  # float32 [m, GROUP]
@@ -122,7 +130,10 @@ class Best(NamedTuple):
 
 
 def best_tokens_of_rows(z: np.ndarray, rows: np.ndarray, maxima: np.ndarray, k: int) -> Best:
-    """`best_tokens` of rows [n] of z [all rows, padded] at once. maxima [n, groups]: theirs."""
+    """Of rows [n] of z [all rows, padded] at once. maxima [n, groups]: theirs.
+
+    At least k tokens of a row reach its k-th best maximum: those short of it are not sorted.
+    """
     n, groups = maxima.shape
     floor = np.partition(maxima, -k, axis=1)[:, -k] if k < groups else np.full(n, -np.inf, np.float32)
     home = np.flatnonzero(maxima >= floor[:, None])

@@ -1,4 +1,4 @@
-"""The decode step in plain torch: the CPU path, and the oracle that the Triton kernel is held against.
+"""The decode step without kernels: the CPU path, and the oracle that the Triton kernel is held against.
 
 Invariant: a row is computed from that row alone, with operations whose order does not depend on the batch, so its
 record is bit-identical whoever shares the step. The semantics are numbered in record.py.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.kernels.draw import GROUP, best_token, best_tokens, draw_token
+from trimtab.kernels.draw import GROUP, Asked, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
 from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, Masks, RowParams, StepInputs, StepRecord
 from trimtab.kernels.rows import Row, read_row
@@ -54,9 +54,10 @@ def run(inputs: StepInputs) -> tuple[StepRecord, dict[int, Changed]]:
         changed = correct(inputs, z, base, acts) if acts else {}
     top_ids = torch.full((rows, inputs.alternatives), -1, dtype=torch.int32)
     top_logprobs = torch.full((rows, inputs.alternatives), float("-inf"))
+    asked = map(Asked, *(getattr(params, name).tolist() for name in Asked._fields))
     drawn = [
-        _finish(inputs, row, z[row], of, changed.get(row), top_ids, top_logprobs) if of.alive else _Drawn()
-        for row, of in enumerate(base)
+        _finish(inputs, row, how, z[row], of, changed.get(row), top_ids, top_logprobs) if of.alive else _Drawn()
+        for row, (how, of) in enumerate(zip(asked, base, strict=True))
     ]
     status = [
         (OPEN if gate else 0) | (FIRED if s != 0 else 0) | (DEAD if row.token < 0 else 0)
@@ -82,6 +83,7 @@ def _open(base: list[Row], statistic: Tensor, params: RowParams) -> list[bool]:
 def _finish(
     inputs: StepInputs,
     row: int,
+    asked: Asked,
     z: Tensor,
     base: Row,
     changed: Changed | None,
@@ -108,13 +110,14 @@ def _finish(
     if token < 0:
         final = start if inputs.edits is None else _edit(start, inputs, row)
         final = final if inputs.mask is None else _mask(final, inputs.mask, row)
-        token = draw_token(final, maxima if final is start else final.view(-1, GROUP).amax(1), inputs, row)
+        peaks = maxima if final is start else final.view(-1, GROUP).amax(1)
+        token = draw_token(final, peaks, inputs.logits.shape[1], asked)
     if token < 0:  # the edits or the mask forbade every token, or the edits made one infinite
         return _Drawn()
     if inputs.alternatives:
         k = min(inputs.alternatives, inputs.logits.shape[1])
-        values, ids = best_tokens(start, maxima, k)
-        top_ids[row, :k] = ids.int()
+        values, ids = (torch.from_numpy(found) for found in best_tokens(start, maxima, k))
+        top_ids[row, :k] = ids
         # float64, as the token's own log-probability below: the two must be the same float
         top_logprobs[row, :k] = values.double() - normaliser
     return _Drawn(

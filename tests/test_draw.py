@@ -25,8 +25,12 @@ def test_the_best_tokens_of_many_rows_are_those_of_each(
     maxima = z.view(5, groups, GROUP).amax(2)[rows]
     best = best_tokens_of_rows(z.numpy(), rows, maxima.numpy(), k)
     for at, row in enumerate(rows.tolist()):
-        values, ids = best_tokens(z[row], maxima[at], k)
-        assert best.values[at].tolist() == best.logits.take(best.place[at]).tolist() == values.tolist()
-        assert best.ids[at].tolist() == ids.tolist()
+        values, ids = z[row].sort(descending=True, stable=True)
+        assert best.values[at].tolist() == best.logits.take(best.place[at]).tolist() == values[:k].tolist()
+        assert best.ids[at].tolist() == ids[:k].tolist()
+        assert [found.tolist() for found in best_tokens(z[row], maxima[at], k)] == [
+            values[:k].tolist(),
+            ids[:k].tolist(),
+        ]
     assert best.row.tolist() == (best.home // groups).tolist()
     assert np.array_equal(best.logits, z.view(5, groups, GROUP)[rows[best.row], best.home % groups])
