@@ -20,7 +20,7 @@ from typing import Self, Unpack
 import httpx
 
 from trimtab.clients import requests
-from trimtab.clients.connection import LIMITS, R, connection, read
+from trimtab.clients.connection import LIMITS, R, connection, open_http, read
 from trimtab.clients.facts import Correction, CorrectionList, Deleted, Detokenized, Model, ModelList, Score, Tokens
 from trimtab.clients.options import Extra, Messages, Options, Prompt, ResponseOptions, Steer, Text
 from trimtab.clients.requests import Call
@@ -30,8 +30,8 @@ from trimtab.clients.types import ChatChunk, ChatCompletion, Completion
 
 
 class AsyncClient:
-    """base_url: the server, with or without /v1. timeout: seconds between two signs of life of the server; None: for
-    ever. headers: sent with every request.
+    """base_url: the server with its /v1, which a bare host needs not. timeout: seconds between two signs of life of the
+    server; None: for ever. headers: sent with every request.
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
     admin_key: for changing the server's corrections; the api_key, unless given. An address or a key that is left out
@@ -51,7 +51,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
-        self._http = httpx.AsyncClient(transport=transport, limits=LIMITS, follow_redirects=True)
+        self._http = open_http(lambda: httpx.AsyncClient(transport=transport, limits=LIMITS, follow_redirects=True))
 
     def with_options(
         self,

@@ -5,7 +5,8 @@ differ in `await` alone. What the caller left out is taken from TRIMTAB_BASE_URL
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +22,11 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 _CONNECT_TIMEOUT = 5.0
 LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # the server says when it is full
 _VERSION = "/v1"
+_LONGEST = 1e6  # seconds: sockets take no more
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_FRAMING = ("content-length", "transfer-encoding")
 R = TypeVar("R")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
 
 class Verdict(NamedTuple):
@@ -101,12 +106,27 @@ def connection(
         raise InvalidRequest(f"base_url {base_url!r} is not a URL: {error}", "base_url") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InvalidRequest(f"base_url must look like {DEFAULT_URL}, not {base_url!r}", "base_url")
-    if url.path in ("", "/"):
+    if url.userinfo:
+        raise InvalidRequest(
+            "base_url holds a name or a password: leave it out, and give api_key or headers", "base_url"
+        )
+    if url.query or url.fragment:
+        raise InvalidRequest(f"base_url must end with its path, as {DEFAULT_URL} does: {base_url!r}", "base_url")
+    if not url.path.strip("/"):
         url = url.copy_with(path=_VERSION)
     api_key = _key("api_key", api_key, "TRIMTAB_API_KEY")
     admin_key = _key("admin_key", admin_key, "TRIMTAB_ADMIN_KEY")
     seconds = None if timeout is None else _seconds(timeout)
     return Connection(url, api_key, admin_key, seconds, Retries(max_retries), _checked(headers))
+
+
+def open_http(make: Callable[[], H]) -> H:
+    """httpx's client, made. Raises InvalidRequest for what the environment asks of it and cannot be."""
+    try:
+        return make()
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        variables = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE or SSL_CERT_DIR"
+        raise InvalidRequest(f"the environment's {variables} cannot be used: {error}") from error
 
 
 def read(response: httpx.Response, kind: type[R]) -> R:
@@ -118,8 +138,9 @@ def read(response: httpx.Response, kind: type[R]) -> R:
 
 
 def _seconds(timeout: float) -> float:
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        raise InvalidRequest(f"timeout must be seconds above 0, not {timeout!r}", "timeout")
+    if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
+        told = f"timeout must be seconds above 0, at most a million (None waits for ever), not {timeout!r}"
+        raise InvalidRequest(told, "timeout")
     return timeout
 
 
@@ -128,6 +149,8 @@ def _checked(headers: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in (headers or {}).items():
         if not all(isinstance(part, str) and part.isascii() and part.isprintable() for part in (name, value)):
             raise InvalidRequest(f"headers must be of printable ASCII, not {name!r}: {value!r}", "headers")
+        if _FIELD_NAME.fullmatch(name) is None or name.lower() in _FRAMING:
+            raise InvalidRequest(f"headers: {name!r} is no field that can be given", "headers")
     return {name.lower(): value for name, value in (headers or {}).items()}
 
 

@@ -19,6 +19,7 @@ Invariant: only this file maps statuses to classes on the client's side. A statu
 """
 
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
@@ -146,7 +147,13 @@ def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFaile
         return TimedOut(f"{base_url} could not be reached within {within:g} seconds; is the server running there?")
     if isinstance(error, httpx.TimeoutException):
         return TimedOut(f"{base_url} did not answer in time ({type(error).__name__}); raise `timeout` if it is slow")
-    return ConnectionFailed(f"cannot talk to {base_url} ({error}); is the server running?")
+    proxied = " (The environment names a proxy: NO_PROXY leaves hosts out.)" if _is_proxied(error.request.url) else ""
+    return ConnectionFailed(f"cannot talk to {base_url} ({error}); is the server running?{proxied}")
+
+
+def _is_proxied(url: httpx.URL) -> bool:
+    proxies = getproxies()
+    return any(proxies.get(scheme) for scheme in (url.scheme, "all")) and not proxy_bypass(url.host)
 
 
 def read_envelope(body: object) -> dict[str, str | None]:

@@ -138,10 +138,18 @@ def _streamed(stream: bool, usage: bool = False) -> dict[str, Any]:
     return {} if not stream else {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
 
 
+_ELSEWHERE = {
+    "timeout": "use client.with_options(timeout=...)",
+    "stream": "use stream_chat, stream_complete or stream_respond",
+}
+
+
 def _known(options: Options | ResponseOptions, kind: type) -> Options | ResponseOptions:
     """The options, all of which are known: a server would ignore a misspelled one, and answer without it."""
     known = list(kind.__annotations__)
     for name in options:
+        if name in _ELSEWHERE:
+            raise InvalidRequest(f"{name} is no option here: {_ELSEWHERE[name]}", name)
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             meant = f": did you mean {near[0]}?" if near else ":"

@@ -12,7 +12,8 @@ that breaks, or an error event, raises StreamFailed; what is not this API's, Bad
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Generic, Self, TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -23,6 +24,7 @@ from trimtab.clients.sse import Decoder
 from trimtab.clients.types import ChatChunk, Completion, Function, Receipt, SteeringReport, ToolCall, Usage
 
 C = TypeVar("C", ChatChunk, Completion, ResponseEvent)
+_EVENTS = "text/event-stream"
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -51,7 +53,7 @@ class _Reader(Generic[C]):
     @property
     def tool_calls(self) -> list[ToolCall]:
         """All calls so far, each put together from its pieces."""
-        return [_join(self._calls[index]) for index in sorted(self._calls)]
+        return [_join(index, self._calls[index]) for index in sorted(self._calls)]
 
     def _read(self, piece: bytes) -> Iterator[C]:
         for event in self._decoder.feed(piece):
@@ -85,7 +87,7 @@ class _Reader(Generic[C]):
                 self._add_report(choice.steering)
         for choice in chunk.choices if isinstance(chunk, ChatChunk) else ():
             for call in choice.delta.tool_calls or [] if choice.index == 0 else []:
-                self._calls.setdefault(call.index, []).append(call)
+                self._calls.setdefault(_index_of(call, self._calls), []).append(call)
 
     def _add_event(self, event: ResponseEvent) -> None:
         self._texts.append(event.text)
@@ -123,36 +125,66 @@ class _Reader(Generic[C]):
         return found if isinstance(found, BadAnswer) else self._failed(str(found))
 
     def _finish(self) -> None:
+        kind = self.http.headers.get("content-type", _EVENTS)
+        if not self._done and not kind.startswith(_EVENTS):
+            raise BadAnswer(f"{self.http.url} answered with {kind}, not with a stream: is base_url right?")
         if not self._done:
             raise self._failed("the stream ended before [DONE]: the answer is incomplete")
 
 
 class Stream(_Reader[C]):
-    """The chunks of one answer, as they come."""
+    """The chunks of one answer, as they come; who stops goes on where he stopped."""
 
-    def __iter__(self) -> Iterator[C]:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> C:
+        for chunk in self._chunks:
+            return chunk
+        self._finish()
+        raise StopIteration
+
+    @cached_property
+    def _chunks(self) -> Iterator[C]:
         try:
             for piece in self.http.iter_bytes():
                 yield from self._read(piece)
         except (httpx.RequestError, httpx.StreamError) as error:
             raise self._broken(error) from error
-        self._finish()
 
 
 class AsyncStream(_Reader[C]):
-    """The chunks of one answer, as they come."""
+    """The chunks of one answer, as they come; who stops goes on where he stopped."""
 
-    async def __aiter__(self) -> AsyncIterator[C]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> C:
+        async for chunk in self._chunks:
+            return chunk
+        self._finish()
+        raise StopAsyncIteration
+
+    @cached_property
+    async def _chunks(self) -> AsyncIterator[C]:
         try:
             async for piece in self.http.aiter_bytes():
                 for chunk in self._read(piece):
                     yield chunk
         except (httpx.RequestError, httpx.StreamError) as error:
             raise self._broken(error) from error
-        self._finish()
 
 
-def _join(pieces: list[ToolCall]) -> ToolCall:
+def _index_of(call: ToolCall, calls: dict[int, list[ToolCall]]) -> int:
+    """Where the server tells none, a piece is of the last call, unless it comes with an id of its own."""
+    if call.index is not None:
+        return call.index
+    last = max(calls, default=-1)
+    known = [piece.id for piece in calls.get(last, [])]
+    return last if known and call.id in (None, *known) else last + 1
+
+
+def _join(index: int, pieces: list[ToolCall]) -> ToolCall:
     """A call from its pieces: the first of each field, and all of the arguments."""
     function = Function(
         name=next((piece.function.name for piece in pieces if piece.function.name), None),
@@ -160,7 +192,7 @@ def _join(pieces: list[ToolCall]) -> ToolCall:
     )
     call_id = next((piece.id for piece in pieces if piece.id), None)
     kind = next((piece.type for piece in pieces if piece.type), None)
-    return ToolCall(index=pieces[0].index, id=call_id, type=kind, function=function)
+    return ToolCall(index=index, id=call_id, type=kind, function=function)
 
 
 def _error_in(body: object) -> dict[str, str | None] | None:

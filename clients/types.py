@@ -87,9 +87,9 @@ class Function(Answer):
 
 
 class ToolCall(Answer):
-    """A call that the model asks for. In a stream the pieces of one call share their `index`."""
+    """A call that the model asks for. index: in a stream, which the pieces of one call share."""
 
-    index: int = 0
+    index: int | None = None
     id: str | None = None
     type: str | None = None
     function: Function = Function()

@@ -30,7 +30,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 
 def test_a_mistake_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "/no/such/model"]) == 1
+    assert main(["serve", "/no/such/model", "--port", "0"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("trimtab: ")
     assert error.count("\n") == 1

@@ -99,7 +99,7 @@ def test_a_completion_sends_the_prompt_as_it_is(both: Both, prompt: Any) -> None
     assert (answer.text, answer.choices[0].finish_reason, answer.steering) == (" blue", "length", None)
 
 
-@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1//", "http://h:1/v1", "http://h:1/v1/"])
 def test_the_base_url_may_leave_v1_out(both: Both, url: str) -> None:
     server = Server(httpx.Response(200, json={"object": "list", "data": [{"id": "demo"}, {"id": "brief"}]}))
     models = both.call(server, "models", settings={"base_url": url})
@@ -145,10 +145,16 @@ def test_further_keys_of_a_score_and_of_tokens_are_sent(both: Both) -> None:
         {"base_url": "http://"},
         {"base_url": 8000},
         {"base_url": "http://a..b"},
+        {"base_url": "http://name:word@h"},
+        {"base_url": "http://h/v1?key=1"},
+        {"base_url": "http://h/v1#there"},
         {"max_retries": -1},
         {"max_retries": None},
         {"timeout": -1},
         {"timeout": "5"},
+        {"timeout": float("inf")},
+        {"headers": {"x name": "1"}},
+        {"headers": {"Content-Length": "3"}},
         {"headers": {"x-name": "schlüssel"}},
         {"headers": {"x-name": 1}},
         {"api_key": "schlüssel"},
@@ -207,6 +213,34 @@ def test_null_is_sent_where_extra_says_so(both: Both) -> None:
 def test_a_misspelled_option_is_told_its_name(both: Both) -> None:
     with pytest.raises(InvalidRequest, match="max_token is no option here: did you mean max_tokens"):
         both.call(Server(), "chat", "Why?", max_token=3)
+    with pytest.raises(InvalidRequest, match="with_options"):
+        both.call(Server(), "chat", "Why?", timeout=3)
+    with pytest.raises(InvalidRequest, match="use stream_chat"):
+        both.call(Server(), "chat", "Why?", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://h:1"), ("HTTP_PROXY", "foo://h:1"), ("SSL_CERT_FILE", "/no/such/file")],
+)
+def test_an_environment_that_cannot_be_followed_is_named(
+    both: Both, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidRequest, match=name):
+        both.kind()
+
+
+def test_a_proxy_of_the_environment_is_thought_of(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    settings = {"base_url": "http://h:1", "max_retries": 0}
+    with pytest.raises(ConnectionFailed, match="NO_PROXY"):
+        both.call(Server(httpx.ConnectError("refused")), "models", settings=settings)
+    monkeypatch.setenv("NO_PROXY", "h")
+    with pytest.raises(ConnectionFailed, match=r"is the server running\?$"):
+        both.call(Server(httpx.ConnectError("refused")), "models", settings=settings)
 
 
 # what is read
@@ -606,16 +640,62 @@ def test_a_connection_that_breaks_in_a_stream_is_an_error(both: Both) -> None:
     assert body.closed
 
 
-def test_a_stream_is_read_once(both: Both) -> None:
-    body = Body(EVENTS)
-    _, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?")
+def test_a_stream_goes_on_where_it_was_left_while_it_is_open() -> None:
+    body = Body(*(sse(piece(str(n))) for n in range(5)), sse(b"[DONE]"))
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=body))
+    with Client(transport=transport) as client, client.stream_chat("Why?") as stream:
+        assert next(stream).text == "0"
+        for chunk in stream:
+            if chunk.text == "2":
+                break
+        assert "".join(chunk.text for chunk in stream) == "34"
+        assert list(stream) == []
+        assert stream.text == "01234"
+
+
+def test_an_async_stream_goes_on_where_it_was_left() -> None:
+    async def main() -> list[str]:
+        body = Body(*(sse(piece(str(n))) for n in range(3)), sse(b"[DONE]"))
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=body))
+        async with AsyncClient(transport=transport) as client, client.stream_chat("Why?") as stream:
+            first = await anext(stream)
+            return [first.text, *[chunk.text async for chunk in stream], *[chunk.text async for chunk in stream]]
+
+    assert asyncio.run(main()) == ["0", "1", "2"]
+
+
+def test_a_stream_that_was_left_early_is_never_taken_for_whole(both: Both) -> None:
+    body = Body(*(sse(piece(str(n))) for n in range(9)))
+    _, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?", limit=3)
 
     async def again() -> None:
         async for _ in stream:
             pass
 
-    with pytest.raises(StreamFailed, match="once"):
-        asyncio.run(again()) if both.kind is AsyncClient else list(stream)
+    for _ in range(2):
+        with pytest.raises(StreamFailed):
+            asyncio.run(again()) if both.kind is AsyncClient else list(stream)
+
+
+def test_an_answer_that_is_no_stream_is_a_bad_answer(both: Both) -> None:
+    page = httpx.Response(200, text="<html>", headers={"content-type": "text/html"})
+    with pytest.raises(BadAnswer, match="text/html, not with a stream: is base_url right"):
+        both.stream(Server(page), "Why?")
+
+
+def test_calls_without_an_index_are_told_apart_by_their_ids(both: Both) -> None:
+    def delta(**call: Any) -> bytes:
+        return sse({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]})
+
+    body = Body(
+        delta(id="a", type="function", function={"name": "f", "arguments": "{"}),
+        delta(function={"arguments": "}"}),
+        delta(id="b", type="function", function={"name": "g", "arguments": "{}"}),
+        sse(b"[DONE]"),
+    )
+    _, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?")
+    found = [(call.index, call.id, call.function.name, call.function.arguments) for call in stream.tool_calls]
+    assert found == [(0, "a", "f", "{}"), (1, "b", "g", "{}")]
 
 
 def test_a_refused_stream_is_retried_then_raised(both: Both, naps: list[float]) -> None:
