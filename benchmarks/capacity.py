@@ -1,8 +1,9 @@
 """The capacity page: what was measured on one replica, and what follows for many. Writes deploy/CAPACITY.md.
 
-    python benchmarks/tiers.py ... > results/tiers.txt;  python benchmarks/capacity.py
+    python benchmarks/tiers.py --dtype bfloat16 ... > results/tiers-bfloat16.txt;  python benchmarks/capacity.py
 
-Measured figures come from results/tiers.txt alone, and keep its hardware; all else is arithmetic on the shapes below.
+Measured figures come from results/tiers-bfloat16.txt and results/serve.txt, and keep their hardware; all else is
+arithmetic on the shapes below.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from trimtab.steering.machine import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, PAGE = ROOT / "results" / "tiers.txt", ROOT / "deploy" / "CAPACITY.md"
+PAGE = ROOT / "deploy" / "CAPACITY.md"
 RANK, MIX_TOKENS = 16, 200  # of a head; tokens of an answer
 WANTED = (1, 10, 100)  # answers a second
 GB = 1e9
@@ -46,10 +47,15 @@ SHAPES = (
 
 
 def main() -> None:
-    measured = json.loads(SOURCE.read_text(encoding="utf-8").splitlines()[-1])
-    parts = [throughput(measured), memory(), limits()]
-    title = "# Capacity\n\nWritten by `benchmarks/capacity.py`; no figure here was typed.\n"
+    parts = [throughput(read("tiers-bfloat16.txt"), read("serve.txt")), memory(), limits()]
+    title = "# Capacity\n\nWritten by `benchmarks/capacity.py` from `results/`, and from the shapes of some models.\n"
     PAGE.write_text("\n".join([title, *parts]), encoding="utf-8")
+
+
+def read(name: str) -> dict[str, Any]:
+    """What a benchmark left in results/."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / name).read_text(encoding="utf-8").splitlines()[-1])
+    return found
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -57,7 +63,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def throughput(measured: dict[str, Any]) -> str:
+def throughput(measured: dict[str, Any], served: dict[str, Any]) -> str:
     """Tokens a second by tier, and the replicas that a load takes."""
     runs = {run["batch"]: run["tiers"] for run in measured["results"]}
     tiers = list(next(iter(runs.values())))
@@ -67,6 +73,8 @@ def throughput(measured: dict[str, Any]) -> str:
         [tier, *(f"{-(-wanted * MIX_TOKENS // full[tier]['tokens_s']):.0f}" for wanted in WANTED)] for tier in tiers
     ]
     machine = measured["machine"]
+    over_http = served["results"][-1]
+    share = over_http["tokens_per_s"] / runs[over_http["streams"]]["base"]["tokens_s"]
     return "\n".join(
         [
             "## One replica, measured\n",
@@ -74,8 +82,10 @@ def throughput(measured: dict[str, Any]) -> str:
             " second by how many choices decode at once; every gate open at every step, the worst case.\n",
             table(["tier", *(f"batch {batch}" for batch in runs)], rows),
             "## Replicas for a load, on such a machine\n",
-            f"By answers a second, of {MIX_TOKENS} tokens each, at the throughput of batch {max(runs)}; prompts cost"
-            " extra, and a replica that is always full makes others wait: take half as many again.\n",
+            f"By answers a second, of {MIX_TOKENS} tokens each, at the throughput of batch {max(runs)}. That is of the"
+            f" engine alone: over HTTP, with prompts of {served['prompt']} and short answers, {over_http['streams']}"
+            f" streams of the base got {share:.0%} of it ({hardware(served['machine'])}), and a replica that is always"
+            f" full makes others wait. Take {1 / share:.1f} times as many at least.\n",
             table(["tier", *(f"{wanted}/s" for wanted in WANTED)], replicas),
         ]
     )

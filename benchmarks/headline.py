@@ -83,7 +83,7 @@ def _of_ladder(run: Mapping[str, Any]) -> Column:
 def _of_pool(run: Mapping[str, Any]) -> Column:
     rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
     gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
-    of = f"`{run['correction']}`, {run['problems']}; {run['drawn on']}"
+    of = f"`{run['correction']}`, {run['problems']}' held-out problems, taken together; {run['drawn on']}"
     return Column(run["model"], of, rates[BASE], None, gains)
 
 

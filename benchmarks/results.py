@@ -72,7 +72,8 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     plain, defaults = (dataclasses.asdict(FitConfig(**chosen)) for chosen in ({}, route))
     defaults |= {name: plain[name] for name in route}
     command = ["trimtab", "fit", "--out", str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)]
-    for name, value in config.items():
+    placed = {"threads": made["threads"]} if config else {}  # sums are rounded by how many there are
+    for name, value in {**config, **placed}.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):
             values = value if isinstance(value, list) else [value]
             command += [f"--{name.replace('_', '-')}", *map(str, values)]

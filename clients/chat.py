@@ -127,9 +127,9 @@ def add_chat(commands: Any) -> None:
     parser.add_argument("--api-key", help="default: TRIMTAB_API_KEY")
     parser.add_argument("--model", help="one of the server's models or corrections; default: its first")
     parser.add_argument(
-        "--correction", help=f"default: the first that was learned; `{NO_CORRECTION}` for the base alone"
+        "--correction", help=f"default: the server's first besides `contrast`; `{NO_CORRECTION}` for the base alone"
     )
-    parser.add_argument("--require-correction", action="store_true", help="fail where the server has learned none")
+    parser.add_argument("--require-correction", action="store_true", help="fail where the server has none")
     parser.add_argument("--strength", type=float, help="default: the correction's own")
     parser.add_argument("--tau", type=float, help="default: the correction's own")
     parser.add_argument("--compare", action="store_true", help="answer without the correction first, then with it")
@@ -146,10 +146,12 @@ def run(args: argparse.Namespace) -> None:
     with Client(args.url, api_key=args.api_key) as client:
         base, correction = choose(client.models(), args.model, args.correction)
         if args.require_correction and correction is None:
-            raise TrimtabError("this server has learned no correction")
+            raise TrimtabError("this server has no correction besides `contrast`")
         options: Options = {"temperature": args.temperature, "seed": args.seed, "max_tokens": args.max_tokens}
         settings = Settings(base, correction, args.strength, args.tau, args.compare, args.system, options)
         talk = Talk(client, settings, marks, sys.stdout)
+        if marks != "none" and correction is not None:
+            print(aside(LEGENDS[marks], marks))
         if args.once is None:
             converse(talk, interactive=sys.stdin.isatty() and sys.stdout.isatty())
         elif not talk.ask(args.once):

@@ -12,7 +12,8 @@ from openai import OpenAI
 
 url = os.environ.get("TRIMTAB_BASE_URL", "http://127.0.0.1:8000/v1")
 key = os.environ.get("TRIMTAB_API_KEY", "none")
-base, correction = [model.id for model in OpenAI(base_url=url, api_key=key).models.list()][:2]
+models = OpenAI(base_url=url, api_key=key).models.list().data
+base, correction = models[0].id, next(model.id for model in models if model.parent)
 
 asked = {
     "model": f"openai/{base}",

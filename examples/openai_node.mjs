@@ -9,7 +9,8 @@ const client = new OpenAI({
   apiKey: process.env.TRIMTAB_API_KEY ?? "none", // the client insists on one
 });
 const models = (await client.models.list()).data;
-const [base, correction] = models.map((model) => model.id); // a server lists its base first
+const base = models[0].id; // a server lists its base first
+const correction = models.find((model) => model.parent).id;
 
 const answer = await client.chat.completions.create({
   model: correction, // a correction's name is a model's name

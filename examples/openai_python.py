@@ -11,8 +11,9 @@ client = OpenAI(
     base_url=os.environ.get("TRIMTAB_BASE_URL", "http://127.0.0.1:8000/v1"),
     api_key=os.environ.get("TRIMTAB_API_KEY", "none"),  # the client insists on one
 )
-models = [model.id for model in client.models.list()]
-base, correction = models[0], models[1]  # a server lists its base first
+models = client.models.list().data
+base = models[0].id  # a server lists its base first
+correction = next(model.id for model in models if model.parent)
 
 # A correction's name is a model's name: nothing else need change.
 answer = client.chat.completions.create(

@@ -9,7 +9,7 @@ from trimtab import Client
 from trimtab.clients import Steering
 
 with Client() as client:
-    base, correction = client.models()[:2]
+    correction = next(model for model in client.models() if model.parent)
     steering = Steering(correction.id, report="tokens")
     with client.stream_chat("Write one short sentence about the sea.", steering=steering, max_tokens=40) as stream:
         for chunk in stream:

@@ -1,4 +1,4 @@
-"""The one place that chooses what a device runs: Triton and CUDA graphs on CUDA, plain torch elsewhere."""
+"""The one place that chooses what a device runs: Triton and CUDA graphs on CUDA, the reference elsewhere."""
 
 from collections.abc import Callable
 from functools import partial

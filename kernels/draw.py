@@ -17,11 +17,11 @@ from trimtab.kernels.record import RANK_ORDER
 GROUP = 128  # tokens a group; also the kernel's
 _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
 
-_Numbers = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float64]
 
 
-class Asked(NamedTuple):
-    """How one row is to be drawn: its columns of RowParams."""
+class Draw(NamedTuple):
+    """How a row's token is drawn: its columns of RowParams."""
 
     temperature: float
     top_k: int
@@ -30,48 +30,48 @@ class Asked(NamedTuple):
     uniform: float
 
 
-def draw_token(z: Tensor, maxima: Tensor, vocab: int, asked: Asked) -> int:
+def draw_token(z: Tensor, maxima: Tensor, vocab: int, draw: Draw) -> int:
     """The sampled token of z [padded] (record.py, 6 and 7), or -1 when there is none (9). maxima [groups]: z's."""
     best = float(maxima.amax())
     if not math.isfinite(best):  # no token is left; or an edit made +inf, next to which nothing has any mass
         return -1
-    if asked.temperature == 0:
+    if draw.temperature == 0:
         return best_token(z, maxima)
-    scaled = (z - best).div_(asked.temperature)
-    if vocab > RANK_ORDER and not asked.top_k and asked.top_p >= 1 and asked.min_p <= 0:
-        return _draw_by_id(scaled.exp_(), asked.uniform)
-    ids = best_tokens(z, maxima, min(max(RANK_ORDER, asked.top_k), vocab))[1]
+    scaled = (z - best).div_(draw.temperature)
+    if vocab > RANK_ORDER and not draw.top_k and draw.top_p >= 1 and draw.min_p <= 0:
+        return _draw_by_id(scaled.exp_(), draw.uniform)
+    ids = best_tokens(z, maxima, min(max(RANK_ORDER, draw.top_k), vocab))[1]
     values = scaled.numpy()[ids]
     weights = scaled.exp()
-    kept, cut = _keep(scaled, weights, values, asked)
+    kept, cut = _keep(scaled, weights, values, draw)
     if kept <= RANK_ORDER:
         mass = np.exp(values[:kept].astype(np.float64)).cumsum()
-        return int(ids[min(int(mass.searchsorted(asked.uniform * mass[-1], "right")), kept - 1)])
+        return int(ids[min(int(mass.searchsorted(draw.uniform * mass[-1], "right")), kept - 1)])
     dropped = scaled <= cut
     dropped[(scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]] = False
     weights[dropped] = 0
-    return _draw_by_id(weights, asked.uniform)
+    return _draw_by_id(weights, draw.uniform)
 
 
-def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], asked: Asked) -> tuple[int, float]:
+def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], draw: Draw) -> tuple[int, float]:
     """How many of the best tokens the filters keep, and the last one's value.
 
     scaled [padded]: logits over the temperature, at most 0; weights: their exp; best: the leading values, descending,
     at least top_k and RANK_ORDER of them, which usually settle it.
     """
-    values = best[: asked.top_k] if asked.top_k else best
+    values = best[: draw.top_k] if draw.top_k else best
     mass = np.exp(values.astype(np.float64))
     kept = int((values > -np.inf).sum())
-    closed = bool(asked.top_k) or kept < len(best)
-    if asked.min_p > 0:
-        kept = min(kept, int((mass >= asked.min_p * mass[0]).sum()))
-    if asked.top_p < 1:
+    closed = bool(draw.top_k) or kept < len(best)
+    if draw.min_p > 0:
+        kept = min(kept, int((mass >= draw.min_p * mass[0]).sum()))
+    if draw.top_p < 1:
         cumulative = mass.cumsum()
-        whole = cumulative[-1] if asked.top_k else float(total_mass(weights))
-        kept = min(kept, 1 + int((cumulative < asked.top_p * whole).sum()))
+        whole = cumulative[-1] if draw.top_k else float(total_mass(weights))
+        kept = min(kept, 1 + int((cumulative < draw.top_p * whole).sum()))
     if closed or kept < len(best):
         return kept, float(values[kept - 1])
-    return _keep_many(scaled, weights, asked.top_p, asked.min_p)
+    return _keep_many(scaled, weights, draw.top_p, draw.min_p)
 
 
 def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> tuple[int, float]:
@@ -100,12 +100,12 @@ def _draw_by_id(weights: Tensor, uniform: float) -> int:
     target = uniform * cumulative[-1]
     group = _place(cumulative, mass, target)
     inner = groups[group].double().numpy()
-    return group * GROUP + _place(inner.cumsum(), inner, target - (cumulative[group] - mass[group]))
+    before = cumulative[group - 1] if group else 0.0
+    return group * GROUP + _place(inner.cumsum(), inner, target - before)
 
 
-def _place(cumulative: _Numbers, mass: _Numbers, target: float) -> int:
-    """The first whose cumulative mass exceeds the target; never one past the last that has any, though rounding may
-    point there."""
+def _place(cumulative: Numbers, mass: Numbers, target: float) -> int:
+    """The first whose cumulative mass exceeds the target >= 0, at most the last with any: rounding may go past it."""
     return min(int(cumulative.searchsorted(target, "right")), int(np.flatnonzero(mass)[-1]))
 
 
@@ -119,18 +119,18 @@ def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[np.ndarray, np.ndarr
 
 
 class Best(NamedTuple):
-    """The k best tokens of each of n rows, and a copy of the m groups that hold them."""
+    """The k best tokens of each of n rows, and a copy of the m groups that hold them. Places are in flat arrays."""
 
     values: np.ndarray  # float32 [n, k], in (value descending, id ascending) order
     ids: np.ndarray  # int64 [n, k]
-    place: np.ndarray  # int64 [n, k]: where in `logits` they are, counted through
+    place: np.ndarray  # int64 [n, k]: in `logits`
     logits: np.ndarray  # float32 [m, GROUP]
-    row: np.ndarray  # int64 [m], below n
-    home: np.ndarray  # int64 [m]: where in the maxima the groups are, counted through
+    row: np.ndarray  # int64 [m]: of the n
+    home: np.ndarray  # int64 [m]: the groups' places in the maxima
 
 
 def best_tokens_of_rows(z: np.ndarray, rows: np.ndarray, maxima: np.ndarray, k: int) -> Best:
-    """Of rows [n] of z [all rows, padded] at once. maxima [n, groups]: theirs.
+    """The k best tokens of each of rows [n] of z [all rows, padded]. maxima [n, groups]: theirs.
 
     At least k tokens of a row reach its k-th best maximum: those short of it are not sorted.
     """

@@ -13,16 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
-from trimtab.kernels.draw import GROUP, Best, best_tokens_of_rows, total_mass
+from trimtab.kernels.draw import GROUP, Best, Numbers, best_tokens_of_rows, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
 from trimtab.kernels.rows import Row
 
-_Numbers = npt.NDArray[np.float64]
-
 _DEEP = 60.0  # nats below which masses in float32 lose tokens
-_TOGETHER = 8  # rows whose products, in float32, fit a core's cache and stay in the allocator
+_TOGETHER = 8  # rows at a time: their products fit a core's cache, and malloc does not give them back to the system
 
 
 class Changed(NamedTuple):
@@ -38,6 +36,7 @@ class Changed(NamedTuple):
     strength: float  # the one applied
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # as torch: what is not a number adds nothing
 def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> dict[int, Changed]:
     """What changes in each of `rows`, which have fired and have a correction of the bank each; by row.
 
@@ -53,8 +52,7 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     rests = _read_rest(plain, rows, [base[row] for row in rows], best, maxima)
     normaliser = np.array([base[row].normaliser for row in rows])
     lines = _Lines(best.values, delta, rests, normaliser)
-    asked = (params.strength, params.kl_cap)
-    strength, kl, gain = lines.bound(*(column.numpy()[at].astype(np.float64) for column in asked))
+    strength, kl, gain = lines.bound(params.strength[at].double().numpy(), params.kl_cap[at].double().numpy())
     steered = best.values + strength.astype(np.float32)[:, None] * delta
     plain[at[:, None], best.ids] = steered
     np.maximum.at(maxima, (np.arange(len(rows))[:, None], best.ids // GROUP), steered)
@@ -65,7 +63,7 @@ def correct(inputs: StepInputs, z: Tensor, base: list[Row], rows: list[int]) -> 
     return {row: Changed(*of) for row, *of in zip(rows, *seen, *told, strict=True)}
 
 
-def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxima: np.ndarray) -> _Numbers:
+def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxima: np.ndarray) -> Numbers:
     """The log sum exp of the tokens of z but for the best: float64 [n]; maxima [n, groups] becomes theirs.
 
     Only the best tokens' groups are read again, unless what is left lies too deep under the best logit for the masses
@@ -78,8 +76,8 @@ def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxi
     peaks = torch.from_numpy(best.values[:, 0].take(best.row))
     masses.put(best.home, left.sub_(peaks[:, None]).exp_().sum(1).numpy())
     rests = []
-    told = zip(base, maxima.max(1).tolist(), masses.sum(1).tolist(), strict=True)
-    for at, (row, peak, mass) in enumerate(told):
+    rest = zip(base, maxima.max(1).tolist(), masses.sum(1).tolist(), strict=True)
+    for at, (row, peak, mass) in enumerate(rest):
         if row.best - peak <= _DEEP:
             rests.append(row.best + math.log(mass))
         elif peak > -math.inf:
@@ -93,46 +91,45 @@ def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxi
 
 def _delta(inputs: StepInputs, bank: Corrections, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """What the corrections of each of these rows add to its tokens ids [n, k], at strength 1: float32 [n, k]."""
+    parts = (slice(first, first + _TOGETHER) for first in range(0, len(rows), _TOGETHER))
+    return np.concatenate([_delta_of_few(inputs, bank, rows[part], ids[part]) for part in parts])
+
+
+def _delta_of_few(inputs: StepInputs, bank: Corrections, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
     h = inputs.hidden.index_select(0, torch.from_numpy(rows)).float()
+    directions = embedding(torch.from_numpy(ids), inputs.head)  # [n, k, hidden]; indexing would take ten times as long
     mixes, weights = inputs.params.correction.numpy()[rows], inputs.params.weight.numpy()[rows]
     total = np.zeros(ids.shape, np.float32)
     for which, weight in zip(mixes.T, weights.T, strict=True):
         here = np.flatnonzero(which >= 0)
         if len(here) == len(rows):
-            total += weight[:, None] * _delta_of(bank, which, h, ids, inputs.head)
+            total += weight[:, None] * _delta_of(bank, which, h, directions)
         elif len(here):
-            total[here] += weight[here, None] * _delta_of(bank, which[here], h[here], ids[here], inputs.head)
+            total[here] += weight[here, None] * _delta_of(bank, which[here], h[here], directions[here])
     return total
 
 
-def _delta_of(bank: Corrections, which: np.ndarray, h: Tensor, ids: np.ndarray, head: Tensor) -> np.ndarray:
-    """The delta of one correction a row: their indices [n], h [n, hidden], ids [n, k] -> float32 [n, k]."""
-    tokens, raw = torch.from_numpy(ids), torch.empty(ids.shape)
-    for first in range(0, len(ids), _TOGETHER):
-        part = slice(first, first + _TOGETHER)
-        directions = embedding(tokens[part], head)  # indexing would take ten times as long
-        raw[part] = (directions * _shift(bank, which[part], h[part])[:, None, :]).sum(-1)
-    values, cap = raw.numpy(), bank.cap.numpy()[which, None]
-    acts = (np.arange(ids.shape[1]) < bank.top_k.numpy()[which, None]) & (values == values)
-    return np.where(acts, cap * np.tanh(values / cap), np.float32(0))
-
-
-def _shift(bank: Corrections, which: np.ndarray, h: Tensor) -> Tensor:
-    """B act(A h) + b of one correction a row: their indices [n], h [n, hidden] -> [n, hidden]."""
+def _delta_of(bank: Corrections, which: np.ndarray, h: Tensor, directions: Tensor) -> np.ndarray:
+    """The delta of one correction a row: indices [n], h [n, hidden], directions [n, k, hidden] -> float32 [n, k]."""
     one = (which == which[0]).all()  # rows of one correction share its tensors
     at = slice(which[0], which[0] + 1) if one else torch.from_numpy(which)
     inner = (bank.A[at] * h[:, None, :]).sum(-1)  # [n, rank]
     curved = bank.silu[at, None]
     if curved.any():
-        inner = torch.where(curved, silu(inner), inner)
-    return (bank.B[at] * inner[:, None, :]).sum(-1) + bank.b[at]
+        inner = torch.where(curved, inner / (1 + torch.exp(-inner)), inner)  # silu's bits vary with a number's place
+    shift = (bank.B[at] * inner[:, None, :]).sum(-1) + bank.b[at]  # [n, hidden]
+    raw = (directions * shift[:, None, :]).sum(-1).numpy()  # in float32, whatever the LM head's dtype
+    cap = bank.cap[at, None].numpy()
+    delta = cap * np.tanh(raw / cap)
+    acts = (np.arange(raw.shape[1]) < bank.top_k[at, None].numpy()) & (delta == delta)
+    return np.where(acts, delta, np.float32(0))
 
 
 class _Lines:
     """Each row's distributions softmax(z + strength * delta), by strength. float64; the other tokens count as one."""
 
     def __init__(
-        self, logits: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], rest: _Numbers, normaliser: _Numbers
+        self, logits: npt.NDArray[np.float32], delta: npt.NDArray[np.float32], rest: Numbers, normaliser: Numbers
     ) -> None:
         """Of the candidates [n, k]; rest [n]: log sum exp of the other tokens' z; normaliser [n]: that of all."""
         n, k = delta.shape
@@ -143,7 +140,7 @@ class _Lines:
         self._mean = (shares * self._delta).sum(1) / shares.sum(1)
         self._start = _add_logs(self._logs)  # rounded as in _measure: no move diverges by 0, which a cap of 0 allows
 
-    def bound(self, strength: _Numbers, cap: _Numbers) -> tuple[_Numbers, _Numbers, _Numbers]:
+    def bound(self, strength: Numbers, cap: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """The strengths [n] as far as the caps [n] on the divergence allow (record.py, 3).
 
         -> them, the divergences KL(softmax z || softmax z') in nats, and what log sum exp gains.
@@ -166,13 +163,13 @@ class _Lines:
             np.where(within, gain, low_gain),
         )
 
-    def _measure(self, strength: _Numbers) -> tuple[_Numbers, _Numbers]:
+    def _measure(self, strength: Numbers) -> tuple[Numbers, Numbers]:
         gain = _add_logs(self._logs + strength[:, None] * self._delta) - self._start
         return np.maximum(gain - strength * self._mean, 0.0), gain
 
 
-def _add_logs(terms: _Numbers) -> _Numbers:
+def _add_logs(terms: Numbers) -> Numbers:
     """log sum exp of each row of terms [n, k], one of which is finite: [n]."""
     peak = terms.max(1)
-    total: _Numbers = peak + np.log(np.exp(terms - peak[:, None]).sum(1))
+    total: Numbers = peak + np.log(np.exp(terms - peak[:, None]).sum(1))
     return total

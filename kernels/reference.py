@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.kernels.draw import GROUP, Asked, best_token, best_tokens, draw_token
+from trimtab.kernels.draw import GROUP, Draw, best_token, best_tokens, draw_token
 from trimtab.kernels.heads import Changed, correct
 from trimtab.kernels.record import DEAD, FIRED, GATE_ALWAYS, OPEN, Masks, RowParams, StepInputs, StepRecord
 from trimtab.kernels.rows import Row, read_row
@@ -54,10 +54,10 @@ def run(inputs: StepInputs) -> tuple[StepRecord, dict[int, Changed]]:
         changed = correct(inputs, z, base, acts) if acts else {}
     top_ids = torch.full((rows, inputs.alternatives), -1, dtype=torch.int32)
     top_logprobs = torch.full((rows, inputs.alternatives), float("-inf"))
-    asked = map(Asked, *(getattr(params, name).tolist() for name in Asked._fields))
+    draws = map(Draw, *(getattr(params, name).tolist() for name in Draw._fields))
     drawn = [
-        _finish(inputs, row, how, z[row], of, changed.get(row), top_ids, top_logprobs) if of.alive else _Drawn()
-        for row, (how, of) in enumerate(zip(asked, base, strict=True))
+        _finish(inputs, row, draw, z[row], of, changed.get(row), top_ids, top_logprobs) if of.alive else _Drawn()
+        for row, (draw, of) in enumerate(zip(draws, base, strict=True))
     ]
     status = [
         (OPEN if gate else 0) | (FIRED if s != 0 else 0) | (DEAD if row.token < 0 else 0)
@@ -83,7 +83,7 @@ def _open(base: list[Row], statistic: Tensor, params: RowParams) -> list[bool]:
 def _finish(
     inputs: StepInputs,
     row: int,
-    asked: Asked,
+    draw: Draw,
     z: Tensor,
     base: Row,
     changed: Changed | None,
@@ -111,7 +111,7 @@ def _finish(
         final = start if inputs.edits is None else _edit(start, inputs, row)
         final = final if inputs.mask is None else _mask(final, inputs.mask, row)
         peaks = maxima if final is start else final.view(-1, GROUP).amax(1)
-        token = draw_token(final, peaks, inputs.logits.shape[1], asked)
+        token = draw_token(final, peaks, inputs.logits.shape[1], draw)
     if token < 0:  # the edits or the mask forbade every token, or the edits made one infinite
         return _Drawn()
     if inputs.alternatives:

@@ -1,4 +1,4 @@
-"""What one pass over a row's logits leaves, in plain torch: the rest of a step reads groups, not rows.
+"""What one pass over a row's logits leaves, on the CPU: the rest of a step reads groups, not rows.
 
 Invariant: everything is taken below the row's largest logit: exact however large the logits are.
 """

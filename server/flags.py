@@ -25,7 +25,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the server to the network")
     add("--port", type=at_least(0), default=8000, help="0 takes a free one")
-    add("--api-key", action="append", metavar="KEY", help=f"a key for /v1, repeatable; also read from {API_VARIABLE}")
+    key = f"a key for all but /health, /ready, /metrics and the page, repeatable; also read from {API_VARIABLE}"
+    add("--api-key", action="append", metavar="KEY", help=key)
     add("--api-key-file", type=Path, metavar="FILE", help="more of them, one a line")
     admin = f"a key for changing corrections at run time, repeatable; also read from {ADMIN_VARIABLE}"
     add("--admin-key", action="append", metavar="KEY", help=admin)
@@ -52,7 +53,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights and KV")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--max-model-len", type=at_least(2), metavar="TOKENS", help="prompt and answer (default: the model's, or 4096)")
+    length = "prompt and answer (default: the model's, at most 4096)"
+    add("--max-model-len", type=at_least(2), metavar="TOKENS", help=length)
     add("--max-num-seqs", type=at_least(1), default=32, metavar="N", help="choices at once, and their second rows")
     add("--max-num-batched-tokens", type=at_least(1), default=512, metavar="TOKENS", help="tokens computed in a step")
     add("--max-queue", type=at_least(1), default=512, metavar="N", help="choices that may wait; more get a 503")

@@ -104,6 +104,7 @@ def test_compare_asks_both_alike_and_tells_what_was_changed(screen: Screen) -> N
     )
     assert code == 0
     assert out == (
+        "[so]: the correction acted; [[so]]: and changed the best token\n"
         "-- demo\nplain!\n2 steps; mean entropy 0.75 nats\n\n"
         "-- with brief\nsteered[[!]]\nbrief at strength 1.5, where the entropy is above 0.5 nats\n"
         "2 steps: open 1, fired 1, flips 1; mean entropy 0.75 nats; KL where it fired 0.500 nats\n"
@@ -151,7 +152,7 @@ def test_a_server_without_corrections(screen: Screen) -> None:
     screen.models = [BASE, CONTRAST]
     assert screen.run("--compare", "--once", "Why?") == (0, "plain!\n2 steps; mean entropy 0.75 nats\n", "")
     code, _, err = screen.run("--require-correction", "--once", "Why?")
-    assert (code, err) == (1, "trimtab: this server has learned no correction\n")
+    assert (code, err) == (1, "trimtab: this server has no correction besides `contrast`\n")
 
 
 def test_a_conversation_remembers_until_told_otherwise(screen: Screen) -> None:

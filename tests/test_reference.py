@@ -111,21 +111,26 @@ def test_a_real_vocabulary_agrees_with_the_oracle(dtype: torch.dtype) -> None:
     check_against_oracle(inputs, step(inputs))
 
 
-def test_a_row_is_bit_identical_whoever_shares_its_batch() -> None:
+MIXES: list[Any] = [-1, 0, {1: 1.0}, {2: 0.5, 0: 1.0}, {0: 1.0, 1: -1.0, 2: 2.0}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mixes", [MIXES, [0], [1], [2], MIXES[3:]], ids=str)
+def test_a_row_is_bit_identical_whoever_shares_its_batch(mixes: list[Any], dtype: torch.dtype) -> None:
     """The others compose more corrections, look at other statistics, and are capped."""
     rows: list[dict[str, Any]] = [
         {
-            "correction": [-1, 0, {1: 1.0}, {2: 0.5, 0: 1.0}, {0: 1.0, 1: -1.0, 2: 2.0}][i % 5],
+            "correction": mixes[i % len(mixes)],
             "gate": i % 5,
             "kl_cap": 0.1 if i % 3 == 0 else math.inf,
             "tau": -1.0,
             "temperature": 0.5 * (i % 3),
             "top_p": 0.9,
-            "uniform": 0.09 * i,
+            "uniform": 0.04 * (i + 1),
         }
-        for i in range(10)
+        for i in range(20)
     ]
-    inputs = make_inputs(rows, 5003, top_k=(5, 20, 33), alternatives=4)
+    inputs = make_inputs(rows, 5003, top_k=(5, 20, 33), alternatives=4, dtype=dtype)
     together = pack(step(inputs))
     for row, params in enumerate(rows):
         one = inputs._replace(
@@ -134,6 +139,26 @@ def test_a_row_is_bit_identical_whoever_shares_its_batch() -> None:
             params=make_params([params]),  # as few columns as its own mix needs
         )
         assert torch.equal(pack(step(one))[0], together[row])
+
+
+def test_a_delta_that_is_not_a_number_adds_nothing() -> None:
+    inputs = make_inputs([{"correction": 0, "tau": -1.0}] * 3, 300)
+    inputs.hidden[1, 3] = math.nan
+    record = step(inputs)
+    assert (record.status == OPEN | FIRED).all()
+    assert (record.kl > 0).tolist() == [True, False, True]
+    assert record.steered_logprob[1] == record.base_logprob[1]
+
+
+@pytest.mark.parametrize("cap", [1e-38, 3e38])
+def test_numbers_at_the_ends_of_float32_warn_of_nothing(cap: float) -> None:
+    inputs = make_inputs([{"correction": 0, "tau": -1.0, "strength": 100.0}] * 2, 300)
+    assert inputs.corrections is not None
+    bank = inputs.corrections._replace(cap=torch.full((2,), cap))
+    logits = inputs.logits.clone()
+    logits[1, :3] = torch.tensor([3e38, 2e38, -3e38])
+    record = step(inputs._replace(corrections=bank, logits=logits))
+    assert record.entropy.isfinite().all()
 
 
 def test_composed_corrections_add_up_each_on_its_own_candidates() -> None:
@@ -176,16 +201,17 @@ def test_a_correction_that_demotes_every_candidate_leaves_the_best_other_token()
 @pytest.mark.parametrize("strength", [-60.0, -500.0, 500.0])
 def test_mass_far_under_a_demoted_peak_is_kept(strength: float) -> None:
     """The other tokens are e^-120 of the peak: nothing in float32 beside it, all that is left without it."""
-    inputs = make_inputs([{"correction": 0, "strength": strength, "uniform": u} for u in (0.1, 0.6, 0.9)], 300, 2)
+    rows: list[dict[str, Any]] = [{"correction": 0, "strength": strength, "uniform": u} for u in (0.1, 0.6, 0.9)]
+    inputs = make_inputs([{}, *rows], 300, 2)
     bank = inputs.corrections
     assert bank is not None
     logits = inputs.logits - 120
     logits[:, 7] = 0
     bank = bank._replace(A=bank.A * 0, b=torch.ones_like(bank.b), top_k=torch.ones_like(bank.top_k))
     inputs = inputs._replace(logits=logits, head=torch.ones_like(inputs.head), corrections=bank)
-    inputs = inputs._replace(params=inputs.params._replace(tau=torch.full((3,), -1.0)))
+    inputs = inputs._replace(params=inputs.params._replace(tau=torch.full((4,), -1.0)))
     check_against_oracle(inputs, step(inputs))
-    capped = inputs._replace(params=inputs.params._replace(kl_cap=torch.full((3,), 5.0)))
+    capped = inputs._replace(params=inputs.params._replace(kl_cap=torch.full((4,), 5.0)))
     check_against_oracle(capped, step(capped))
 
 

@@ -112,7 +112,7 @@ def test_a_fit_states_its_device_and_hardware(
     }
     (folder / "correction.json").write_text(json.dumps(fit))
     text = write(results, monkeypatch, str(tmp_path / "other.json"), "--correction", str(folder))
-    assert "--rank 4 --seed 7`\n" in text
+    assert "--rank 4 --seed 7 --threads 2`\n" in text
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
     readme = (tmp_path / "README.md").read_text()
