@@ -54,7 +54,7 @@ def test_a_draw_beside_an_edge_takes_a_token_that_has_mass(
 
 
 def test_rounding_points_at_no_token_before_a_groups_first_legal_one() -> None:
-    """The mass before a group is the sum that was compared: the sum with it, less its own, may be rounded above that."""
+    """The mass before a group is the sum that was compared: the sum with it, less its own, may lie above that."""
     between = 0
     for seed in range(20):
         z = torch.randn(40 * GROUP, generator=torch.Generator().manual_seed(seed)) * 3
@@ -67,4 +67,4 @@ def test_rounding_points_at_no_token_before_a_groups_first_legal_one() -> None:
             between += bool(low <= uniform * cumulative[-1] < high)
             token = draw_token(z, peaks, len(z), Draw(1.0, 0, 1.0, 0.0, uniform))
             assert z[token] > float("-inf")
-    assert between > 10, "none of these was rounded so"
+    assert between, "none of these was rounded so"
