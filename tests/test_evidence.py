@@ -16,6 +16,7 @@ from trimtab.steering.commands.setting import keep_in
 from trimtab.steering.correction import HeadCorrection
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
+from trimtab.steering.tasks.tasks import digest_of, load_task
 
 FITTED = {"model": "tiny", "task": "task.jsonl", "verifier": "odd_grading:odd", "temperature": 1.0, "max_tokens": 6}
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
@@ -91,6 +92,13 @@ def test_problems_that_were_learned_from_are_not_judged_on(capsys: pytest.Captur
         assert run(command) == 1
         assert "4 of the 4 problems are no held-out ones: mine was fitted" in capsys.readouterr().err
     assert run("eval --correction mine --task test.jsonl --verifier odd_grading:odd --problems 2 --samples 1") == 0
+    Path("task.jsonl").rename("gone.jsonl")
+    assert run(f"eval --correction mine {given}") == 0
+    assert "was not checked: it does not list its own, and task.jsonl is not here" in capsys.readouterr().err
+    learned = [digest_of(problem) for problem in load_task("copy.jsonl", "odd_grading:odd").problems("held-out", 4)]
+    save(dataclasses.replace(load("mine"), provenance={"config": config, "learned": learned}), "mine")
+    assert run(f"eval --correction mine {given}") == 1
+    assert "problems are no held-out ones: mine was fitted" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

@@ -1,11 +1,13 @@
 """Teachers: what they say of the base's candidates, and who may not be one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tiny import tiny_base
 from trimtab.errors import CorrectionError, UnsupportedModel
@@ -44,6 +46,17 @@ def test_targets_are_what_the_teacher_gives_the_bases_candidates(base: Base, tmp
         assert torch.allclose(found.log_p[row], log_p[ids.long()], atol=1e-5)
         assert torch.allclose(found.lse[row], (log_p / 0.5).logsumexp(0), atol=1e-5)
     assert not torch.allclose(found.log_p, features.logits.log_softmax(1), atol=0.1)
+
+
+@pytest.mark.parametrize("change", [("layers.0.", "layers.7."), ("o_proj", "q_proj")], ids=["no layer", "no target"])
+def test_an_adapter_that_finds_no_place_is_refused(base: Base, tmp_path: Path, change: tuple[str, str]) -> None:
+    """Peft passes over it, and what it leaves would teach in its place."""
+    folder = adapter(base, tmp_path / "lora")
+    path = folder / "adapter_model.safetensors"
+    tensors = {name.replace(*change): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(CorrectionError, match=rf"acts on .*{re.escape(change[1])}.* does not have or target_modules"):
+        adapt(base, folder)
 
 
 def test_finished_targets_are_read(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

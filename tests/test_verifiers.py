@@ -20,6 +20,8 @@ from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verif
         ("1/2", "\\frac12", True),
         ("\\boxed{1+x}", "x+1", True),
         ("", "3", False),
+        ("It is 0.00002.", 2e-05, True),
+        ("It is 10000000000000000.", 1e16, True),
     ],
 )
 def test_math(completion: str, answer: object, right: bool) -> None:
@@ -27,6 +29,7 @@ def test_math(completion: str, answer: object, right: bool) -> None:
 
 
 def test_exact_and_regex() -> None:
+    assert load_verifier("exact")("0.00001", 1e-05) == 1.0
     assert load_verifier("exact")(" yes\n", "yes") == 1.0
     assert load_verifier("exact")("yes.", "yes") == 0.0
     assert load_verifier("regex")("I say yes!", r"\byes\b") == 1.0

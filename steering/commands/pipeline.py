@@ -26,14 +26,14 @@ from trimtab.server.model.base import Base
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
-from trimtab.steering.commands.begin import begin, place, split
+from trimtab.steering.commands.begin import Problems, begin, place, split
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluation import report as reports
 from trimtab.steering.evaluation.evaluate import Policy, answer, summarise
 from trimtab.steering.folder import JSON_FILE, is_saved, load, save
 from trimtab.steering.machine import describe, ran_on
 from trimtab.steering.tasks.problem import Problem
-from trimtab.steering.tasks.tasks import Task
+from trimtab.steering.tasks.tasks import Task, digest_of
 from trimtab.steering.training.clock import Clock
 from trimtab.steering.training.config import FREE, FitConfig
 from trimtab.steering.training.features import Features, cache_features
@@ -82,7 +82,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     judged = reports.Judged(correction, controls, route.teacher, lacking=lacking)
     with clock.time("report"):
         report = reports.make(base, exam, judged, work / "report")
-    provenance = _provenance(route, config, base, task, problems.digest, rollouts, features, chosen)
+    provenance = _provenance(route, config, base, task, problems, rollouts, features, chosen)
     shipped = dataclasses.replace(correction, report=report, provenance=provenance)
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
@@ -177,7 +177,7 @@ def _provenance(
     config: FitConfig,
     base: Base,
     task: Task,
-    problems: str,
+    problems: Problems,
     rollouts: Sequence[Rollout],
     features: Features,
     chosen: Correction,
@@ -188,7 +188,8 @@ def _provenance(
         "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
-        "problems_sha256": problems,
+        "problems_sha256": problems.digest,
+        "learned": sorted(map(digest_of, [*problems.training, *problems.validation])),
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
         "mixed_problems": len(set(features.problem.tolist())),

@@ -87,18 +87,23 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
 
 def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> None:
     """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
-    file it is in. Says nothing where the fit's own file is gone."""
-    from trimtab.steering.tasks.tasks import load_task, text_of
+    file it is in. An older correction does not list them: where the fit's own file is gone, it is said."""
+    from trimtab.steering.tasks.tasks import digest_of, load_task
+    from trimtab.steering.training.progress import say
 
     fitted = correction.provenance.get("config", {})
-    try:
-        task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
-        learned = task.problems("train", fitted["problems"])
-        learned += task.problems("validation", fitted["validation_problems"])
-    except (KeyError, TaskError):
-        return
-    known = {text_of(problem) for problem in learned}
-    shared = [problem.label for problem in problems if text_of(problem) in known]
+    learned = correction.provenance.get("learned")
+    if learned is None and fitted:
+        try:
+            task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
+            used = task.problems("train", fitted["problems"])
+            used += task.problems("validation", fitted["validation_problems"])
+            learned = list(map(digest_of, used))
+        except (KeyError, TaskError):
+            what = f"whether {correction.name} was fitted on some of these problems was not checked"
+            say("problems", f"{what}: it does not list its own, and {fitted.get('task')} is not here")
+    known = frozenset(learned or ())
+    shared = [problem.label for problem in problems if digest_of(problem) in known]
     if shared:
         raise InvalidRequest(
             f"{len(shared)} of the {len(problems)} problems are no held-out ones: {correction.name} was fitted or "

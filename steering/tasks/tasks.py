@@ -167,10 +167,15 @@ def text_of(problem: Problem) -> str:
     return problem.prompt if problem.prompt is not None else json.dumps(problem.messages, sort_keys=True)
 
 
+def digest_of(problem: Problem) -> str:
+    """Of what it asks: 8 hex digits, by which a correction knows what it was fitted on."""
+    return hashlib.sha256(text_of(problem).encode()).hexdigest()[:8]
+
+
 def _split_by_hash(problems: list[Problem]) -> dict[str, list[Problem]]:
     splits: dict[str, list[Problem]] = {"train": [], "held-out": []}
     for problem in problems:
-        share = int(hashlib.sha256(text_of(problem).encode()).hexdigest()[:8], 16) / 2**32
+        share = int(digest_of(problem), 16) / 2**32
         splits["held-out" if share < HELD_OUT_SHARE else "train"].append(problem)
     return splits
 

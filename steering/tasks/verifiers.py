@@ -20,6 +20,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -96,11 +97,16 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             return f"is not a regular expression ({error})"
     if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
-    if verifier == "math" and not NUMBER.fullmatch(str(answer)) and not _parse_expected(str(answer)):
+    if verifier == "math" and not NUMBER.fullmatch(written(answer)) and not _parse_expected(written(answer)):
         return "is not a number or formula that math-verify can read"
-    if verifier == "final" and not NUMBER.fullmatch(plain(str(answer)).strip()):
+    if verifier == "final" and not NUMBER.fullmatch(plain(written(answer)).strip()):
         return "must be a number"
     return None
+
+
+def written(answer: str | float) -> str:
+    """As a person would write it: JSON's 1e-05 as 0.00001."""
+    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
 
 
 def _guard(name: str, verify: Callable[[str, Any], Any]) -> Verifier:
@@ -140,7 +146,7 @@ def _verify_math(completion: str, answer: Any) -> float:
 
     limit = _seconds()
     found = parse(completion.replace("\\$", ""), parsing_timeout=limit)  # \$18 in a text is read as nothing
-    return float(bool(verify(_parse_expected(str(answer)), found, timeout_seconds=limit)))
+    return float(bool(verify(_parse_expected(written(answer)), found, timeout_seconds=limit)))
 
 
 @functools.lru_cache(maxsize=4096)  # each is asked for by many completions
@@ -175,7 +181,9 @@ def _extract_math(completion: str) -> Extract | None:
 
 def _verify_final(completion: str, answer: Any) -> float:
     found = final_number(completion)
-    return float(found is not None and math.isclose(found.value, read(plain(str(answer))), rel_tol=1e-6, abs_tol=1e-6))
+    return float(
+        found is not None and math.isclose(found.value, read(plain(written(answer))), rel_tol=1e-6, abs_tol=1e-6)
+    )
 
 
 def _extract_final(completion: str) -> Extract | None:
@@ -184,7 +192,7 @@ def _extract_final(completion: str) -> Extract | None:
 
 
 def _verify_exact(completion: str, answer: Any) -> float:
-    return float(completion.strip() == str(answer).strip())
+    return float(completion.strip() == written(answer).strip())
 
 
 def _verify_regex(completion: str, answer: Any) -> float:

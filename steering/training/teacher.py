@@ -52,12 +52,18 @@ def adapt(base: Base, folder: Path) -> Base:
     """The base with the LoRA of a PEFT folder on, always. A copy: the base itself is not changed."""
     from peft import PeftModel
 
-    read_adapter(folder)  # which refuses what is no plain LoRA
+    adapter = read_adapter(folder)  # which refuses what is no plain LoRA
     try:
         with without_peft_warnings():
             tuned = PeftModel.from_pretrained(copy_unpacked(base.model), str(folder))
     except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise CorrectionError(f"{folder} cannot be put on {base.name}: {error}") from error
+    modules = dict(tuned.get_base_model().named_modules())
+    for path in adapter.layers:
+        if not hasattr(modules.get(path), "lora_A"):  # peft passes over what it finds no place for
+            raise CorrectionError(
+                f"{folder} acts on {path}, which {base.name} does not have or target_modules leaves out"
+            )
     return prepare(tuned.get_base_model(), base.tokenizer, f"{base.name} with {folder.name}")
 
 
@@ -95,7 +101,9 @@ def cache_targets(
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """peft reads attributes that transformers is about to rename, which is no news for our users."""
+    """peft reads attributes that transformers is about to rename, which is no news for our users; and warns of what
+    `adapt` refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
