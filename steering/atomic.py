@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from trimtab.errors import TaskError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -42,9 +45,30 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """As read_json: what `write_tensors` left."""
+    with intact(path):
+        return load_file(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` left. Raises TaskError for a file that something else cut or wrote over."""
+    with intact(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """As write_bytes, in the safetensors format."""
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Raises TaskError, naming the file, where what is read in here is not what was written."""
+    try:
+        yield
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise TaskError(f"{path} is damaged ({error}): restore it, or delete it and what was made of it") from error
 
 
 @contextmanager

@@ -327,6 +327,50 @@ def test_what_a_sick_request_wrote_reaches_nobody(base: Base, monkeypatch: pytes
     assert got == {"long": expected["long"], "short": expected["short"], "again": expected["sick"]}
 
 
+@pytest.fixture
+def poisoned(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 200 brings NaN with it."""
+    embed = base.model.get_decoder().embed_tokens
+    plain = embed.forward
+
+    def poison(ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = plain(ids)
+        return torch.where((ids == 200)[..., None], float("nan"), states)
+
+    monkeypatch.setattr(embed, "forward", poison)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_prompt_that_may_be_sick_lends_nobody_its_beginning(base: Base) -> None:
+    """In its chunk NaN reaches back, to tokens before the one that brought it: by 0 times NaN, under the mask."""
+    core = Core(base, bank_for(base), EngineConfig(slots=8, step_tokens=16))
+    healthy = [Request(f"{i}", (1, 60 + i, 5), GREEDY) for i in range(3)]
+    expected = {r.id: tokens(run(base, [r])[r.id, 0]) for r in healthy}
+    core.submit(Request("sick", (1, 7, 200, *range(40)), GREEDY))
+    assert core.step() == []
+    got = defaultdict(list)
+    for event in core.run(healthy):
+        got[event.request_id].append(event.token)
+    assert got == {"sick": [None], **expected}
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_scored_prompts_last_token_of_which_nothing_is_read_reaches_nobody(base: Base) -> None:
+    long, short = Request("long", tuple(range(60, 120)), GREEDY), Request("short", (1, 2, 3), GREEDY)
+    expected = {r.id: tokens(run(base, [r])[r.id, 0]) for r in (long, short)}
+    core = Core(base, bank_for(base), EngineConfig(slots=2, step_tokens=16))
+    scored = Request("scored", (*range(16), 200), SamplingParams(max_tokens=0), score_from=1)
+    assert [event.finish for event in core.run([scored])][-1] == "length"
+    got = defaultdict(list)
+    for event in core.run([long, short]):
+        got[event.request_id].append(event.token)
+    assert got == expected
+    core = Core(base, bank_for(base), EngineConfig(slots=2, step_tokens=16))
+    list(core.run([scored]))
+    first = next(core.run([Request("next", (*range(16), 7), GREEDY)]))
+    assert first.cached == 16, "the rest of it is numbers, and is read once"
+
+
 @pytest.mark.parametrize("ending", ["abort", "score"])
 def test_what_nobody_was_told_of_reaches_nobody(base: Base, ending: str) -> None:
     """A LoRA that overflows leaves NaN in a slot. Aborted before its first token, or as the second of two choices of

@@ -70,5 +70,5 @@ def test_examples_are_the_bases_own_solutions_of_training_problems(tmp_path: Pat
     core = open_core(base, Bank(base.hidden, base.device), Odd(True).problems("train", 24), 24, 4, 1)
     found = examples(core, Odd(True), sampling, 3, tmp_path / "some")
     assert [example.problem.id for example in found] == ["1", "3", "5"]
-    with pytest.raises(TaskError, match="the base solved 0 of 8 training problems: 1 examples are needed"):
+    with pytest.raises(TaskError, match="the base solved 0 of 8 training problems without being cut off: 1 examples"):
         examples(core, Odd(False), sampling, 1, tmp_path / "never")

@@ -22,6 +22,8 @@ def run_step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
         scheduler.computed(w)
         if w.samples:
             w.sequence.append(99)
+            if w.sequence.sampled == 1:
+                scheduler.vouch(w.sequence)
     return [(w.sequence.request.id, w.start, w.end) for w in work]
 
 

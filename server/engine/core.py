@@ -216,6 +216,8 @@ class Core:
                 continue
             cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
+            if sequence.sampled == 1:
+                self._scheduler.vouch(sequence)
             events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached, queued))
             if finish is not None:
                 self._scheduler.remove(sequence)
@@ -228,8 +230,11 @@ class Core:
         return sequence.limit == 0 and self._runs(sequence)
 
     def _end(self, sequence: Sequence) -> Event:
-        """End a sequence that samples nothing."""
+        """End a sequence that samples nothing. Nobody has read what its last token came to: it is cleared."""
         cached = sequence.row.cached
+        for row in sequence.rows:
+            row.computed -= 1
+            self._runner.cache.clear(row.slot, row.computed, row.computed + 1)
         self._leave(sequence)
         return Event(sequence.request.id, sequence.index, None, 0.0, (), None, "length", cached=cached)
 
@@ -250,7 +255,8 @@ class Core:
     def _wipe(self, sequence: Sequence) -> None:
         """Free slots that may hold NaN, which a mask's zero weight would carry to a slot's next user."""
         for row in sequence.rows:
-            self._runner.cache.clear(row.slot, len(row.tokens) + 1)  # a step that ran ahead may have written one more
+            written = len(row.tokens) + 1  # by a step that ran ahead, if there was one
+            self._runner.cache.clear(row.slot, 0, written)
         self._scheduler.remove(sequence, reusable=False)
 
     def _fail(self, sequence: Sequence, reason: str, refused: bool = False) -> Event:

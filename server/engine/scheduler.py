@@ -96,8 +96,13 @@ class Scheduler:
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
         work.row.computed = work.end
-        if work.end - work.start > 1 or work.end % BLOCK == 0:
+        if work.sequence.vouched and (work.end - work.start > 1 or work.end % BLOCK == 0):
             self._tell(work.row)
+
+    def vouch(self, sequence: Sequence) -> None:
+        """Its first token shows that what its slots hold is numbers: from now on others may read it."""
+        for row in sequence.rows:
+            self._tell(row)
 
     def remove(self, sequence: Sequence, reusable: bool = True) -> None:
         """A sequence has ended or was aborted: free its slots, which keep what they hold if that is reusable."""
@@ -144,12 +149,12 @@ class Scheduler:
         row.computed = row.cached = length
 
     def _awaits_its_first(self, sequence: Sequence) -> bool:
-        """Whether the first sample of its request has not computed their prompt yet."""
+        """Whether the first sample of its request has not vouched for their prompt yet."""
         key = (sequence.request.id, 0)
         first = self.running.get(key)
         if sequence.index == 0 or first is None:
             return sequence.index > 0 and key in self.waiting
-        return any(row.computed < row.prompt for row in first.rows)
+        return not first.vouched
 
     def _awaits(self, row: Row) -> bool:
         """Whether much of its prompt is being computed for another."""

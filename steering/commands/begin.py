@@ -14,7 +14,7 @@ from torch import nn
 from trimtab.errors import InvalidRequest, TaskError
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
-from trimtab.steering.atomic import write_json
+from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
 from trimtab.steering.tasks.verifiers import source_digest
@@ -68,7 +68,7 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
         _check(config, base, task, problems, teacher)
         write_json(path, now)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     say("fit", f"{work} holds a run: it goes on where it was")
     same_verifier = before["config"].get("verifier") == config.verifier
     if same_verifier and before["made_with"].get("verifier_source") != source:

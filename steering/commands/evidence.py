@@ -7,6 +7,7 @@ are kept: the same command goes on where it was, and one that asks for more rows
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def add_eval(subparsers: Subparsers) -> None:
         "--skip", type=at_least(0), default=0, help="leave out the first so many: others than the fit's report"
     )
     parser.add_argument(
-        "--samples", type=at_least(1), help="completions a problem and policy (default: as fitted, or 2)"
+        "--samples", type=at_least(1, 128), help="completions a problem and policy (default: as fitted, or 2)"
     )
     parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
     parser.add_argument("--tau", type=float, help="of the gate, the controls' too (default: the correction's)")
@@ -58,10 +59,14 @@ def add_eval(subparsers: Subparsers) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     """Prints the report on stdout. With --out, FOLDER also holds it: report.json, report.md and ladder.svg."""
     from trimtab.steering.atomic import write_json, write_text
-    from trimtab.steering.folder import load
+    from trimtab.steering.folder import is_saved, load
     from trimtab.steering.machine import describe_run
 
     _check_ladder(args)
+    if args.strength is not None and not math.isfinite(args.strength):
+        raise InvalidRequest(f"strength must be a finite number, not {args.strength}", "strength")
+    if args.out is not None and is_saved(args.out):
+        raise InvalidRequest(f"{args.out} holds a correction, with a report of its own: choose another --out", "out")
     correction = load(args.correction)
     fitted = correction.provenance.get("config", {})
     args.problems = args.problems or fitted.get("test_problems", 200)

@@ -14,7 +14,6 @@ done. So a killed run, started again, continues; and `correction.json` exists on
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from trimtab.errors import Diverged
 from trimtab.server.model.base import Base
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
-from trimtab.steering.atomic import write_bytes, write_json, write_text
+from trimtab.steering.atomic import read_json, write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
 from trimtab.steering.commands.begin import Problems, begin, place, split
 from trimtab.steering.correction import Correction
@@ -129,7 +128,7 @@ def _keep(folder: Path, make: Callable[[], list[Correction]]) -> list[Correction
         for correction in made:
             save(correction, folder / correction.name)
         write_json(path, [correction.name for correction in made])
-    return [load(folder / name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    return [load(folder / name) for name in read_json(path)]
 
 
 def _choose(
@@ -164,7 +163,7 @@ def _fit_controls(work: Path, route: Route, chosen: Correction) -> tuple[list[Co
         if is_saved(folder):
             found.append(load(folder))
         else:
-            lacking[kind] = json.loads(failed.read_text(encoding="utf-8"))
+            lacking[kind] = read_json(failed)
     return found, lacking
 
 

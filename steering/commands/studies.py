@@ -33,7 +33,7 @@ def add_calibrate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--problems", type=at_least(1), help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all there are)"
     )
-    parser.add_argument("--samples", type=at_least(1), default=1, help="completions a prompt (default: 1)")
+    parser.add_argument("--samples", type=at_least(1, 128), default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
     parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
     parser.add_argument("--gate", metavar="KIND", help="change the gate's kind first; needs --rate")
@@ -69,6 +69,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
     facts = {"problems_sha256": fingerprint(problems), "prompts": len(problems), "sampling": sampling._asdict()}
     made = calibrate(correction, gate, seen, args.rates or RATES, args.rate, setting.base.identity, facts)
     save(made, args.correction)
+    if correction.report is not None and made.report is None:
+        (args.correction / "report.md").unlink(missing_ok=True)  # it says the same, of the gate before
     print(to_text(made, seen, correction))
 
 
@@ -84,7 +86,9 @@ def add_analyze(subparsers: Subparsers) -> None:
     parser.add_argument("tuned", metavar="TUNED", help="a tuned model, a PEFT folder or a correction's folder")
     add_what(parser, model=False)
     parser.add_argument("--problems", type=SEVERAL, default=100, help="held-out problems (default: 100)")
-    parser.add_argument("--samples", type=at_least(1), default=2, help="completions a problem and rule (default: 2)")
+    parser.add_argument(
+        "--samples", type=at_least(1, 128), default=2, help="completions a problem and rule (default: 2)"
+    )
     parser.add_argument(
         "--gate", default="entropy", metavar="KIND", help="of the gated interventions (default: entropy)"
     )

@@ -64,6 +64,7 @@ def examples(core: Core, task: Task, sampling: Sampling, count: int, folder: Pat
     found = [Example(problem, solutions[problem.id]) for problem in problems if problem.id in solutions]
     if len(found) < count:
         raise TaskError(
-            f"the base solved {len(found)} of {len(problems)} training problems: {count} examples are needed"
+            f"the base solved {len(found)} of {len(problems)} training problems without being cut off: "
+            f"{count} examples are needed; a larger --max-tokens cuts fewer off"
         )
     return tuple(found[:count])

@@ -12,6 +12,7 @@ exact have one; so has module:function where the module has a function `extract`
 Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1, or raises TaskError.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -114,8 +115,9 @@ def _guard(name: str, verify: Callable[[str, Any], Any]) -> Verifier:
 
     def guarded(completion: str, answer: Any) -> float:
         try:
-            reward = float(verify(completion, answer))
-        except Exception as error:
+            with contextlib.redirect_stdout(sys.stderr):  # what it prints is none of a command's answer
+                reward = float(verify(completion, answer))
+        except (Exception, SystemExit) as error:
             raise TaskError(
                 f"verifier {name!r} failed on {completion[:200]!r}: {type(error).__name__}: {error}"
             ) from error
@@ -131,8 +133,9 @@ def _guard_extract(name: str, extract: Callable[[str], Any]) -> Extractor:
 
     def guarded(completion: str) -> Extract | None:
         try:
-            found = extract(completion)
-        except Exception as error:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = extract(completion)
+        except (Exception, SystemExit) as error:
             raise TaskError(
                 f"extract of verifier {name!r} failed on {completion[:200]!r}: {type(error).__name__}: {error}"
             ) from error

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from trimtab.steering.atomic import write_tensors
+from trimtab.steering.atomic import read_tensors, write_tensors
 
 
 def save(
@@ -28,7 +27,7 @@ def save(
 
 def resume(path: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
     """Set parameters and moments as they were. -> the steps done, and the last ones' distance from the base."""
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     for name, p in named.items():
         p.data.copy_(tensors[name])
         optimizer.state[p] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.core import Core
-from trimtab.steering.atomic import write_json
+from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint
 from trimtab.steering.training.journal import Journal
@@ -39,7 +39,7 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, now)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     differ = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     if differ:
         name = differ[0]

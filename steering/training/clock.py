@@ -7,13 +7,12 @@ not known.
     with clock.time("rollouts"): ...
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.steering.atomic import write_json
+from trimtab.steering.atomic import read_json, write_json
 
 
 class Clock:
@@ -23,7 +22,7 @@ class Clock:
         self._path, self._hardware = path, hardware
         self.seconds: dict[str, float] = {}
         if path.exists():
-            self.seconds = dict(json.loads(path.read_text(encoding="utf-8"))["stages"])
+            self.seconds = dict(read_json(path)["stages"])
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:

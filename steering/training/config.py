@@ -214,7 +214,9 @@ class FitConfig:
             shown = {f"{value:g}" for value in getattr(self, name)}
             self._require(name, len(shown) == len(getattr(self, name)), "must differ within six digits")
         wrong_name = self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name)
-        self._require("name", not wrong_name, "must be 1 to 64 of A-Z a-z 0-9 . _ -")
+        self._require(
+            "name", not wrong_name, "must be 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit: give --name"
+        )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trimtab.server.model.base import Base
-from trimtab.steering.atomic import write_tensors
+from trimtab.steering.atomic import read_tensors, write_tensors
 from trimtab.steering.gate import Gate
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training.config import CANDIDATES, FitConfig
@@ -103,7 +102,7 @@ def read_in_shards(
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """All columns that a stage left in its folder."""
-    return _stack([load_file(path) for path in sorted(folder.glob("*.safetensors"))])
+    return _stack([read_tensors(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def states_of(base: Base, problems: Mapping[str, Problem], items: Sequence[Item]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
-from trimtab.steering.atomic import naming, write_bytes
+from trimtab.steering.atomic import intact, naming, write_bytes
 from trimtab.steering.tasks.problem import Problem
 
 
@@ -44,14 +44,16 @@ class Journal:
         """What is there. A kill may have cut the growing file's last line: it is cut off."""
         if self.path.exists():
             self._growing.unlink(missing_ok=True)  # a kill came between the file and this
-            return _parse(self.path.read_bytes())
+            with intact(self.path):
+                return _parse(self.path.read_bytes())
         if not self._growing.exists():
             return []
         content = self._growing.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(self._growing, whole)
-        return _parse(whole)
+        with intact(self._growing):
+            return _parse(whole)
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when they are on the disk."""

@@ -233,5 +233,5 @@ def _rollout(base: Base, task: Task, problem: Problem, events: list[Event]) -> R
         open=sum(r.open for r in receipts),
         fired=sum(r.fired for r in receipts),
         flips=sum(r.flip for r in receipts),
-        kl=round(sum(r.kl for r in receipts), 4),
+        kl=round(sum(r.kl for r in receipts), 2),
     )
