@@ -34,7 +34,7 @@ class StreamOptions(BaseModel, extra="forbid"):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None  # padding, which is not done here
+    include_obfuscation: bool | None = None  # padding against who watches sizes: none is made, either way
 
 
 class Body(StructuredBody, extra="allow"):

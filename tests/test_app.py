@@ -477,7 +477,7 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"steering": {"strength": 1}}, "steering.strength"),
         ({"steering": {"mode": "shadow"}}, "steering.mode"),
         ({"steering": {"mode": "apply"}}, "steering.mode"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 2}}, "stream_options.include_obfuscation"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"steering": {"mode": "on"}}, "steering.mode"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trimtab.errors import TaskError
 from trimtab.steering import atomic
+from trimtab.steering.training.journal import Journal
 
 
 def test_content_comes_back_and_nothing_is_left_beside(tmp_path: Path) -> None:
@@ -54,3 +56,13 @@ def test_an_error_of_words_alone_keeps_them(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=re.escape(f"{tmp_path}: no number")) as caught, atomic.naming(tmp_path):
         raise OSError("no number")
     assert caught.value.errno is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"\0" * 16])
+def test_a_file_that_something_else_cut_or_wrote_over_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "kept"
+    path.write_bytes(content)
+    readers = [atomic.read_json, atomic.read_tensors, *([lambda path: Journal(path).read()] if content else [])]
+    for read in readers:
+        with pytest.raises(TaskError, match=rf"{re.escape(str(path))} is damaged .*: restore it, or delete it"):
+            read(path)

@@ -102,6 +102,22 @@ def test_problems_that_were_learned_from_are_not_judged_on(capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--strength inf", "strength must be a finite number, not inf"),
+        ("--out mine", "mine holds a correction, with a report of its own: choose another --out"),
+    ],
+)
+def test_what_an_eval_cannot_do_is_refused_before_it_begins(
+    capsys: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    assert run(f"eval --correction mine --problems 2 {given}") == 1
+    assert message in capsys.readouterr().err
+    assert not Path("mine/completions").exists()
+
+
+@pytest.mark.usefixtures("folder")
 def test_two_processes_do_not_write_to_one_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with keep_in(Path("kept")):
         assert run("eval --correction mine --problems 2 --out kept") == 1

@@ -165,3 +165,16 @@ def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
     assert reading("b c") == Extract("b", True)
     with pytest.raises(TaskError, match="extract of verifier 'reading:right' failed on ''"):
         reading("")
+
+
+def test_what_a_verifier_prints_is_none_of_the_answer_and_its_exit_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talking.py").write_text(
+        "import sys\ndef grade(c, a):\n    print(c)\n    return 1 if c else sys.exit(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_verifier("talking:grade")("said", None) == 1.0
+    assert capsys.readouterr() == ("", "said\n")
+    with pytest.raises(TaskError, match="'talking:grade' failed on '': SystemExit: 3"):
+        load_verifier("talking:grade")("", None)

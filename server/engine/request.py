@@ -61,6 +61,8 @@ class SamplingParams:
         _within("top_k", self.top_k, 0, 2**31 - 1)
         _within("top_logprobs", self.alternatives, 0, 20)
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 0, 2**31 - 1)
         if self.allowed_tokens is not None and not self.allowed_tokens:
