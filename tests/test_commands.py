@@ -14,6 +14,7 @@ from tiny import tiny_base
 from trimtab.cli import build_parser, main
 from trimtab.steering.folder import load
 from trimtab.steering.machine import describe, hardware
+from trimtab.steering.tasks.tasks import load_task
 from trimtab.steering.training import teacher as teacher_module
 from trimtab.steering.training.config import FitConfig
 
@@ -103,6 +104,15 @@ def test_an_eval_on_problems_of_the_fits_report_says_so(capsys: pytest.CaptureFi
     assert "\n2 of these problems are of the fit's own report: --skip 8 asks others.\n" in capsys.readouterr().out
     assert run("eval --correction odd --problems 4 --skip 8 --samples 1") == 0
     assert "of the fit's own report" not in capsys.readouterr().out
+    before = [json.dumps({"id": f"new {i}", "prompt": f"New {i}:", "answer": None}) + "\n" for i in range(20)]
+    Path("more.jsonl").write_text("".join(before) + Path("task.jsonl").read_text())
+    more = "--task more.jsonl --verifier odd_grading:odd --samples 1"
+    assert run(f"eval --correction odd {more} --problems 4") == 0
+    assert "of the fit's own report" not in capsys.readouterr().out, "they are not those that came first then"
+    held_out = load_task("more.jsonl", "odd_grading:odd").problems("held-out", 18)
+    first = next(i for i, problem in enumerate(held_out) if not problem.id.startswith("new "))
+    assert run(f"eval --correction odd {more} --skip {first} --problems 2") == 0
+    assert f"\n2 of these problems are of the fit's own report: --skip {first + 2} asks" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_inside")

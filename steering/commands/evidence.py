@@ -74,8 +74,7 @@ def run_eval(args: argparse.Namespace) -> None:
     text = None if args.text is None else _read_file(args.text)
     setting = settle(args, correction)
     problems = setting.task.problems("held-out", args.skip + args.problems)[args.skip :]
-    if args.task:
-        refuse_learned(correction, problems)
+    refuse_learned(correction, problems)
     exam = setting.exam(problems, args.samples)
     if text is not None:
         from trimtab.steering.evaluation.text import cut
@@ -114,12 +113,24 @@ def _judge(args: argparse.Namespace, correction: "Correction", setting: Setting,
     teacher = adapt(setting.base, lora) if lora.is_dir() else None
     controls = _controls(args.correction, setting.base)
     report = make(setting.base, exam, Judged(correction, controls, teacher, args.strength, gate), folder)
-    own = correction.report or {}
-    seen = own["problems"] - args.skip if own.get("task") == exam.task.name else 0
-    known = max(0, min(seen, args.problems))
-    again = f"\n{known} of these problems are of the fit's own report: --skip {args.skip + known} asks others.\n"
-    shown = to_markdown(report) + (again if known else "")
-    return report | {"benchmark": "eval", "problems_of_the_fits_report": known}, shown
+    known = _judged_before(correction, exam, args.skip)
+    shown = to_markdown(report)
+    if known:
+        others = args.skip + known[-1] + 1
+        shown += f"\n{len(known)} of these problems are of the fit's own report: --skip {others} asks others.\n"
+    return report | {"benchmark": "eval", "problems_of_the_fits_report": len(known)}, shown
+
+
+def _judged_before(correction: "Correction", exam: "Exam", skip: int) -> list[int]:
+    """Which of the exam's problems are of the fit's own report. An older correction does not list those: they were the
+    first of its task."""
+    from trimtab.steering.tasks.tasks import digest_of
+
+    own, judged = correction.report or {}, correction.provenance.get("judged")
+    if judged is None:
+        first = own["problems"] - skip if own.get("task") == exam.task.name else 0
+        return list(range(max(0, min(first, len(exam.problems)))))
+    return [at for at, problem in enumerate(exam.problems) if digest_of(problem) in judged]
 
 
 def _climb(args: argparse.Namespace, correction: "Correction", setting: Setting, exam: "Exam", folder: Path) -> Told:

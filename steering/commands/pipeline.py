@@ -189,6 +189,7 @@ def _provenance(
         "task": task.name,
         "problems_sha256": problems.digest,
         "learned": sorted(map(digest_of, [*problems.training, *problems.validation])),
+        "judged": sorted(map(digest_of, problems.test)),
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
         "mixed_problems": len(set(features.problem.tolist())),
