@@ -168,14 +168,14 @@ def text_of(problem: Problem) -> str:
 
 
 def digest_of(problem: Problem) -> str:
-    """Of what it asks: 8 hex digits, by which a correction knows what it was fitted on."""
-    return hashlib.sha256(text_of(problem).encode()).hexdigest()[:8]
+    """Of what it asks: 12 hex digits, by which a correction knows what it was fitted on."""
+    return hashlib.sha256(text_of(problem).encode()).hexdigest()[:12]
 
 
 def _split_by_hash(problems: list[Problem]) -> dict[str, list[Problem]]:
     splits: dict[str, list[Problem]] = {"train": [], "held-out": []}
     for problem in problems:
-        share = int(digest_of(problem), 16) / 2**32
+        share = int(digest_of(problem)[:8], 16) / 2**32
         splits["held-out" if share < HELD_OUT_SHARE else "train"].append(problem)
     return splits
 
