@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def version_of(correction: Correction) -> str:
 
 def _load_peft(folder: Path) -> LoraCorrection:
     adapter = read_adapter(folder)
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:64] or "lora"
     made_for = str(adapter.config.get("base_model_name_or_path") or "unknown")
     identity = BaseIdentity(made_for, "", "", "")  # PEFT does not say; shapes are checked when it is put on a model
     return LoraCorrection(name=name, base=identity, gate=Gate("always"), adapter=adapter)

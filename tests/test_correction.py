@@ -11,6 +11,7 @@ import torch
 
 from trimtab.errors import CorrectionError
 from trimtab.steering.adapter import Adapter, LoraLayer, adapter_files
+from trimtab.steering.atomic import write_bytes
 from trimtab.steering.correction import BaseIdentity, ContrastCorrection, HeadCorrection, LoraCorrection, check
 from trimtab.steering.folder import is_saved, load, save
 from trimtab.steering.gate import Gate
@@ -177,6 +178,16 @@ def test_a_peft_folder_is_a_lora_that_is_always_on(tmp_path: Path) -> None:
     assert isinstance(found, LoraCorrection)
     assert found.gate.kind == "always"
     check(found, BASE)  # nothing in the folder says which base it is for
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("Ünï_1", "n-_1"), ("_x", "x"), (".hid", "hid"), ("r" * 90, "r" * 64), ("é", "lora"), ("a b", "a-b")],
+)
+def test_a_peft_folder_of_any_name_has_one_that_can_be_asked_for(tmp_path: Path, folder: str, name: str) -> None:
+    for file, content in adapter_files(make_adapter()).items():
+        write_bytes(tmp_path / folder / file, content)
+    assert load(tmp_path / folder).name == name
 
 
 def test_a_contrast_needs_no_tensors_and_fits_any_base(tmp_path: Path) -> None:
