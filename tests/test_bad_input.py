@@ -1,6 +1,8 @@
 """What a user can get wrong in a fit ends in one line that says where, and leaves no correction behind."""
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,11 +153,30 @@ def test_a_held_out_problem_that_is_too_long_is_found_first(fit: Callable[..., s
     assert not Path("bad/run").exists()
 
 
-def test_a_verifier_edited_under_a_run_is_noticed(fit: Callable[..., str]) -> None:
-    """Its rewards would be another's than those that are kept."""
-    Path("edited_grading.py").write_text(GRADING)
-    fit(GOOD, "--verifier edited_grading:never")
-    Path("edited_grading.py").write_text(GRADING.replace("return 0", "return 0.0"))
-    assert "the file of the verifier edited_grading:never has changed since bad/run was begun" in fit(
-        GOOD, "--verifier edited_grading:never"
-    )
+def test_a_verifier_edited_under_a_run_scores_again_what_is_there(
+    fit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless something was learned from other rewards: then it is refused."""
+    path, options = Path("edited_grading.py"), "--verifier edited_grading:grade"
+
+    def edit(reward: str) -> None:
+        path.write_text(f"def grade(completion, answer): return {reward}")
+        monkeypatch.delitem(sys.modules, "edited_grading", raising=False)  # as in another process
+        importlib.invalidate_caches()
+
+    edit("0")
+    fit(GOOD, options)
+    kept = Path("bad/run/rollouts/00000.jsonl").read_text()
+    edit("sum(map(ord, completion)) % 2")
+    main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split())
+    assert "has changed: the completions that are there were scored again" in capsys.readouterr().err
+    scored = [json.loads(line) for line in Path("bad/run/rollouts/00000.jsonl").read_text().splitlines()]
+    assert {r["reward"] for r in scored} == {0.0, 1.0}
+    assert [r | {"reward": 0.0} for r in scored] == [json.loads(line) for line in kept.splitlines()]
+    assert list(Path("bad/run/features").iterdir())
+    edit("(sum(map(ord, completion)) + 0) % 2")
+    main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split())
+    assert "were scored again" in capsys.readouterr().err, "the rewards are the same"
+    edit("1")
+    assert main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split()) == 1
+    assert "has changed since bad/run was begun, and with it rewards that were learned from" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
 from trimtab.steering.tasks.verifiers import source_digest
+from trimtab.steering.training.claim import rescored
 from trimtab.steering.training.config import FREE, FitConfig
 from trimtab.steering.training.controls import CONTROLS
 from trimtab.steering.training.progress import say
@@ -71,12 +72,9 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     before = read_json(path)
     say("fit", f"{work} holds a run: it goes on where it was")
     same_verifier = before["config"].get("verifier") == config.verifier
-    if same_verifier and before["made_with"].get("verifier_source") != source:
-        raise InvalidRequest(
-            f"the file of the verifier {config.verifier} has changed since {work} was begun, and its rewards with it: "
-            f"restore it, choose another --out, or delete {work}",
-            "verifier",
-        )
+    edited = same_verifier and before["made_with"].get("verifier_source") != source
+    if edited:
+        before["made_with"]["verifier_source"] = source
     for part, words in now.items():
         for name in sorted(words.keys() | before[part].keys()):
             old, new = before[part].get(name), words.get(name)
@@ -86,6 +84,26 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
                     f"or delete {work}",
                     name,
                 )
+    if edited:
+        _score_again(work, config, task, problems)
+        write_json(path, before)
+
+
+def _score_again(work: Path, config: FitConfig, task: Task, problems: Problems) -> None:
+    """By a verifier whose file was edited. Raises InvalidRequest where something was made of other rewards."""
+    changed = rescored(task, problems.training, work / "rollouts")
+    if changed and (work / "features").exists():
+        raise InvalidRequest(
+            f"the file of the verifier {config.verifier} has changed since {work} was begun, and with it rewards that "
+            f"were learned from: restore it, choose another --out, or delete all in {work} but rollouts and run.json",
+            "verifier",
+        )
+    for journal, scored in changed:
+        journal.replace(scored)
+    say(
+        "fit",
+        f"the file of the verifier {config.verifier} has changed: the completions that are there were scored again",
+    )
 
 
 def place(base: Base) -> dict[str, Any]:

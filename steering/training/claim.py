@@ -16,7 +16,7 @@ from trimtab.server.engine.core import Core
 from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint
-from trimtab.steering.training.journal import Journal
+from trimtab.steering.training.journal import Journal, Rollout
 from trimtab.steering.training.rollouts import Sampling
 
 
@@ -58,10 +58,18 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def score_again(task: Task, problems: Sequence[Problem], folder: Path) -> None:
     """Give each completion in the folder, which holds none of other problems, the reward that the task now gives it."""
+    for journal, scored in rescored(task, problems, folder):
+        journal.replace(scored)
+
+
+def rescored(task: Task, problems: Sequence[Problem], folder: Path) -> list[tuple[Journal, list[Rollout]]]:
+    """The files in which some completion has another reward now, and what they ought to hold."""
     by_id = {problem.id: problem for problem in problems}
+    found = []
     for path in sorted({file.with_suffix(".jsonl") for file in folder.glob("[0-9]*.j*")}):
         journal = Journal(path)
         kept = journal.read()
         scored = [r._replace(reward=task.score(by_id[r.problem], r.text)) for r in kept]
         if scored != kept:
-            journal.replace(scored)
+            found.append((journal, scored))
+    return found
