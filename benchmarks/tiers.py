@@ -19,13 +19,13 @@ import machine
 import torch
 
 from trimtab.server.engine.config import EngineConfig
-from trimtab.server.engine.core import CONTRAST, Core
+from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering
 from trimtab.server.engine.rule import rule_for
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import ContrastCorrection, HeadCorrection, LoraCorrection, check
+from trimtab.steering.correction import CONTRAST, ContrastCorrection, HeadCorrection, LoraCorrection, check
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
 from trimtab.steering.machine import device_of

@@ -22,7 +22,7 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 _CONNECT_TIMEOUT = 5.0
 LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # the server says when it is full
 _VERSION = "/v1"
-_LONGEST = 1e6  # seconds: sockets take no more
+_LONGEST = 1e6  # seconds: a socket counts its milliseconds in 31 bits
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _FRAMING = ("content-length", "transfer-encoding")
 R = TypeVar("R")

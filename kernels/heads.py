@@ -3,7 +3,7 @@
 Invariant: a row's numbers do not depend on the rows beside it. So sums of products, over one row each, stand where
 matrix multiplications could: the bits of a GEMM depend on how many rows it is given.
 
-Few numbers are NumPy's, whose calls cost a third of torch's; many are torch's, which is faster at them.
+Few numbers are NumPy's, whose calls cost less than torch's; many are torch's, which is faster at them.
 """
 
 import math
@@ -76,13 +76,13 @@ def _read_rest(z: np.ndarray, rows: list[int], base: list[Row], best: Best, maxi
     peaks = torch.from_numpy(best.values[:, 0].take(best.row))
     masses.put(best.home, left.sub_(peaks[:, None]).exp_().sum(1).numpy())
     rests = []
-    rest = zip(base, maxima.max(1).tolist(), masses.sum(1).tolist(), strict=True)
-    for at, (row, peak, mass) in enumerate(rest):
+    found = zip(rows, base, maxima.max(1).tolist(), masses.sum(1).tolist(), strict=True)
+    for i, (at, row, peak, mass) in enumerate(found):
         if row.best - peak <= _DEEP:
             rests.append(row.best + math.log(mass))
         elif peak > -math.inf:
-            others = torch.from_numpy(z[rows[at]] - np.float32(peak))
-            others[best.ids[at]] = -math.inf
+            others = torch.from_numpy(z[at] - np.float32(peak))
+            others[best.ids[i]] = -math.inf
             rests.append(peak + math.log(float(total_mass(others.exp_()))))
         else:
             rests.append(peak)
@@ -97,7 +97,7 @@ def _delta(inputs: StepInputs, bank: Corrections, rows: np.ndarray, ids: np.ndar
 
 def _delta_of_few(inputs: StepInputs, bank: Corrections, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
     h = inputs.hidden.index_select(0, torch.from_numpy(rows)).float()
-    directions = embedding(torch.from_numpy(ids), inputs.head)  # [n, k, hidden]; indexing would take ten times as long
+    directions = embedding(torch.from_numpy(ids), inputs.head)  # [n, k, hidden]; indexing is far slower
     mixes, weights = inputs.params.correction.numpy()[rows], inputs.params.weight.numpy()[rows]
     total = np.zeros(ids.shape, np.float32)
     for which, weight in zip(mixes.T, weights.T, strict=True):

@@ -22,7 +22,6 @@ from trimtab.server import logs
 from trimtab.server.app import create_app
 from trimtab.server.card import describe, describe_keys
 from trimtab.server.defaults import sampling_defaults
-from trimtab.server.engine.core import CONTRAST
 from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
 from trimtab.server.model.base import load_base
@@ -31,7 +30,7 @@ from trimtab.server.serve import choose_tracer, engine_config
 from trimtab.server.sources import read_named
 from trimtab.server.traces import Tracer
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import Correction
+from trimtab.steering.correction import CONTRAST, Correction
 from trimtab.steering.folder import version_of
 
 log = logging.getLogger("trimtab.server")

@@ -67,7 +67,7 @@ def intact(path: Path) -> Iterator[None]:
     """Raises TaskError, naming the file, where what is read in here is not what was written."""
     try:
         yield
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, SafetensorError) as error:
         raise TaskError(f"{path} is damaged ({error}): restore it, or delete it and what was made of it") from error
 
 

@@ -24,6 +24,7 @@ from trimtab.steering.gate import Gate
 
 MAX_TOP_K = 64  # the step kernel keeps at most this many candidates
 ACTIVATIONS = ("none", "silu")
+CONTRAST = "contrast"  # the built-in correction of that tier, which any base has
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

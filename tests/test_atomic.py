@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from trimtab.errors import TaskError
 from trimtab.steering import atomic
+from trimtab.steering.training.clock import Clock
 from trimtab.steering.training.journal import Journal
 
 
@@ -66,3 +67,9 @@ def test_a_file_that_something_else_cut_or_wrote_over_is_named(tmp_path: Path, c
     for read in readers:
         with pytest.raises(TaskError, match=rf"{re.escape(str(path))} is damaged .*: restore it, or delete it"):
             read(path)
+
+
+def test_seconds_of_another_shape_are_named(tmp_path: Path) -> None:
+    atomic.write_json(tmp_path / "timings.json", {})
+    with pytest.raises(TaskError, match=r"timings\.json is damaged \('stages'\)"):
+        Clock(tmp_path / "timings.json", "here")

@@ -141,7 +141,11 @@ def test_calibrate_writes_the_table_that_a_rate_asks_for(capsys: pytest.CaptureF
     assert torch.equal(after.A, before.A)
     assert after.provenance["calibration"]["prompts"] == 12
     Path("prompts.txt").write_text("Why?\nHow?\n")
+    save(dataclasses.replace(load("mine"), report={"of": "the gate before"}), "mine")
+    Path("mine/report.md").write_text("of the gate before")
     assert run("calibrate mine --prompts prompts.txt --rate 0.3 --gate margin") == 0
+    assert load("mine").report is None
+    assert not Path("mine/report.md").exists()
     gate = load("mine").gate
     assert gate.kind == "margin"
     assert -1 < gate.tau < 0

@@ -11,30 +11,28 @@ is dead or a step fails, the sequences concerned end with an error event, what t
 import logging
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
-from trimtab.errors import EngineFailure
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, TOKEN, StepRecord, unpack
 from trimtab.server.engine.admission import Admission
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.event import Event, Receipt
 from trimtab.server.engine.inputs import Sampling
-from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.engine.request import Request
 from trimtab.server.engine.runner import Forward, Runner
 from trimtab.server.engine.scheduler import Scheduler
 from trimtab.server.engine.sequence import Sequence
 from trimtab.server.engine.start import Starter
 from trimtab.server.engine.structure import Grammars
+from trimtab.server.engine.warm_up import warm_up
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Draft
-from trimtab.steering.correction import ContrastCorrection
+from trimtab.steering.correction import CONTRAST, ContrastCorrection
 
 log = logging.getLogger(__name__)
 
-CONTRAST = "contrast"  # the built-in correction of that tier, which any base has
 DEFAULT_MAX_LEN = 4096
 FAILED = "the engine failed: its log says why"  # which callers are told, and no more
 
@@ -57,7 +55,7 @@ class Core:
         self._ahead: Forward | None = None  # the next step's, launched before its sequences had taken their tokens
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
         if self._runner.compiles:
-            self._warm_up()
+            warm_up(self)
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
@@ -162,33 +160,6 @@ class Core:
                 yield from self.step()
         while self.busy:
             yield from self.step()
-
-    def _warm_up(self) -> None:
-        """Compile now what the first requests would wait for: prompts, draws, edits, masks, a head, a LoRA, companions;
-        then all slots at once, for which memory may not suffice."""
-        sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=2, ignore_eos=True)
-        found = {self.bank.get(name).tier: Steering(name) for name in reversed(self.bank.names)}
-        heads, loras = ([found[tier]] if tier in found else [] for tier in ("head", "lora"))
-        slots, prompt = self.config.slots, (0,) * min(8, self.max_len - 1)
-        contrast = Steering(CONTRAST, companion_prompt=prompt)
-        kinds = [Steering(), *heads]
-        if slots > 1:  # a companion takes the second
-            kinds += [contrast, *loras]
-        biased = replace(sampling, logit_bias={0: 1.0})
-        masked = [replace(draws, allowed_tokens=frozenset({0, 1})) for draws in (sampling, biased)]
-        for draws in (sampling, biased, *masked):
-            for steering in kinds:
-                self._try([Request("warm-up", prompt, draws, steering)])
-        longest = (1,) * min(self.config.step_tokens, self.max_len - 1)  # of which no slot holds a beginning
-        self._try([Request(f"warm-up {i}", longest if i == 0 else prompt, sampling) for i in range(slots)])
-        self._try([Request(f"warm-up {i}", prompt, sampling, contrast) for i in range(slots // 2)])
-        self.forget()
-
-    def _try(self, requests: Iterable[Request]) -> None:
-        for event in self.run(requests):
-            if event.error is not None:
-                advice = "where memory ran out, take fewer slots (--max-num-seqs) or shorter ones (--max-model-len)"
-                raise EngineFailure(f"the engine's first steps failed ({event.error}): {advice}")
 
     def _read(self, sampling: Sampling, record: StepRecord) -> list[Event]:
         """Host-side record -> events; sequences take the tokens they sampled and leave when they end."""

@@ -20,8 +20,8 @@ from trimtab.kernels.dispatch import layers_for
 class KVCache:
     """Keys and values of every layer and slot. Memory that no sequence has touched costs nothing on CPU.
 
-    It comes in huge pages, where Linux has them: a slot's first sequence waits for some 100 of them (.3 s on two EPYC
-    cores, for SmolLM2-135M and 4,096 tokens), and decoding is 4 % faster from then on.
+    It comes in huge pages, where Linux has them: a slot's first sequence waits until they are zeroed, one at least for
+    each layer, and decoding is faster from then on.
     """
 
     def __init__(self, config: Any, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.arguments import Subparsers, at_least
 from trimtab.errors import InvalidRequest
 from trimtab.steering.commands.setting import SEVERAL, Setting, add_what, keep_in, refuse_learned, settle
+from trimtab.steering.training.config import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from trimtab.server.model.base import Base
@@ -37,7 +38,7 @@ def add_eval(subparsers: Subparsers) -> None:
         "--skip", type=at_least(0), default=0, help="leave out the first so many: others than the fit's report"
     )
     parser.add_argument(
-        "--samples", type=at_least(1, 128), help="completions a problem and policy (default: as fitted, or 2)"
+        "--samples", type=at_least(1, MAX_SAMPLES), help="completions a problem and policy (default: as fitted, or 2)"
     )
     parser.add_argument("--strength", type=float, help="of the correction (default: its own); controls scale with it")
     parser.add_argument("--tau", type=float, help="of the gate, the controls' too (default: the correction's)")

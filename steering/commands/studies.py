@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trimtab.arguments import Subparsers, at_least
 from trimtab.errors import InvalidRequest
 from trimtab.steering.commands.setting import SEVERAL, add_what, keep_in, refuse_learned, settle
+from trimtab.steering.training.config import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from trimtab.steering.correction import Correction
@@ -33,7 +34,7 @@ def add_calibrate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--problems", type=at_least(1), help=f"prompts to run (default: {CALIBRATION_PROBLEMS}, or all there are)"
     )
-    parser.add_argument("--samples", type=at_least(1, 128), default=1, help="completions a prompt (default: 1)")
+    parser.add_argument("--samples", type=at_least(1, MAX_SAMPLES), default=1, help="completions a prompt (default: 1)")
     parser.add_argument("--rates", type=float, nargs="+", help="firing rates to find thresholds for, above 0, below 1")
     parser.add_argument("--rate", type=float, help="also set the gate's own tau to this rate's: a report is dropped")
     parser.add_argument("--gate", metavar="KIND", help="change the gate's kind first; needs --rate")
@@ -87,7 +88,7 @@ def add_analyze(subparsers: Subparsers) -> None:
     add_what(parser, model=False)
     parser.add_argument("--problems", type=SEVERAL, default=100, help="held-out problems (default: 100)")
     parser.add_argument(
-        "--samples", type=at_least(1, 128), default=2, help="completions a problem and rule (default: 2)"
+        "--samples", type=at_least(1, MAX_SAMPLES), default=2, help="completions a problem and rule (default: 2)"
     )
     parser.add_argument(
         "--gate", default="entropy", metavar="KIND", help="of the gated interventions (default: entropy)"

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trimtab.errors import InvalidRequest
-from trimtab.server.engine.core import CONTRAST, Core
+from trimtab.server.engine.core import Core
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
-from trimtab.steering.correction import Correction, LoraCorrection
+from trimtab.steering.correction import CONTRAST, Correction, LoraCorrection
 from trimtab.steering.evaluation.evaluate import Policy, answer
 from trimtab.steering.evaluation.lockstep import answer_sharpened
 from trimtab.steering.evaluation.match import Matched, match_kl

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.steering.atomic import read_json, write_json
+from trimtab.steering.atomic import intact, read_json, write_json
 
 
 class Clock:
@@ -22,7 +22,8 @@ class Clock:
         self._path, self._hardware = path, hardware
         self.seconds: dict[str, float] = {}
         if path.exists():
-            self.seconds = dict(read_json(path)["stages"])
+            with intact(path):
+                self.seconds = dict(read_json(path)["stages"])
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
