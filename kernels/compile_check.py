@@ -35,7 +35,7 @@ _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
     "steered": "*i8",
     "shadow": "*i8",
     "silu": "*i8",
-    "uniform": "*fp64",
+    "noise": "*i64",
     "pool": "*i64",
     "ranked": "*i64",
     "steered_keys": "*i64",

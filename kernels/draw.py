@@ -12,12 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.kernels.record import RANK_ORDER
+from trimtab.kernels.race import FIRST_GROUP, winner
+from trimtab.kernels.record import FEW
 
 GROUP = 128  # tokens a group; also the kernel's
 _BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
-
-Numbers = npt.NDArray[np.float64]
 
 
 class Draw(NamedTuple):
@@ -27,7 +26,7 @@ class Draw(NamedTuple):
     top_k: int
     top_p: float
     min_p: float
-    uniform: float
+    noise: int
 
 
 def draw_token(z: Tensor, maxima: Tensor, vocab: int, draw: Draw) -> int:
@@ -38,26 +37,25 @@ def draw_token(z: Tensor, maxima: Tensor, vocab: int, draw: Draw) -> int:
     if draw.temperature == 0:
         return best_token(z, maxima)
     scaled = (z - best).div_(draw.temperature)
-    if vocab > RANK_ORDER and not draw.top_k and draw.top_p >= 1 and draw.min_p <= 0:
-        return _draw_by_id(scaled.exp_(), draw.uniform)
-    ids = best_tokens(z, maxima, min(max(RANK_ORDER, draw.top_k), vocab))[1]
+    if vocab > FEW and not draw.top_k and draw.top_p >= 1 and draw.min_p <= 0:
+        return _draw_by_group(scaled.exp_(), draw.noise)
+    ids = best_tokens(z, maxima, min(max(FEW, draw.top_k), vocab))[1]
     values = scaled.numpy()[ids]
     weights = scaled.exp()
     kept, cut = _keep(scaled, weights, values, draw)
-    if kept <= RANK_ORDER:
-        mass = np.exp(values[:kept].astype(np.float64)).cumsum()
-        return int(ids[min(int(mass.searchsorted(draw.uniform * mass[-1], "right")), kept - 1)])
+    if kept <= FEW:
+        return int(ids[winner(np.exp(values[:kept].astype(np.float64)), draw.noise, ids[:kept])])
     dropped = scaled <= cut
     dropped[(scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]] = False
     weights[dropped] = 0
-    return _draw_by_id(weights, draw.uniform)
+    return _draw_by_group(weights, draw.noise)
 
 
 def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], draw: Draw) -> tuple[int, float]:
     """How many of the best tokens the filters keep, and the last one's value.
 
     scaled [padded]: logits over the temperature, at most 0; weights: their exp; best: the leading values, descending,
-    at least top_k and RANK_ORDER of them, which usually settle it.
+    at least top_k and FEW of them, which usually settle it.
     """
     values = best[: draw.top_k] if draw.top_k else best
     mass = np.exp(values.astype(np.float64))
@@ -92,21 +90,13 @@ def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> t
     return int((bucket < at).sum()) + within + 1, float(inside[within])
 
 
-def _draw_by_id(weights: Tensor, uniform: float) -> int:
-    """Inverse CDF in ascending id order, in two levels. weights float32 [padded] >= 0, not all 0."""
+def _draw_by_group(weights: Tensor, noise: int) -> int:
+    """A race of the groups, then one of the winner's tokens. weights float32 [padded] >= 0, not all 0."""
     groups = weights.view(-1, GROUP)
-    mass = groups.sum(1, dtype=torch.float64).numpy()
-    cumulative = mass.cumsum()
-    target = uniform * cumulative[-1]
-    group = _place(cumulative, mass, target)
-    inner = groups[group].double().numpy()
-    before = cumulative[group - 1] if group else 0.0
-    return group * GROUP + _place(inner.cumsum(), inner, target - before)
-
-
-def _place(cumulative: Numbers, mass: Numbers, target: float) -> int:
-    """The first whose cumulative mass exceeds the target >= 0, at most the last with any: rounding may go past it."""
-    return min(int(cumulative.searchsorted(target, "right")), int(np.flatnonzero(mass)[-1]))
+    masses = groups.sum(1, dtype=torch.float64).numpy()
+    group = winner(masses, noise, FIRST_GROUP + np.arange(len(masses)))
+    tokens = group * GROUP + np.arange(GROUP)
+    return int(tokens[winner(groups[group].double().numpy(), noise, tokens)])
 
 
 def best_tokens(z: Tensor, maxima: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
+from trimtab.kernels.chance import FEW, draw_group, draw_ranked, draw_within
 from trimtab.kernels.delta import count_candidates
 from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
@@ -70,7 +70,7 @@ class State(NamedTuple):
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def finish_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_moment, group_spread, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform,
+    temperature, top_k, top_p, min_p, noise,
     steered, gate, tau, ceiling, chance, correction, mix, strength, shadow, forced, edit_spans, mask_row,
     correction_top_k, alternatives, state, chosen, pool, ranked, task, norms,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
@@ -104,7 +104,7 @@ def finish_kernel(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    u = tl.load(uniform + row)
+    dice = tl.load(noise + row)
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
@@ -151,8 +151,8 @@ def finish_kernel(
     candidates = tl.where(fired, most, 0)
     acts = candidates > 0  # a correction of the bank does
     applied = acts & (silent == 0)
-    filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
-    ranks = filtered & (t > 0.0) & (edited == 0)  # may be drawn in rank order, here or in `tilt`
+    filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= FEW)
+    ranks = filtered & (t > 0.0) & (edited == 0)  # may be drawn from the best tokens, here or in `tilt`
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
 
@@ -210,7 +210,7 @@ def finish_kernel(
             asked = tl.load(forced + row)
             token = tl.where(asked >= 0, asked, base_token)
         elif filtered:
-            token = draw_ranked(keys, slot < own, best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot)
+            token = draw_ranked(keys, slot < own, best, inverse, dice, mass_t, beyond, limit, k > 0, p, least, slot)
         else:
             # Read again: neither would have fitted beside a tile of logits.
             peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
@@ -219,8 +219,9 @@ def finish_kernel(
             if inverse != 1.0:
                 tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
             w = (tempered * tl.exp((peak - best) * inverse)).to(tl.float64)
-            home, x = draw_group(w, group, u)
-            token = draw_within(load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab), home, x, best, inverse)
+            home = draw_group(w, group, dice)
+            z = load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab)
+            token = draw_within(tl.exp((z - best) * inverse).to(tl.float64), home, dice)
     tl.store(state + row * 4, candidates)
     tl.store(state + row * 4 + 1, found)
     tl.store(state + row * 4 + 2, held)
@@ -253,16 +254,16 @@ def finish_kernel(
 
 @triton.jit
 def count_own(candidates, ranks, limit, vocab, SLOTS: tl.constexpr):
-    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn by rank."""
+    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn from these."""
     own = tl.where(candidates > 0, candidates + 1, 1)
-    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, RANK_ORDER)), own)
+    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, FEW)), own)
     return tl.minimum(tl.minimum(own, vocab), SLOTS)
 
 
 def slots_for(most: int) -> int:
     """How many best tokens a row may need: its candidates and the alternatives, which may all be others."""
     assert most <= MAX_CANDIDATES
-    return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, RANK_ORDER.value)))
+    return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, FEW.value)))
 
 
 def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple[Tasks, State]:
@@ -287,7 +288,7 @@ def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple
     )
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
-        params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
+        params.temperature, params.top_k, params.top_p, params.min_p, params.noise,
         params.steered.view(torch.int8), params.gate, params.tau, params.ceiling, params.chance,
         params.correction, params.correction.shape[1] if bank else 0, params.strength, params.shadow.view(torch.int8),
         params.forced, inputs.edits.spans if inputs.edits else params.top_k,

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from trimtab.kernels.draw import GROUP, Best, Numbers, best_tokens_of_rows, total_mass
+from trimtab.kernels.draw import GROUP, Best, best_tokens_of_rows, total_mass
 from trimtab.kernels.record import HALVINGS, Corrections, StepInputs
 from trimtab.kernels.rows import Row
 
 _DEEP = 60.0  # nats below which masses in float32 lose tokens
 _TOGETHER = 8  # rows at a time: their products fit a core's cache, and malloc does not give them back to the system
+
+Numbers = npt.NDArray[np.float64]
 
 
 class Changed(NamedTuple):

@@ -19,7 +19,7 @@ COLUMNS = [
     "top_k",
     "top_p",
     "min_p",
-    "uniform",
+    "noise",
     "repetition",
     "presence",
     "frequency",

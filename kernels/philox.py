@@ -1,8 +1,8 @@
-"""Counter-based randomness: one uniform a step, keyed by (seed, position), whoever shares the batch.
+"""Counter-based randomness: numbers of a step are keyed by (seed, position), whoever shares the batch.
 
 Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the generator
-that CUDA, JAX and Triton use. Positions are known on the host, so the draw is made there and the step kernel
-takes it as an input: its tests can inject any uniform.
+that CUDA, JAX and Triton use. Positions are known on the host, so these are made there, and the step takes them as
+inputs: the key of its draw (race.py), and a random gate's chance.
 """
 
 from collections.abc import Sequence
@@ -26,24 +26,34 @@ def philox(counter: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.
     return np.stack([c0, c1, c2, c3])
 
 
-def uniform(
-    seeds: Sequence[int] | npt.NDArray[np.uint64],
-    positions: Sequence[int] | npt.NDArray[np.int64],
-    stream: int = 0,
-) -> npt.NDArray[np.float64]:
-    """seeds (any int; taken modulo 2^64) and positions (>= 0), n each -> float64 [n] in the open interval (0, 1).
+Seeds = Sequence[int] | npt.NDArray[np.uint64]  # any int; taken modulo 2^64
+Positions = Sequence[int] | npt.NDArray[np.int64]  # >= 0
 
-    Streams (0..2^32 - 1) are independent of one another: tokens are drawn with stream 0, random gates with 1.
 
-    52 random bits, so that a rare token keeps its probability and the midpoints are exact in float64.
-    """
+def _words(seeds: Seeds, positions: Positions, stream: int) -> npt.NDArray[np.uint64]:
+    """n seeds and positions -> uint64 [4, n] of 32-bit words."""
     if not isinstance(seeds, np.ndarray):
         seeds = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
     seed = seeds.astype(np.uint64)
     position = np.asarray(positions).astype(np.uint64)
     zero = np.zeros_like(seed)
     counter = np.stack([position & _LOW, position >> _SHIFT, zero + np.uint64(stream), zero])
-    words = philox(counter, np.stack([seed & _LOW, seed >> _SHIFT]))
+    return philox(counter, np.stack([seed & _LOW, seed >> _SHIFT]))
+
+
+def noise(seeds: Seeds, positions: Positions) -> npt.NDArray[np.int64]:
+    """-> int64 [n], of all values: the keys of the rows' races, independent of every stream of `uniform`."""
+    words = _words(seeds, positions, stream=0)
+    keys: npt.NDArray[np.int64] = (words[0] << _SHIFT | words[1]).view(np.int64)
+    return keys
+
+
+def uniform(seeds: Seeds, positions: Positions, stream: int) -> npt.NDArray[np.float64]:
+    """-> float64 [n] in the open interval (0, 1), of 52 random bits: the midpoints are exact.
+
+    Streams (1..2^32 - 1) are independent of one another: random gates have 1.
+    """
+    words = _words(seeds, positions, stream)
     bits = (words[0] << np.uint64(20)) ^ (words[1] >> np.uint64(12))
     draws: npt.NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-52
     return draws

@@ -3,7 +3,7 @@
 Invariant: exact for any filter and any vocabulary, without a sort; a row that has its token returns at once, so the
 launch needs no word from the host. The row's logits, corrected, edited and masked, are written out once. Every cut in
 the order of tokens is a bisection over keys, each probe one pass over the row: the top k by their number, a nucleus by
-its mass, and a draw in rank order by its mass too.
+its mass.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import RANK_ORDER
+from trimtab.kernels.chance import FEW, FIRST_GROUP, MANY, draw_within, speeds
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
+    GROUP,
     INF,
     LOWEST,
     NEG_INF,
@@ -29,6 +30,7 @@ from trimtab.kernels.keys import (
 from trimtab.kernels.record import StepInputs, StepRecord
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
+RACE = tl.constexpr(2048)  # ... but for a draw, whose float64 would not fit the registers
 LAUNCH: dict[str, Any] = {"num_warps": 16, "enable_fp_fusion": False}
 HIGHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 NO_LOGIT = tl.constexpr(-0x7F800000_00000000)  # just above the key of any -inf
@@ -47,31 +49,26 @@ def tempered(key, best, inverse):
 
 
 @triton.jit
-def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr, SUMS: tl.constexpr = tl.float32):
-    """How many tokens have a key of at least `floor`, and their mass. SUMS: the dtype of a lane's."""
+def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr):
+    """How many tokens have a key of at least `floor`, and their mass."""
     count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], SUMS)
+    mass = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         key = row_keys(z, start, vocab, BLOCK)
         count += (key >= floor).to(tl.int32)
-        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0).to(SUMS)
+        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0)
     return tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0)
 
 
 @triton.jit
-def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, DRAW: tl.constexpr, BLOCK: tl.constexpr):
-    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass -> its last token's key.
-
-    DRAW: with more than this mass; `want_mass` is of float64 sums, as a filter need not be exact to a rare token.
-    """
-    SUMS: tl.constexpr = tl.float64 if DRAW else tl.float32
+def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, BLOCK: tl.constexpr):
+    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass -> its last token's key."""
     low, high = floor, tl.full([], HIGHEST, tl.int64)  # at low the wants are met, at high not
     low_count, high_count = kept, 0
     while low_count - high_count > 1:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK, SUMS)
-        heavy = mass > want_mass if DRAW else mass >= want_mass
-        if (count >= want_count) & heavy:
+        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK)
+        if (count >= want_count) & (mass >= want_mass):
             low = middle
             low_count = count
         else:
@@ -97,30 +94,40 @@ def weights(z, start, vocab, floor, best, inverse, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw_by_id(z, vocab, floor, best, inverse, uniform, BLOCK: tl.constexpr):
-    """Inverse CDF in ascending id order over the tokens at or above `floor`."""
-    # The total is of the very sums that are compared with it: another rounding would shift rare tokens.
-    mass = tl.full([], 0.0, tl.float64)
-    for start in range(0, vocab, BLOCK):
-        mass += tl.sum(weights(z, start, vocab, floor, best, inverse, BLOCK), axis=0)
-    x = uniform * mass
-    running = tl.full([], 0.0, tl.float64)
-    before = running
-    chosen = 0
-    for start in range(0, vocab, BLOCK):
-        weight = tl.sum(weights(z, start, vocab, floor, best, inverse, BLOCK), axis=0)
-        here = (running <= x) & (weight > 0.0)
-        chosen = tl.where(here, start, chosen)
-        before = tl.where(here, running, before)
-        running += weight
-    w = weights(z, chosen, vocab, floor, best, inverse, BLOCK)
-    at = tl.sum((tl.cumsum(w, axis=0) <= x - before).to(tl.int32), axis=0)
-    return chosen + tl.minimum(at, tl.max(tl.where(w > 0.0, tl.arange(0, BLOCK), 0), axis=0))
+def draw_few(z, vocab, floor, best, inverse, noise):
+    """The tokens at or above `floor` race one another."""
+    fastest, winner = tl.full([], 0.0, tl.float64), 0
+    for start in range(0, vocab, RACE):
+        token = start + tl.arange(0, RACE)
+        speed = speeds(weights(z, start, vocab, floor, best, inverse, RACE), noise, token)
+        fastest, winner = fastest_of(speed, token, fastest, winner)
+    return winner
+
+
+@triton.jit
+def draw_many(z, vocab, floor, best, inverse, noise):
+    """The groups of the tokens at or above `floor` race, then the winner's tokens."""
+    fastest, winner = tl.full([], 0.0, tl.float64), 0
+    for start in range(0, vocab, RACE):
+        w = weights(z, start, vocab, floor, best, inverse, RACE)
+        group = start // GROUP + tl.arange(0, RACE // GROUP)
+        mass = tl.sum(tl.reshape(w, [RACE // GROUP, GROUP]), axis=1)
+        speed = speeds(mass, noise, group.to(tl.int64) + FIRST_GROUP)
+        fastest, winner = fastest_of(speed, group, fastest, winner)
+    return draw_within(weights(z, winner * GROUP, vocab, floor, best, inverse, GROUP), winner, noise)
+
+
+@triton.jit
+def fastest_of(speed, item, fastest, winner):
+    """The speed and the item that lead, after these items."""
+    here = tl.max(speed, axis=0)
+    first = tl.min(tl.where(speed == here, item, MANY), axis=0)
+    return tl.maximum(fastest, here), tl.where(here > fastest, first, winner)
 
 
 @triton.jit(do_not_specialize=["alternatives", "words"], do_not_specialize_on_alignment=COLUMNS)
 def resolve_kernel(
-    logits, logits_stride, vocab, temperature, top_k, top_p, min_p, uniform, repetition, presence, frequency,
+    logits, logits_stride, vocab, temperature, top_k, top_p, min_p, noise, repetition, presence, frequency,
     edit_spans, edit_token, edit_count, edit_bias, mask_row, mask_words, words,
     task, steered_keys, norms, scratch, alternatives,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
@@ -200,14 +207,14 @@ def resolve_kernel(
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
         least = tl.load(min_p + row)
-        u = tl.load(uniform + row)
+        dice = tl.load(noise + row)
         floor = tl.full([], NO_LOGIT, tl.int64)
         kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if (k > 0) & (k < kept):
-            floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, False, BLOCK)
+            floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if p < 1.0:
-            floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, False, BLOCK)
+            floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if least > 0.0:
             lowest = tl.full([BLOCK], HIGHEST, tl.int64)
@@ -216,12 +223,11 @@ def resolve_kernel(
                 lowest = tl.minimum(lowest, tl.where(tempered(key, best, inverse) >= least, key, HIGHEST))
             floor = tl.maximum(floor, tl.min(lowest, axis=0))
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
-        unfiltered = (k <= 0) & (p >= 1.0) & (least <= 0.0) & (vocab > RANK_ORDER)
-        if (kept > RANK_ORDER) | unfiltered:
-            token = draw_by_id(z, vocab, floor, best, inverse, u, BLOCK)
+        unfiltered = (k <= 0) & (p >= 1.0) & (least <= 0.0) & (vocab > FEW)
+        if (kept > FEW) | unfiltered:
+            token = draw_many(z, vocab, floor, best, inverse, dice)
         else:
-            _, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK, tl.float64)
-            token = key_token(cut(z, vocab, floor, kept, 0, mass * u, best, inverse, True, BLOCK))
+            token = draw_few(z, vocab, floor, best, inverse, dice)
 
     base_logit = load_logits(logits, token, vocab)
     hit = (key_token(steered) == token) & member
@@ -241,7 +247,7 @@ def resolve_rows(inputs: StepInputs, tasks: Tasks, record: StepRecord) -> None:
     scratch = torch.empty(rows, vocab, dtype=torch.float32, device=inputs.logits.device)
     resolve_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab,
-        params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
+        params.temperature, params.top_k, params.top_p, params.min_p, params.noise,
         params.repetition, params.presence, params.frequency,
         *(edits or (params.top_k, params.top_k, params.top_k, params.tau)),
         *(mask or (params.top_k, params.top_k)), mask.words.shape[1] if mask else 0,

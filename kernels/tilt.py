@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import RANK_ORDER, draw_group, draw_ranked, draw_within
+from trimtab.kernels.chance import FEW, draw_group, draw_ranked, draw_within
 from trimtab.kernels.delta import bound, compose
 from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks, count_own
 from trimtab.kernels.keys import (
@@ -39,7 +39,7 @@ HEAD_TILE = 8192  # ... and of the head's rows, where those have two bytes
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
 def tilt_kernel(
     logits, logits_stride, vocab, group_peak, group_mass, group_tempered, stride,
-    temperature, top_k, top_p, min_p, uniform, correction, weight, mix, strength, kl_cap, shadow, forced,
+    temperature, top_k, top_p, min_p, noise, correction, weight, mix, strength, kl_cap, shadow, forced,
     edit_spans, mask_row,
     hidden, hidden_stride, size, head, head_stride, A, B, b, cap, silu, correction_top_k, rank, alternatives,
     state, chosen, scratch, ranked, moves, rests, warm_rests, shifts, task, steered_keys, norms,
@@ -87,7 +87,7 @@ def tilt_kernel(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    u = tl.load(uniform + row)
+    dice = tl.load(noise + row)
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
@@ -149,7 +149,7 @@ def tilt_kernel(
         scale = tl.exp((ceiling - steered_best) * inverse)
         moved = tl.exp(tl.where(member, steered - steered_best, NEG_INF) * inverse)
         limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
-        filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= RANK_ORDER)
+        filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= FEW)
         own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
         other = tl.load(ranked + own, mask=own < held, other=LOWEST)
         beyond = tl.where(own < held, key_value(other), from_rank(outside))
@@ -169,7 +169,7 @@ def tilt_kernel(
                 mass_t = tl.sum(warm, axis=0) * scale.to(tl.float64) + tl.sum(moved.to(tl.float64), axis=0)
                 known = in_play & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
                 token = draw_ranked(
-                    order, known, steered_best, inverse, u, mass_t, beyond, limit, k > 0, p, least, slot
+                    order, known, steered_best, inverse, dice, mass_t, beyond, limit, k > 0, p, least, slot
                 )
             else:
                 # To the rest of each group, the candidates that it holds.
@@ -189,14 +189,14 @@ def tilt_kernel(
                 tl.store(rests + home, left + tl.sum(new, axis=1), mask=slot < found)
                 tl.debug_barrier()
                 w = tl.load(rests + group, mask=exists, other=0.0)
-                drawn, x = draw_group(w.to(tl.float64), group, u)
+                drawn = draw_group(w.to(tl.float64), group, dice)
                 inner = tl.arange(0, GROUP)
                 tl.store(scratch + inner, load_logits(logits, drawn * GROUP + inner, vocab))
                 tl.debug_barrier()
                 tl.store(scratch + tokens % GROUP, steered, mask=member & (tokens // GROUP == drawn))
                 tl.debug_barrier()
                 z = tl.load(scratch + inner)
-                token = draw_within(z, drawn, x, steered_best, inverse)
+                token = draw_within(tl.exp((z - steered_best) * inverse).to(tl.float64), drawn, dice)
         tl.store(token_out + row, token)
         tl.store(task + row * 2, tl.where(token < 0, PENDING | APPLIED, 0))
         top = row * alternatives + slot
@@ -233,7 +233,7 @@ def tilt_rows(inputs: StepInputs, groups: Groups, tasks: Tasks, state: State, re
     shifts = torch.empty(rows, size, dtype=torch.float32, device=inputs.logits.device)
     tilt_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, groups.peak, groups.mass, groups.tempered, stride,
-        params.temperature, params.top_k, params.top_p, params.min_p, params.uniform,
+        params.temperature, params.top_k, params.top_p, params.min_p, params.noise,
         params.correction, params.weight, params.correction.shape[1],
         params.strength, params.kl_cap, params.shadow.view(torch.int8), params.forced,
         inputs.edits.spans if inputs.edits else params.top_k, inputs.mask.row if inputs.mask else params.top_k,

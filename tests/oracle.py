@@ -3,6 +3,7 @@
 Slow and obvious: it sorts whole rows and keeps every intermediate. Both implementations are held against it.
 """
 
+import math
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.record import (
+    FEW,
     GATE_ALWAYS,
     GATE_MARGIN,
     GATE_RANDOM,
     GATE_VARENTROPY,
     HALVINGS,
-    RANK_ORDER,
     StepInputs,
     StepRecord,
 )
 
 
 class Expected(NamedTuple):
-    """One row's answer. `edges` are the values of u at which the drawn token changes: rounding may decide there."""
+    """One row's answer."""
 
     entropy: float
     statistic: float
@@ -33,8 +34,9 @@ class Expected(NamedTuple):
     kl: float
     base: Tensor  # float64 [vocab]: log softmax(z)
     steered: Tensor  # float64 [vocab]: log softmax(z')
-    order: list[int]  # the kept tokens in the order of the draw
+    kept: list[int]  # the tokens that may be drawn
     probabilities: Tensor  # float64: theirs
+    grouped: bool  # whether groups of them race first
 
 
 def rank(z: Tensor) -> list[int]:
@@ -84,12 +86,12 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
         final[illegal] = float("-inf")
     seen = (entropy, statistic, is_open, fired, strength, kl, base, steered.log_softmax(0))
     if p.forced >= 0:
-        return Expected(*seen, [p.forced], torch.ones(1).double())
+        return Expected(*seen, [p.forced], torch.ones(1).double(), False)
     order = [i for i in rank(final) if final[i] > float("-inf")]
     if not order or final[order[0]].float().isinf():
         return None
     if p.temperature == 0:
-        return Expected(*seen, order[:1], torch.ones(1).double())
+        return Expected(*seen, order[:1], torch.ones(1).double(), False)
     weights = ((final - final.max()) / p.temperature).exp()
     if p.top_k:
         order = order[: p.top_k]
@@ -98,10 +100,8 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
         order = order[: 1 + int((mass < p.top_p * mass[-1]).sum())]
     order = [i for i in order if weights[i] >= p.min_p * weights[order[0]]]
     unfiltered = not p.top_k and p.top_p >= 1 and p.min_p <= 0
-    if len(order) > RANK_ORDER or (unfiltered and len(z) > RANK_ORDER):
-        order = sorted(order)
-    kept = weights[order]
-    return Expected(*seen, order, kept / kept.sum())
+    grouped = len(order) > FEW or (unfiltered and len(z) > FEW)
+    return Expected(*seen, order, weights[order] / weights[order].sum(), grouped)
 
 
 def _row(inputs: StepInputs, row: int) -> Any:
@@ -135,13 +135,32 @@ def divergence(base: Tensor, change: Tensor) -> float:
     return float((base.exp() * (base - log_q))[possible].sum())
 
 
-def draw(expected: Expected, uniform: float, slack: float = 1e-5) -> set[int]:
-    """The tokens that this uniform may draw: one, or two when it lies within `slack` of the edge between them."""
-    edges = expected.probabilities.cumsum(0)
+def arrival(noise: int, item: int) -> float:
+    """An exponential number: of the item-th output of SplitMix64, started at `noise`."""
+    z = (noise + (item + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return -math.log(((z >> 12) + 0.5) / 2**52)
+
+
+def draw(expected: Expected, noise: int, slack: float = 1e-3) -> set[int]:
+    """The tokens that the race may draw: one, or more when they arrive within `slack`, where rounding may decide."""
+    tokens = dict(zip(expected.kept, expected.probabilities.tolist(), strict=True))
+    if not expected.grouped:
+        return _first(tokens, noise, slack)
+    groups: dict[int, float] = {}
+    for token, mass in tokens.items():
+        groups[2**32 + token // 128] = groups.get(2**32 + token // 128, 0.0) + mass
     picked = set()
-    for u in (uniform - slack, uniform, uniform + slack):
-        picked.add(expected.order[min(int((edges <= u).sum()), len(edges) - 1)])
+    for group in _first(groups, noise, slack):
+        picked |= _first({t: p for t, p in tokens.items() if 2**32 + t // 128 == group}, noise, slack)
     return picked
+
+
+def _first(masses: dict[int, float], noise: int, slack: float) -> set[int]:
+    times = {item: arrival(noise, item) / mass for item, mass in masses.items() if mass > 0}
+    return {item for item, time in times.items() if time <= min(times.values()) * (1 + slack)}
 
 
 def check_gate_and_cap(inputs: StepInputs, row: int, expected: Expected, record: StepRecord) -> None:

@@ -15,7 +15,7 @@ OFF: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
-    "uniform": 0.5,
+    "noise": 0,
     "repetition": 1.0,
     "presence": 0.0,
     "frequency": 0.0,
@@ -33,7 +33,7 @@ OFF: dict[str, Any] = {
 _DTYPES = {
     **dict.fromkeys(("top_k", "gate", "correction", "forced"), torch.int32),
     **dict.fromkeys(("steered", "shadow"), torch.bool),
-    "uniform": torch.float64,
+    "noise": torch.int64,
 }
 
 
@@ -57,6 +57,18 @@ def _mix(row: dict[str, Any]) -> dict[int, float]:
     if isinstance(chosen, dict):
         return chosen
     return {chosen: 1.0} if chosen >= 0 else {}
+
+
+def noise_for(item: int) -> int:
+    """The key of the race that this item wins over any of up to 2^50 times its mass: its output is 2^64 - 1."""
+    z = 2**64 - 1
+    z ^= z >> 31 ^ z >> 62
+    z = z * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+    z ^= z >> 27 ^ z >> 54
+    z = z * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+    z ^= z >> 30 ^ z >> 60
+    key = (z - (item + 1) * 0x9E3779B97F4A7C15) % 2**64
+    return key - 2**64 * (key >= 2**63)
 
 
 def make_edits(rows: list[dict[int, tuple[int, float]]]) -> Edits | None:

@@ -74,7 +74,7 @@ def test_the_head_and_the_step_kernel_agree(seed: int, dtype: torch.dtype, stren
                 top_k=column.int(),
                 top_p=column + 1,
                 min_p=column,
-                uniform=column.double() + 0.5,
+                noise=column.long(),
                 repetition=column + 1,
                 presence=column,
                 frequency=column,

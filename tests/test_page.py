@@ -341,6 +341,7 @@ def test_a_bar_of_the_picture_leads_to_its_token(browser: Browser) -> None:
 @pytest.mark.parametrize("way", ["Escape", "Stop"])
 def test_a_stop_ends_the_work_and_frees_the_slots(browser: Browser, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base()
+    base.eos = frozenset()  # no answer ends by itself
     bank = Bank(base.hidden, base.device)
     bank.add(tiny_correction(base, "brief", tau=0.0))
     engine = Engine(base, bank, EngineConfig(slots=2))

@@ -1,11 +1,11 @@
-"""Philox against the published known answers, and the uniforms made of it."""
+"""Philox against the published known answers, and what is made of it."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.kernels.philox import derive, philox, uniform
+from trimtab.kernels.philox import derive, noise, philox, uniform
 
 
 @pytest.mark.parametrize(
@@ -26,23 +26,23 @@ def test_philox_gives_the_known_answers_of_random123(counter: list[int], key: li
 
 
 @given(st.lists(st.tuples(st.integers(), st.integers(0, 2**40)), min_size=1, max_size=8))
-def test_a_uniform_depends_on_its_own_seed_and_position_only(keys: list[tuple[int, int]]) -> None:
+def test_a_number_depends_on_its_own_seed_and_position_only(keys: list[tuple[int, int]]) -> None:
     seeds, positions = zip(*keys, strict=True)
-    together = uniform(seeds, positions)
-    assert [float(u) for u in together] == [float(uniform([s], [p])[0]) for s, p in keys]
+    together = uniform(seeds, positions, 1)
+    assert [float(u) for u in together] == [float(uniform([s], [p], 1)[0]) for s, p in keys]
     assert ((together > 0) & (together < 1)).all()
+    assert noise(seeds, positions).tolist() == [int(noise([s], [p])[0]) for s, p in keys]
 
 
 def test_uniforms_are_uniform_over_positions_and_over_seeds() -> None:
-    for draws in (uniform([7] * 20000, range(20000)), uniform(range(20000), [3] * 20000)):
+    for draws in (uniform([7] * 20000, range(20000), 1), uniform(range(20000), [3] * 20000, 1)):
         counts, _ = np.histogram(draws, bins=20, range=(0, 1))
         chi_square = float(((counts - 1000) ** 2 / 1000).sum())
         assert chi_square < 43.8  # 19 degrees of freedom, one in a thousand; the seeds are fixed
 
 
 def test_streams_are_independent_of_one_another() -> None:
-    first, second = uniform([7] * 20000, range(20000)), uniform([7] * 20000, range(20000), stream=1)
-    assert np.array_equal(first, uniform([7] * 20000, range(20000), stream=0))
+    first, second = uniform([7] * 20000, range(20000), stream=1), uniform([7] * 20000, range(20000), stream=2)
     assert abs(float(np.corrcoef(first, second)[0, 1])) < 0.03  # four deviations
     counts, _ = np.histogram(second, bins=20, range=(0, 1))
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from oracle import check_gate_and_cap, draw, expect
 from steps import make_inputs, make_params, random_mask
+from trimtab.kernels.philox import noise
 from trimtab.kernels.record import (
     DEAD,
     FIRED,
@@ -29,7 +30,7 @@ row_params = st.fixed_dictionaries(
         "top_k": st.sampled_from([0, 1, 3, 40, 200]),
         "top_p": st.sampled_from([1.0, 0.95, 0.5, 0.01]),
         "min_p": st.sampled_from([0.0, 0.05, 0.5]),
-        "uniform": st.floats(1e-9, 1 - 1e-9),
+        "noise": st.integers(-(2**63), 2**63 - 1),
         "repetition": st.sampled_from([1.0, 1.5]),
         "presence": st.sampled_from([0.0, 0.7]),
         "frequency": st.sampled_from([0.0, 0.3]),
@@ -64,7 +65,7 @@ def check_against_oracle(inputs: StepInputs, record: StepRecord) -> None:
         assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
         assert (bool(status & OPEN), bool(status & FIRED)) == (expected.open, expected.fired)
         check_gate_and_cap(inputs, row, expected, record)
-        assert token in draw(expected, float(inputs.params.uniform[row]))
+        assert token in draw(expected, int(inputs.params.noise[row]))
         for value, ids, distribution in (
             (record.base_logprob, token, expected.base),
             (record.steered_logprob, token, expected.steered),
@@ -102,10 +103,10 @@ def test_every_row_agrees_with_the_oracle(rows: list[Any], vocab: int, seed: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_real_vocabulary_agrees_with_the_oracle(dtype: torch.dtype) -> None:
     rows = [
-        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
-        {"correction": 0, "temperature": 1.0, "uniform": 0.999},
-        {"temperature": 1.0, "top_p": 0.99, "uniform": 0.31},
-        {"temperature": 1.0, "top_k": 2000, "uniform": 0.63},
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "noise": 7},
+        {"correction": 0, "temperature": 1.0, "noise": 999},
+        {"temperature": 1.0, "top_p": 0.99, "noise": 31},
+        {"temperature": 1.0, "top_k": 2000, "noise": 63},
     ]
     inputs = make_inputs(rows, 49152, dtype=dtype)
     check_against_oracle(inputs, step(inputs))
@@ -126,7 +127,7 @@ def test_a_row_is_bit_identical_whoever_shares_its_batch(mixes: list[Any], dtype
             "tau": -1.0,
             "temperature": 0.5 * (i % 3),
             "top_p": 0.9,
-            "uniform": 0.04 * (i + 1),
+            "noise": i,
         }
         for i in range(20)
     ]
@@ -201,7 +202,7 @@ def test_a_correction_that_demotes_every_candidate_leaves_the_best_other_token()
 @pytest.mark.parametrize("strength", [-60.0, -500.0, 500.0])
 def test_mass_far_under_a_demoted_peak_is_kept(strength: float) -> None:
     """The other tokens are e^-120 of the peak: nothing in float32 beside it, all that is left without it."""
-    rows: list[dict[str, Any]] = [{"correction": 0, "strength": strength, "uniform": u} for u in (0.1, 0.6, 0.9)]
+    rows: list[dict[str, Any]] = [{"correction": 0, "strength": strength, "noise": i} for i in range(3)]
     inputs = make_inputs([{}, *rows], 300, 2)
     bank = inputs.corrections
     assert bank is not None
@@ -265,9 +266,7 @@ def test_a_row_whose_edits_make_a_logit_infinite_dies_alone(vocab: int, params: 
 
 def test_a_mask_leaves_everything_but_the_token_and_every_other_row_as_they_are() -> None:
     """A mask of all tokens draws as none does; one that leaves none kills its own row alone."""
-    rows: list[dict[str, Any]] = [
-        {"correction": 1, "tau": -1.0, "uniform": 0.09 * i, "top_p": 0.95} for i in range(1, 9)
-    ]
+    rows: list[dict[str, Any]] = [{"correction": 1, "tau": -1.0, "noise": i, "top_p": 0.95} for i in range(1, 9)]
     bare = step(make_inputs(rows, 300, alternatives=5))
     masks: list[set[int] | None] = [None, set(range(300)), {7}, set(), None, {*range(0, 300, 31)}, {299, 31, 32}, None]
     masked = step(make_inputs(rows, 300, alternatives=5, masks=masks))
@@ -285,17 +284,18 @@ def test_a_mask_leaves_everything_but_the_token_and_every_other_row_as_they_are(
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.02}, {"correction": 1}])
 def test_draws_follow_the_distribution_and_never_leave_it(params: dict[str, Any]) -> None:
     draws = 4000
-    inputs = make_inputs([{**params, "uniform": (i + 0.5) / draws} for i in range(draws)], 200, spread=1.5)
+    keys = noise([17] * draws, range(draws)).tolist()
+    inputs = make_inputs([{**params, "noise": key} for key in keys], 200, spread=1.5)
     inputs.logits[:] = inputs.logits[0].clone()
     inputs.hidden[:] = inputs.hidden[0].clone()
     counts = torch.bincount(step(inputs).token.long(), minlength=200).double()
     expected = expect(inputs, 0)
     assert expected is not None
     probabilities = torch.zeros(200).double()
-    probabilities[expected.order] = expected.probabilities
+    probabilities[expected.kept] = expected.probabilities
     assert counts[probabilities == 0].sum() == 0
-    # The uniforms are equidistant, so each token is drawn its share of times, to within one at each edge.
-    assert ((counts - draws * probabilities).abs() <= 2).all()
+    deviation = (draws * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - draws * probabilities).abs() <= 4 * deviation + 2).all()
 
 
 def test_pack_and_unpack_are_inverse() -> None:

@@ -11,9 +11,10 @@ from interpreted import Interpreter
 from torch.nn import functional as F
 
 from oracle import check_gate_and_cap, draw, expect
-from steps import make_edits, make_inputs, make_params, random_mask
+from steps import make_edits, make_inputs, make_params, noise_for, random_mask
 from trimtab.kernels import reference
-from trimtab.kernels.philox import uniform
+from trimtab.kernels.philox import noise
+from trimtab.kernels.race import FIRST_GROUP
 from trimtab.kernels.record import (
     DEAD,
     FIELDS,
@@ -92,7 +93,7 @@ def random_rows(count: int, seed: int, vocab: int) -> tuple[list[dict[str, Any]]
     for _ in range(count):
         row = {
             "temperature": r.choice([0.0, 0.3, 1.0, 1.0, 1.7]),
-            "uniform": r.random(),
+            "noise": r.randrange(-(2**63), 2**63),
             "steered": r.choice([None, None, None, None, True, False]),
             "gate": r.choice([GATE_ENTROPY, *range(GATE_ENTROPY, GATE_ALWAYS + 1)]),
             "tau": r.choice([-0.9, -0.05, 0.05, 0.6, 2.0, math.inf]),
@@ -130,7 +131,7 @@ def check(inputs: StepInputs, record: StepRecord) -> None:
         if expected is None:
             assert (token, status & DEAD) == (-1, DEAD)
             continue
-        allowed = draw(expected, float(inputs.params.uniform[row]))
+        allowed = draw(expected, int(inputs.params.noise[row]))
         assert token in allowed
         assert len(allowed) > 1 or token == plain.token[row]
         assert float(record.entropy[row]) == pytest.approx(expected.entropy, abs=2e-5)
@@ -171,9 +172,9 @@ def test_dtypes_and_strided_rows_agree(step: Step, dtype: torch.dtype) -> None:
 
 def test_a_real_vocabulary_agrees(step: Step) -> None:
     rows: list[dict[str, Any]] = [
-        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
-        {"correction": 0, "uniform": 0.999},
-        {"top_p": 0.99, "temperature": 1.3, "uniform": 0.6},
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "noise": 7},
+        {"correction": 0, "noise": 999},
+        {"top_p": 0.99, "temperature": 1.3, "noise": 6},
     ]
     inputs = make_inputs(rows, 49152, dtype=torch.bfloat16, alternatives=3)
     check(inputs, step(inputs))
@@ -181,8 +182,8 @@ def test_a_real_vocabulary_agrees(step: Step) -> None:
 
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_far_from_zero_nothing_is_lost(step: Step, shift: float) -> None:
-    rows = [{"correction": 1, "uniform": 0.3, "gate": gate} for gate in range(GATE_ENTROPY, GATE_ALWAYS + 1)]
-    inputs = make_inputs([*rows, {"temperature": 0.5, "uniform": 0.8}], 300)
+    rows = [{"correction": 1, "noise": 3, "gate": gate} for gate in range(GATE_ENTROPY, GATE_ALWAYS + 1)]
+    inputs = make_inputs([*rows, {"temperature": 0.5, "noise": 8}], 300)
     inputs = inputs._replace(logits=(inputs.logits * 64).round() / 64 + shift)  # exact in float32 after the shift
     check(inputs, step(inputs))
 
@@ -197,9 +198,7 @@ def test_every_candidate_may_be_demoted(step: Step) -> None:
             {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
             {},
         ]
-        rows = [
-            {"correction": 0, "strength": s, "uniform": 0.37, **f} for f in filters for s in (-0.3, -1.0, -3.0, -90.0)
-        ]
+        rows = [{"correction": 0, "strength": s, "noise": 37, **f} for f in filters for s in (-0.3, -1.0, -3.0, -90.0)]
         inputs = make_inputs(rows, 300, seed=5, ties=ties, top_k=(32,), alternatives=4)
         assert inputs.corrections is not None
         inputs = inputs._replace(
@@ -217,10 +216,10 @@ def test_every_candidate_may_be_demoted(step: Step) -> None:
 def test_more_tokens_and_groups_tie_than_fit(step: Step, high: int) -> None:
     """Two values for 20000 tokens: `high` of them, spread evenly, hold the better one. Lower ids come first."""
     rows: list[dict[str, Any]] = [
-        {"top_k": 64, "uniform": 0.99},
-        {"top_k": 30, "top_p": 0.9, "uniform": 0.8},
-        {"top_p": 0.001, "uniform": 0.9},
-        {"correction": 1, "tau": -1.0, "uniform": 0.3},
+        {"top_k": 64, "noise": 99},
+        {"top_k": 30, "top_p": 0.9, "noise": 8},
+        {"top_p": 0.001, "noise": 9},
+        {"correction": 1, "tau": -1.0, "noise": 3},
         {"correction": 0, "tau": -1.0, "top_p": 0.001, "shadow": True},
         {"correction": 1, "tau": -1.0, "temperature": 0.0, "strength": -2.0},
     ]
@@ -233,7 +232,7 @@ def test_more_tokens_and_groups_tie_than_fit(step: Step, high: int) -> None:
 
 def test_mass_under_a_demoted_peak_is_kept(step: Step) -> None:
     """The rest of the peak's own group is e^-120 of it: nothing in float32, unless summed apart from the peak."""
-    inputs = make_inputs([{"correction": 0, "strength": -60.0, "uniform": u} for u in (0.1, 0.6, 0.9)], 300, top_k=(1,))
+    inputs = make_inputs([{"correction": 0, "strength": -60.0, "noise": i} for i in range(3)], 300, top_k=(1,))
     logits = inputs.logits - 120
     logits[:, 7] = 0
     assert inputs.corrections is not None
@@ -277,7 +276,7 @@ def test_a_forced_token_may_have_no_mass_and_a_dead_row_has_none(step: Step) -> 
 
 
 def test_a_dead_row_harms_nobody(step: Step) -> None:
-    rows = [{"uniform": 0.4, "correction": 1, "top_p": 0.9} for _ in range(6)] + [{"temperature": 0.0}, {}, {}]
+    rows = [{"noise": 4, "correction": 1, "top_p": 0.9} for _ in range(6)] + [{"temperature": 0.0}, {}, {}]
     edits: list[dict[int, tuple[int, float]]] = [{} for _ in rows]
     edits[5] = dict.fromkeys(range(130), (-1, -math.inf))
     edits[6:] = [{7: (-1, math.inf)}] * 3
@@ -297,8 +296,9 @@ def test_a_dead_row_harms_nobody(step: Step) -> None:
 
 
 def test_masked_tokens_are_never_drawn(step: Step) -> None:
-    rows = [{"uniform": u, **f} for u in (1e-12, 0.5, 1 - 1e-12) for f in ({}, {"top_p": 0.999}, {"top_k": 100})]
-    inputs = make_inputs(rows, 300)
+    keys = [noise_for(7), noise_for(200), noise_for(FIRST_GROUP + 2), 0]
+    filters: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.999}, {"top_k": 100})
+    inputs = make_inputs([{"noise": key, **f} for key in keys for f in filters], 300)
     inputs.logits[:, 3:] = -math.inf
     record = step(inputs)
     assert record.token.max() < 3
@@ -308,7 +308,7 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
 @pytest.mark.parametrize("top_p", [1e-46, 1e-40])
 def test_a_nucleus_of_no_mass_keeps_the_best_legal_token(step: Step, top_p: float) -> None:
     """A request may ask for a top_p that is 0 as a float32: the empty prefix has that mass, and token 0 is illegal."""
-    rows = [{"top_p": top_p, "uniform": 0.4, **f} for f in ({}, {"temperature": 0.3}, {"top_k": 2})]
+    rows = [{"top_p": top_p, "noise": 4, **f} for f in ({}, {"temperature": 0.3}, {"top_k": 2})]
     inputs = make_inputs([*rows, rows[0]], 300, masks=[{17, 40, 200}] * 3 + [None])
     record = step(inputs)
     assert record.token.tolist() == reference.step(inputs).token.tolist()
@@ -326,10 +326,10 @@ def test_masked_rows_agree(step: Step, vocab: int) -> None:
 def test_a_mask_of_a_real_vocabulary_agrees(step: Step) -> None:
     """Of few tokens, as where a grammar wants a digit, and of nearly all, as within a string."""
     rows: list[dict[str, Any]] = [
-        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "uniform": 0.7},
-        {"correction": 0, "uniform": 0.999},
-        {"uniform": 0.4},
-        {"top_p": 0.9, "uniform": 0.6},
+        {"correction": 1, "temperature": 0.6, "top_p": 0.95, "noise": 7},
+        {"correction": 0, "noise": 999},
+        {"noise": 4},
+        {"top_p": 0.9, "noise": 6},
     ]
     few = set(range(17, 49152, 4900))
     masks = [few, few, set(range(49152)) - few, None]
@@ -360,7 +360,7 @@ def test_a_fired_row_does_not_depend_on_the_alternatives_of_others(step: Step) -
     """They decide which groups are read again, of which fewer hold a candidate in a large vocabulary."""
     filters: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"temperature": 0.8}, {"temperature": 0.0}]
     rows = [
-        {"correction": 0, "gate": GATE_ALWAYS, "uniform": 0.06 + 0.12 * i, "strength": (1.0, -3.0)[i % 2]}
+        {"correction": 0, "gate": GATE_ALWAYS, "noise": i, "strength": (1.0, -3.0)[i % 2]}
         | {"kl_cap": (math.inf, 0.02)[i % 3 == 2], "shadow": i % 5 == 3}
         | filters[i // 2]
         for i in range(8)
@@ -373,13 +373,15 @@ def test_a_fired_row_does_not_depend_on_the_alternatives_of_others(step: Step) -
 
 
 def test_a_nucleus_does_not_depend_on_the_alternatives_of_others(step: Step) -> None:
-    """Nor where they make all possible tokens known. The last kept one is drawn, and rounding decides which that is."""
-    inputs = make_inputs([{"uniform": 1 - 1e-12}] * 16, 300, seed=24, spread=1.0)
+    """Nor where they make all possible tokens known. Rounding decides if the one past the edge, which wins, is kept."""
+    inputs = make_inputs([{}] * 16, 300, seed=24, spread=1.0)
     possible = torch.arange(24) * 12
     logits = torch.full_like(inputs.logits, -math.inf).index_copy(1, possible, inputs.logits[:, :24])
-    mass = logits.double().softmax(1).sort(1, descending=True).values.cumsum(1)
-    top_p = mass[torch.arange(16), torch.arange(16) % 12].float()
-    inputs = inputs._replace(logits=logits, params=inputs.params._replace(top_p=top_p))
+    mass, order = logits.double().softmax(1).sort(1, descending=True)
+    last = torch.arange(16), torch.arange(16) % 12
+    top_p = mass.cumsum(1)[last].float()
+    keys = torch.tensor([noise_for(token) for token in order[last[0], last[1] + 1].tolist()])
+    inputs = inputs._replace(logits=logits, params=inputs.params._replace(top_p=top_p, noise=keys))
     assert_same(step(inputs), step(inputs._replace(alternatives=20)), StepRecord._fields[:FIELDS])
 
 
@@ -415,7 +417,7 @@ def test_a_shut_gate_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(ste
 @of_the_reference_too
 def test_a_row_steered_by_no_head_fires_and_keeps_the_base_bit_for_bit(step: Step) -> None:
     """What the tiers inside the network ask of the step: the gate's word, and z as it is."""
-    rows = [{"gate": GATE_ALWAYS, "strength": 1.5, "uniform": 0.2 * i, "top_p": 0.8 + 0.1 * i} for i in range(3)]
+    rows = [{"gate": GATE_ALWAYS, "strength": 1.5, "noise": i, "top_p": 0.8 + 0.1 * i} for i in range(3)]
     for bank in (True, False):
         plain, fired = (make_inputs([row | {"steered": on} for row in rows], 200) for on in (False, True))
         if not bank:
@@ -429,7 +431,7 @@ def test_a_row_steered_by_no_head_fires_and_keeps_the_base_bit_for_bit(step: Ste
 
 @of_the_reference_too
 def test_a_cap_of_nothing_keeps_the_base_bit_for_bit(step: Step) -> None:
-    rows = [{"correction": i % 3, "tau": -1.0, "uniform": 0.2 * i, "temperature": 0.5 * i} for i in range(4)]
+    rows = [{"correction": i % 3, "tau": -1.0, "noise": i, "temperature": 0.5 * i} for i in range(4)]
     base = step(make_inputs([row | {"steered": False} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
     record = step(make_inputs([row | {"kl_cap": 0.0} for row in rows], 200, top_k=(5, 20, 33), alternatives=3))
     assert (record.status == OPEN + FIRED).all()
@@ -441,14 +443,14 @@ def test_a_cap_of_nothing_keeps_the_base_bit_for_bit(step: Step) -> None:
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
 def test_what_moves_nothing_keeps_its_strength_under_any_cap(step: Step, spread: float) -> None:
     """Its divergence is 0, which even a cap of 0 allows: rounding must not leave more."""
-    rows = [{"correction": {i % 3: 0.0}, "gate": GATE_ALWAYS, "kl_cap": 0.0, "uniform": 0.09 * i} for i in range(9)]
+    rows = [{"correction": {i % 3: 0.0}, "gate": GATE_ALWAYS, "kl_cap": 0.0, "noise": i} for i in range(9)]
     record = step(make_inputs(rows, 129, 4, spread, top_k=(5, 20, 33)))
     assert (record.applied_strength == 1).all()
     assert (record.kl == 0).all()
 
 
 def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
-    inputs = make_inputs([{"correction": {0: 0.7, 1: 1.0}, "tau": -1.0, "uniform": 0.4}] * 2, 200)
+    inputs = make_inputs([{"correction": {0: 0.7, 1: 1.0}, "tau": -1.0, "noise": 4}] * 2, 200)
     bank = inputs.corrections
     assert bank is not None
     none = inputs._replace(corrections=bank._replace(A=bank.A[:, :0], B=bank.B[:, :, :0].contiguous()))
@@ -465,14 +467,14 @@ def test_a_bank_of_rank_zero_adds_its_vector_alone(step: Step) -> None:
 )
 def test_draws_follow_the_distribution(step: Step, row: dict[str, Any]) -> None:
     count = 120
-    rows = [{"temperature": 1.4, "uniform": u, **row} for u in uniform([11] * count, range(count)).tolist()]
+    rows = [{"temperature": 1.4, "noise": key, **row} for key in noise([11] * count, range(count)).tolist()]
     edits = [{0: (2, 0.0), 1: (-1, -math.inf)} if "frequency" in row else {} for _ in rows]
     inputs = make_inputs(rows, 80, edits=edits, top_k=(4,))
     inputs = inputs._replace(logits=inputs.logits[:1].expand(count, -1), hidden=inputs.hidden[:1].expand(count, -1))
     expected = expect(inputs, 0)
     assert expected is not None
     probability = torch.zeros(80, dtype=torch.float64)
-    probability[expected.order] = expected.probabilities
+    probability[expected.kept] = expected.probabilities
     drawn = torch.bincount(step(inputs).token.long(), minlength=80).double()
     assert drawn[probability == 0].sum() == 0  # an illegal token never
     common = probability * count >= 5
@@ -484,33 +486,44 @@ def test_draws_follow_the_distribution(step: Step, row: dict[str, Any]) -> None:
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # beyond four deviations
 
 
-def test_rare_tokens_keep_their_place(step: Step) -> None:
-    """Two tokens of 2^-40 each, told apart by a uniform of 52 bits."""
-    inputs = make_inputs([{"uniform": 1 - 1.5 * 2.0**-40}, {"uniform": 1 - 0.5 * 2.0**-40}, {"uniform": 0.5}], 130)
+def test_rare_tokens_keep_their_probability(step: Step) -> None:
+    """Two tokens of 2^-40 each: their own numbers, or their group's, must be as rare to let them win."""
+    keys = [noise_for(100), noise_for(FIRST_GROUP + 1), noise_for(129), 5]
+    inputs = make_inputs([{"noise": key} for key in keys], 130)
     logits = torch.full_like(inputs.logits, -math.inf)
     logits[:, 0], logits[:, 100], logits[:, 129] = 0.0, -40 * math.log(2), -40 * math.log(2)
-    assert step(inputs._replace(logits=logits)).token.tolist() == [100, 129, 0]
+    assert step(inputs._replace(logits=logits)).token.tolist() == [100, 129, 0, 0]
 
 
-def test_rare_tokens_of_an_edited_row_keep_their_place(step: Step) -> None:
-    """Tokens of 2^-30, which lie as far from the best one as `resolve` reads at once, in both orders of its draw."""
-    count, rare = 16400, -30 * math.log(2)
-    rows = [{"uniform": 1 - u * 2.0**-30, **f} for u in (0.5, 1.5, 2.5) for f in ({}, {"top_k": 3})]
-    inputs = make_inputs(rows, count, edits=[{5: (-1, -math.inf)}] * len(rows))
+def test_rare_tokens_of_an_edited_row_keep_their_probability(step: Step) -> None:
+    """Tokens of 2^-30, which lie as far from the best one as `resolve` reads at once, in both of its draws."""
+    rows = [{"noise": noise_for(FIRST_GROUP + group)} for group in (128, 64, 0)]
+    rows += [{"noise": noise_for(token), "top_k": 3} for token in (16384, 8192, 0)]
+    inputs = make_inputs(rows, 16400, edits=[{5: (-1, -math.inf)}] * len(rows))
     logits = torch.full_like(inputs.logits, -math.inf)
-    logits[:, 0], logits[:, 5], logits[:, 8192], logits[:, 16384] = 0.0, -9.0, rare, rare
-    assert step(inputs._replace(logits=logits)).token.tolist() == [16384] * 2 + [8192] * 2 + [0] * 2
+    logits[:, 0], logits[:, 5] = 0.0, -9.0
+    logits[:, 8192] = logits[:, 16384] = -30 * math.log(2)
+    assert step(inputs._replace(logits=logits)).token.tolist() == [16384, 8192, 0] * 2
 
 
-def test_rounding_never_draws_the_last_token(step: Step) -> None:
-    """Sums in float32 may exceed the true total: what lies past that is not the last token's, of e^-80."""
-    inputs = make_inputs([{"uniform": 1 - 2.0**-26}] * 2, 16400, edits=[{}, {5: (-1, -1.0)}])
-    logits = torch.full_like(inputs.logits, -math.inf)
-    logits[:, 0], logits[:, 8192], logits[:, -1] = 0.0, math.log(1.5 * 2.0**-24), -80.0
-    assert step(inputs._replace(logits=logits)).token.tolist() == [8192] * 2
+@of_the_reference_too
+@pytest.mark.parametrize("vocab", [40, 400])
+@pytest.mark.parametrize("row", [{}, {"temperature": 0.8}])
+def test_a_draw_changes_only_to_what_has_gained(step: Step, row: dict[str, Any], vocab: int) -> None:
+    """With the same noise: a token that gains is drawn where it was not, or its group is; else all stays as it was."""
+    count, token = 60, 7
+    rows = [{"noise": key, **row} for key in noise([5] * count, range(count)).tolist()]
+    inputs = make_inputs(rows, vocab, spread=1.0)
+    before = step(inputs).token
+    logits = inputs.logits.clone()
+    logits[:, token] += 3
+    after = step(inputs._replace(logits=logits)).token
+    moved = after[after != before]
+    assert len(moved) > 3
+    assert (moved == token).all() if vocab <= 64 else (moved < 128).all()
 
 
 def test_the_largest_bank_and_most_alternatives_fit(step: Step) -> None:
-    rows = [{"correction": 0, "uniform": 0.9, "top_p": 0.97}, {"correction": 0, "strength": -3.0, "uniform": 0.2}]
+    rows = [{"correction": 0, "noise": 9, "top_p": 0.97}, {"correction": 0, "strength": -3.0, "noise": 2}]
     inputs = make_inputs(rows, 700, top_k=(64,), alternatives=20)
     check(inputs, step(inputs))

@@ -44,7 +44,7 @@ def build_inputs(
         if sampling.allowed is not None:
             columns["steered"] &= sampling.allowed
     seeds, positions = slate.seed[slots], sampling.lengths - slate.prompt[slots]
-    columns["uniform"] = philox.uniform(seeds, positions)
+    columns["noise"] = philox.noise(seeds, positions)
     if (columns["gate"] == GATE_RANDOM).any():
         columns["chance"] = philox.uniform(seeds, positions, stream=1).astype(np.float32)
     else:

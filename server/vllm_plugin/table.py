@@ -57,7 +57,7 @@ class Table:
             **{name: np.full(n, value, dtype=np.float32) for name, value in _DRAW.items()},
             "top_k": np.zeros(n, dtype=np.int32),
             "forced": np.full(n, -1, dtype=np.int32),
-            "uniform": np.full(n, 0.5),
+            "noise": np.zeros(n, dtype=np.int64),
             "chance": np.full(n, 0.5, dtype=np.float32),
             "steered": self.steered[slots],
             "gate": self._gate[slots],
