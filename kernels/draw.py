@@ -16,7 +16,6 @@ from trimtab.kernels.race import FIRST_GROUP, winner
 from trimtab.kernels.record import FEW
 
 GROUP = 128  # tokens a group; also the kernel's
-_BUCKETS, _BUCKETS_A_NAT = 4096, 64  # of logits below the best, for nuclei of many tokens
 
 
 class Draw(NamedTuple):
@@ -45,10 +44,10 @@ def draw_token(z: Tensor, maxima: Tensor, vocab: int, draw: Draw) -> int:
     kept, cut = _keep(scaled, weights, values, draw)
     if kept <= FEW:
         return int(ids[winner(np.exp(values[:kept].astype(np.float64)), draw.noise, ids[:kept])])
-    dropped = scaled <= cut
-    dropped[(scaled == cut).nonzero()[: kept - int((scaled > cut).sum()), 0]] = False
-    weights[dropped] = 0
-    return _draw_by_group(weights, draw.noise)
+    order = scaled.numpy()
+    inside = order > cut
+    inside[np.flatnonzero(order == cut)[: kept - np.count_nonzero(inside)]] = True  # of those that tie the lower ids
+    return _draw_by_group(weights.mul_(torch.from_numpy(inside)), draw.noise)
 
 
 def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], draw: Draw) -> tuple[int, float]:
@@ -69,25 +68,18 @@ def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], draw: 
         kept = min(kept, 1 + int((cumulative < draw.top_p * whole).sum()))
     if closed or kept < len(best):
         return kept, float(values[kept - 1])
-    return _keep_many(scaled, weights, draw.top_p, draw.min_p)
+    return _keep_many(scaled.numpy(), draw.top_p, draw.min_p)
 
 
-def _keep_many(scaled: Tensor, weights: Tensor, top_p: float, min_p: float) -> tuple[int, float]:
-    """`_keep` for a flat distribution: mass by bucket of the logit, then a sort of the bucket that top_p falls in."""
-    floor = weights >= min_p if min_p > 0 else weights > 0
-    least = float(scaled[floor].min())
-    if top_p >= 1:
-        return int(floor.sum()), least
-    bucket = (scaled * -_BUCKETS_A_NAT).clamp_(max=_BUCKETS - 1).int()
-    cumulative = torch.bincount(bucket, weights=weights, minlength=_BUCKETS).cumsum(0)  # float64 [_BUCKETS]
-    target = top_p * cumulative[-1]
-    at = int((cumulative < target).sum())
-    inside = scaled[bucket == at].sort(descending=True).values
-    before = cumulative[at] - inside.double().exp().sum()
-    within = min(int((before + inside.double().exp().cumsum(0) < target).sum()), len(inside) - 1)
-    if inside[within] < least:  # min_p cuts first
-        return int(floor.sum()), least
-    return int((bucket < at).sum()) + within + 1, float(inside[within])
+def _keep_many(scaled: npt.NDArray[np.float32], top_p: float, min_p: float) -> tuple[int, float]:
+    """`_keep` for a flat distribution, by a whole sort."""
+    values = -np.sort(-scaled)
+    mass = np.exp(values)
+    kept = int(np.count_nonzero(mass >= min_p if min_p > 0 else mass > 0))
+    if top_p < 1:
+        cumulative = torch.from_numpy(mass).cumsum(0, dtype=torch.float64).numpy()  # NumPy's is far slower
+        kept = min(kept, 1 + int(cumulative.searchsorted(top_p * cumulative[-1])))
+    return kept, float(values[kept - 1])
 
 
 def _draw_by_group(weights: Tensor, noise: int) -> int:
