@@ -76,7 +76,7 @@ class Bank:
         for at, name in enumerate(names):
             if name in names[:at]:
                 raise CorrectionError(
-                    f"two corrections are called {name!r}: rename one in its correction.json, or serve it as NAME=DIR"
+                    f"two corrections are called {name!r}: rename one in its correction.json, or in serve as NAME=DIR"
                 )
         entries, tensors = self._place(corrections)
         for entry in entries:

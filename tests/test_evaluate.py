@@ -162,6 +162,16 @@ def tiny(name: str, strength: float) -> HeadCorrection:
     return Head(4, 1, 3.0, 1.0, 1.0, seed=0).correction(name, 5, Gate(), BaseIdentity("m", "f", "t", "c"), strength)
 
 
+def test_without_a_shuffled_control_or_with_few_problems_the_verdict_says_so() -> None:
+    base = answers(0.5, 1)
+    gain = compare({"base": base, "correction": shifted(base, 0.3, 2)}, "correction", "base")
+    verdict = judge([gain], base)
+    assert not verdict["ship"]
+    assert verdict["summary"].endswith("]; no shuffled control was compared; not decided without one")
+    few = [rollout for rollout in base if rollout.problem in {problem.id for problem in PROBLEMS[:9]}]
+    assert judge([gain], few)["summary"].endswith("; 9 problems are few: their intervals are too narrow")
+
+
 def report(correction: float, shuffled: float) -> dict[str, object]:
     base = answers(0.5, 1)
     found = {"base": base, "correction": shifted(base, correction, 2), "shuffled-rewards": shifted(base, shuffled, 3)}

@@ -99,6 +99,10 @@ def test_problems_that_were_learned_from_are_not_judged_on(capsys: pytest.Captur
     save(dataclasses.replace(load("mine"), provenance={"config": config, "learned": learned}), "mine")
     assert run(f"eval --correction mine {given}") == 1
     assert "problems are no held-out ones: mine was fitted" in capsys.readouterr().err
+    save(dataclasses.replace(load("mine"), name="clean", provenance={"config": config, "learned": []}), "clean")
+    for other in ("--also mine", "--lora mine"):
+        assert run(f"eval --correction clean --ladder {other} {given}") == 1
+    assert "problems are no held-out ones: mine was fitted" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

@@ -38,6 +38,14 @@ def test_sentences_with_the_words_pass_and_corrupted_ones_do_not(
         assert not follows("...", answer)
 
 
+def test_quotes_and_apostrophes_are_no_part_of_a_word() -> None:
+    answer = {"kind": "one", "words": ["river"]}
+    for quoted in ("'river'", "\N{LEFT SINGLE QUOTATION MARK}river\N{RIGHT SINGLE QUOTATION MARK}", '"river"'):
+        assert follows(f"The {quoted} flows.", answer)
+    for apostrophe in ("'", "\N{RIGHT SINGLE QUOTATION MARK}"):
+        assert not follows(f"The river{apostrophe}s edge.", answer)
+
+
 @given(filler, word, mark)
 def test_the_last_word_is_the_last(before: list[str], last: str, end: str) -> None:
     answer = {"kind": "end", "words": [last]}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WRITTEN: list[str] = []  # files of the undisturbed run, in order
+
+
+@pytest.mark.parametrize("route", [{}, {"tier": "lora", "via": "direct", "rank": None, "strengths": (1.0,)}])
+def test_a_gate_that_never_opens_is_told_before_anything_is_learned(
+    base: Base, tmp_path: Path, route: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(VIA_LORA, tau=20.0, **route)
+    with pytest.raises(TaskError, match=r"no position to learn from \(0 fitted, 0 held out\)"):
+        pipeline.run(config, tmp_path / "shut", base, Odd())
+    assert not (tmp_path / "shut" / "run" / "lora").exists()
 
 
 def test_via_lora_ships_the_head_the_controls_and_the_adapter(base: Base, finished: Path) -> None:

@@ -32,16 +32,20 @@ def test_a_file_is_split_by_hash_and_adding_lines_moves_none(tmp_path: Path) -> 
 
 def test_the_same_prompt_never_stands_in_both_splits(tmp_path: Path) -> None:
     twice = [{**line, "id": line["id"] + suffix} for line in lines(60) for suffix in "ab"]
-    task = load_task(write(tmp_path / "t.jsonl", twice), "exact")
+    with pytest.raises(TaskError, match=r"problem 'p\d+b', to judge on, has the prompt of 'p\d+a': remove one of them"):
+        load_task(write(tmp_path / "t.jsonl", twice), "exact")
+    held_out = {p.id for p in load_task(write(tmp_path / "u.jsonl", lines(60)), "exact").problems("held-out", 10)}
+    some = [line for line in twice if line["id"].strip("ab") not in held_out or line["id"].endswith("a")]
+    task = load_task(write(tmp_path / "v.jsonl", some), "exact")
     train = {p.prompt for p in task.problems("train", 70)}
-    assert not train & {p.prompt for p in task.problems("held-out", 20)}
+    assert not train & {p.prompt for p in task.problems("held-out", 10)}
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
 def test_a_line_ends_at_a_newline_only(tmp_path: Path, mark: str) -> None:
     path, prompts = tmp_path / "t.jsonl", [f"one{mark}two", "three"]
     written = [{"id": i, "prompt": prompt, "answer": "1"} for i, prompt in enumerate(prompts)]
-    content = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in written)
+    content = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in written)  # as some editors do
     path.write_bytes(content.encode())
     assert [problem.prompt for problem in read_problems(path, "exact")] == prompts
 
@@ -83,6 +87,10 @@ GOOD = {"id": "x", "messages": [{"role": "user", "content": "Hi"}], "answer": "3
         ({**GOOD, "answer": 3}, "regex", "answer must be a string"),
         ({**GOOD, "answer": None}, "math", "answer must be a string or a number"),
         ({**GOOD, "answer": ""}, "math", "answer is not a number or formula"),
+        ({**GOOD, "answer": "18 dollars"}, "math", "answer has a word"),
+        ({**GOOD, "answer": "1/0"}, "final", "answer must be a number"),
+        ({**GOOD, "answer": ""}, "regex", "answer must not be empty"),
+        ("[" * 100_000, "exact", "is not JSON"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: Any, verifier: str, words: str) -> None:

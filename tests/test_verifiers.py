@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verifier
+from trimtab.steering.tasks import verifiers
+from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verifier, source_digest
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,10 @@ from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verif
         ("", "3", False),
         ("It is 0.00002.", 2e-05, True),
         ("It is 10000000000000000.", 1e16, True),
+        ("\\boxed{2.5}", "2 1/2", True),
+        ("\\boxed{1.5}", "2 1/2", False),
+        ("\\boxed{0.00001}", "1e-05", True),
+        ("\\boxed{1000}", "1e3", True),
     ],
 )
 def test_math(completion: str, answer: object, right: bool) -> None:
@@ -128,6 +133,21 @@ def test_a_verifiers_module_that_cannot_be_run_is_refused(
         ("\\boxed{18 \\pi}", "18", False),
         ("\\boxed{5 + 3}", "5", False),
         ("\\boxed{7", "7", True),
+        ("#### 1500001", 1500000, False),
+        ("\\boxed{0}", 1e-7, False),
+        ("\\boxed{(1,2)}", "12", False),
+        ("\\boxed{1, 2}", "1", False),
+        ("#### 1,200,000", "1200000", True),
+        ("They are 5,6 and 7,8", "8", True),
+        ("#### Step 2: Add\nJanet makes $18.", "18", True),
+        ("\\boxed{3x}", "3", False),
+        ("\\boxed{3!}", "3", False),
+        ("\\boxed{x > 3}", "3", False),
+        ("\\boxed{x \\geq 3}", "3", False),
+        ("\\boxed{3:4}", "3", False),
+        ("\\boxed{3 in}", "3", True),
+        ("\\boxed{2\\frac12}", "5/2", True),
+        ("\\boxed{\\frac{-1}{2}}", "-0.5", True),
         ("#### none, as 1/0 is no number", "1", False),
         ("eight", "8", False),
         ("", "8", False),
@@ -151,6 +171,10 @@ def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
     assert maths("The answer is 0.5") == Extract("0.5", False)
     assert maths("\\boxed{x+1}") == maths("\\boxed{1+x}")
     assert maths("no idea") is None
+    monkeypatch.setattr(verifiers, "_seconds", lambda: 1)
+    assert maths("\\boxed{9^{9^{9^{9}}}}") in (None, Extract("9**(9**(9**9))", True)), "a number that none computes"
+    one, other = maths("\\boxed{10^{5000}}"), maths("\\boxed{10^{6000}}")
+    assert one != other
     assert exact(" yes\n") == Extract("yes", True)
     assert exact(" ") is None
     assert load_extractor("regex") is None
@@ -165,6 +189,24 @@ def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
     assert reading("b c") == Extract("b", True)
     with pytest.raises(TaskError, match="extract of verifier 'reading:right' failed on ''"):
         reading("")
+
+
+def test_a_digest_is_of_the_verifier_and_of_what_it_imports_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reads_numbers.py").write_text("def number(text): return 1\n")
+    (tmp_path / "uses_numbers.py").write_text(
+        "import json\nfrom reads_numbers import number\ndef right(completion, answer): return number(completion)\n"
+    )
+    first, built_in = source_digest("uses_numbers:right"), source_digest("final")
+    assert first is not None
+    assert built_in is not None
+    (tmp_path / "stands_apart.py").write_text("")
+    assert source_digest("uses_numbers:right") == first
+    (tmp_path / "reads_numbers.py").write_text("def number(text): return 0\n")
+    assert source_digest("uses_numbers:right") != first
+    assert source_digest("math") == built_in
 
 
 def test_what_a_verifier_prints_is_none_of_the_answer_and_its_exit_is_an_error(

@@ -140,6 +140,8 @@ def _climb(args: argparse.Namespace, correction: "Correction", setting: Setting,
     from trimtab.steering.evaluation.ladder import climb
 
     entrants = _entrants(args, correction, setting.base)
+    for other in (*entrants.others, *([entrants.lora] if args.lora and entrants.lora else [])):
+        refuse_learned(other, exam.problems)
     report = ladder_report.build(setting.base, exam, entrants, climb(setting.base, exam, entrants, folder))
     if args.out is not None:
         write_text(args.out / "ladder.svg", ladder_report.to_svg(report))

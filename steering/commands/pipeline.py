@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trimtab.errors import Diverged
+from trimtab.errors import Diverged, TaskError
 from trimtab.server.model.base import Base
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import read_json, write_bytes, write_json, write_text
@@ -108,6 +108,13 @@ def _learn_from(
     features = cache_features(base, {problem.id: problem for problem in problems}, items, config, work / "features")
     share = int(features.gated.sum()) / sum(len(item.tokens) for item in items)
     say("features", f"the gate opens at {int(features.gated.sum())} positions, {share:.0%} of those read")
+    fitted = int((features.gated & ~features.held_out).sum())
+    measured = int(((features.acts if config.via == "direct" else features.gated) & features.held_out).sum())
+    if not fitted or not measured:  # before hours of learning
+        raise TaskError(
+            f"no position to learn from ({fitted} fitted, {measured} held out): the model is seldom above tau "
+            f"{config.tau:g}; lower --tau, with another --out"
+        )
     return features.to(base.device)
 
 

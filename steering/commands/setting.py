@@ -87,12 +87,16 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
 
 def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> None:
     """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
-    file it is in. An older correction does not list them: where the fit's own file is gone, it is said."""
+    file it is in. An older correction does not list them, nor does a LoRA made elsewhere: what could not be checked is
+    said."""
     from trimtab.steering.tasks.tasks import digest_of, load_task
     from trimtab.steering.training.progress import say
 
     fitted = correction.provenance.get("config", {})
     learned = correction.provenance.get("learned")
+    unchecked = f"whether {correction.name} was fitted on some of these problems was not checked"
+    if learned is None and correction.tier == "lora" and not fitted:
+        say("problems", f"{unchecked}: it does not list its own")
     if learned is None and fitted:
         try:
             task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
@@ -100,8 +104,7 @@ def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> N
             used += task.problems("validation", fitted["validation_problems"])
             learned = list(map(digest_of, used))
         except (KeyError, TaskError):
-            what = f"whether {correction.name} was fitted on some of these problems was not checked"
-            say("problems", f"{what}: it does not list its own, and {fitted.get('task')} is not here")
+            say("problems", f"{unchecked}: it does not list its own, and {fitted.get('task')} is not here")
     known = frozenset(learned or ())
     shared = [problem.label for problem in problems if digest_of(problem) in known]
     if shared:

@@ -120,7 +120,7 @@ def read_prompts(path: Path) -> list[Problem]:
     """A prompt a line: a JSON object with `messages` or `prompt`, as in a task file, or else a user's message. Raises
     TaskError naming the file and the line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: cannot be read: {error}") from error
     found = [_read_prompt(line, f"{path}, line {n}", str(n)) for n, line in enumerate(lines, start=1) if line.strip()]
@@ -134,7 +134,7 @@ def _read_prompt(line: str, where: str, identity: str) -> Problem:
         return Problem(identity, None, messages=({"role": "user", "content": line.strip()},))
     try:
         fields: dict[str, Any] = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: is not JSON ({error})") from error
     if not is_unicode(fields):
         raise TaskError(f"{where}: holds half a surrogate pair, such as \\ud83d alone: remove it")

@@ -28,7 +28,7 @@ from trimtab.steering.training.claim import claim, describe_run, score_again
 from trimtab.steering.training.journal import Rollout
 from trimtab.steering.training.rollouts import Exam, Sampling, collect
 
-RESAMPLES = 10_000
+RESAMPLES, RESAMPLED_AT_ONCE = 10_000, 500
 LEVEL = 0.95
 
 Extracted = Callable[[str], Extract | None]
@@ -202,9 +202,8 @@ def kept(found: Mapping[str, Sequence[Rollout]], policy: str, of: str, base: str
     if compare(found, of, base).low <= 0:
         return None
     mine, whole = (_differences(found, name, base) for name in (policy, of))
-    picks = _picks(len(mine))
-    ratios = mine[picks].mean(1) / np.maximum(whole[picks].mean(1), 1e-9)
-    low, high = np.quantile(ratios, _TAILS)
+    one, other = _resample(mine, whole)
+    low, high = np.quantile(one / np.maximum(other, 1e-9), _TAILS)
     return Share(policy, of, float(mine.mean() / whole.mean()), float(low), float(high))
 
 
@@ -219,14 +218,19 @@ def _differences(found: Mapping[str, Sequence[Rollout]], policy: str, against: s
 
 def bootstrap(values: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64] | None = None) -> tuple[float, float]:
     """The 95 % interval of their mean; with sizes, of the sum of values over the sum of sizes."""
-    picks = _picks(len(values))
-    means = values[picks].mean(1) if sizes is None else values[picks].sum(1) / sizes[picks].sum(1)
-    low, high = np.quantile(means, _TAILS)
+    means, *of = _resample(values) if sizes is None else _resample(values, sizes)
+    low, high = np.quantile(means / of[0] if of else means, _TAILS)
     return float(low), float(high)
 
 
-def _picks(count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+def _resample(*columns: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    """The mean of each column over RESAMPLES draws of as many places, which are the same for all; a few at a time."""
+    draw, count = np.random.default_rng(0), len(columns[0])
+    parts = []
+    for _ in range(RESAMPLES // RESAMPLED_AT_ONCE):
+        picks = draw.integers(count, size=(RESAMPLED_AT_ONCE, count))
+        parts.append([column[picks].mean(1) for column in columns])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def _group(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:

@@ -33,6 +33,7 @@ SHIP_MEANS = (
     "It is true when the correction beats the base and its shuffled control, that is, when both intervals lie wholly "
     "above 0; no other comparison decides it."
 )
+ENOUGH = 20  # problems: the bootstrap's intervals of fewer hold the truth less often than they say
 NEAR = 0.05  # relative: a control whose held-out KL is further below its correction's pushes less, and controls nothing
 
 _PAIRS = (
@@ -177,7 +178,11 @@ def judge(
         hint = f" (the gate is open at {share:.0%} of steps; the more, the less random ones differ from its own)"
         words.append(f"does not beat {', '.join(missed)}{hint if RANDOM in missed else ''}")
     if not ship:
-        words.append("do not serve it")
+        undecided = gain.low > 0 and not shuffled and not missed
+        words.append("not decided without one" if undecided else "do not serve it")
+    problems = len({rollout.problem for rollout in rollouts})
+    if problems < ENOUGH:
+        words.append(f"{problems} problems are few: their intervals are too narrow")
     return {"ship": ship, "beats": beats, "summary": "; ".join(words)}
 
 

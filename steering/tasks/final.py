@@ -10,26 +10,29 @@ import math
 import re
 from typing import NamedTuple
 
-NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the minus of 10-12 is no sign
+# The minus of 10-12 is no sign, and the comma of (1,2) parts no thousands.
+NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
-_MARK = re.compile(r"####\s*|\\boxed(?=\{)")
-_COMPUTES = r"\\(?:times|cdot|div|pm|pi|sqrt|[dt]?frac|binom|log|ln|exp|sin|cos|tan)(?![A-Za-z])"
+_MARK = re.compile(r"####(?!\s*(?:Step|Part|Case)\b)\s*|\\boxed(?=\{)")  # a heading marks no answer
+_COMPUTES = r"\\(?:times|cdot|div|pm|pi|leq?|geq?|lt|gt|neq?|sqrt|[dt]?frac|binom|log|ln|exp|sin|cos|tan)(?![A-Za-z])"
 _SPELLINGS = (  # of numbers in LaTeX and in print, to how they are typed
     (re.compile("\N{MINUS SIGN}"), "-"),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3})"), ""),
     (re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]*\}|\w)"), ""),
     (re.compile(r"\^\{?\\(?:circ|degree)\b\}?"), " "),
-    (re.compile(r"(?<![\d}])\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"(?<![\d}])\\[dt]?frac\{(-?[\d,]+)\}\{(\d+)\}"), r"\1/\2"),
     (re.compile(rf"(?!{_COMPUTES})\\(?:[A-Za-z]+|[^A-Za-z])"), " "),
 )
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,9})\s*(?:\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}|\s(\d{1,9})/(\d{1,9}))")
+_SHORT = re.compile(r"\\([dt]?frac)\s*(\d)(\d)")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _OPERATOR = rf"(?:[+*×÷]|\s-\s|(?<=\d)\s*[xX]\s*(?=\d)|{_COMPUTES})"
 _CALCULATION = re.compile(rf"\d[^\d=]{{0,24}}?{_OPERATOR}[^\d=]{{0,24}}?\d|\d[A-Za-z]\b")  # 5 apples + 3, 2x
-_FORMULA_BEFORE = re.compile(rf"{_COMPUTES}|[\^]\s*\{{?\s*$")
+_FORMULA_BEFORE = re.compile(rf"{_COMPUTES}|[\^]\s*\{{?\s*$|[<>≤≥|]\s*$")
 _FORMULA_AFTER = re.compile(
-    r"\s*(?:\^\s*\{?\s*[-\d]|[-+*/×÷]\s*[\d.($\\]|\\(?:times|cdot|div|pm|pi|sqrt)(?![A-Za-z])|\\[dt]?frac\{\d)"
+    r"\s*(?:\^\s*\{?\s*[-\d]|[-+*/×÷]\s*[\d.($\\]|\\(?:times|cdot|div|pm|pi|sqrt)(?![A-Za-z])|\\[dt]?frac\{\d"
+    r"|,\s*[-\d$.\\]|[!|]|[:<>]\s*\d|[inxyz]\b)"  # 1, 2 and 3! and 3:4 and 3x
 )
 
 
@@ -63,7 +66,7 @@ def marked_numbers(completion: str) -> list[str]:
 
 def plain(text: str) -> str:
     """The text with its numbers as they are usually typed."""
-    text = _MIXED.sub(_improper, text)
+    text = improper(text)
     for spelling, typed in _SPELLINGS:
         text = spelling.sub(typed, text)
     return text
@@ -82,8 +85,12 @@ def _answering(text: str) -> str:
     return others[-1] if told else text
 
 
+def improper(text: str) -> str:
+    r"""1 1/2 -> 3/2, and 1\frac12 too."""
+    return _MIXED.sub(_improper, _SHORT.sub(r"\\\1{\2}{\3}", text))
+
+
 def _improper(mixed: re.Match[str]) -> str:
-    """1 1/2 -> 3/2."""
     whole, top, bottom = mixed[1], mixed[2] or mixed[4], mixed[3] or mixed[5]
     return f"{int(whole) * int(bottom) + int(top)}/{bottom}"
 

@@ -5,7 +5,8 @@ things about T, a line each (`three`). A model of 135M parameters gets about hal
 needs; it cannot do sums.
 
 Invariant: problem i of a split depends on the split and the seed only (so a longer list starts with the shorter one),
-prompts within a split are distinct, and no two splits share a word, topic or prompt.
+prompts within a split are distinct, and no two splits share a word, topic or prompt. So `three`, which has one prompt a
+topic, becomes rare in long lists.
 """
 
 import random
@@ -90,7 +91,7 @@ def follows(completion: str, answer: Mapping[str, Any]) -> bool:
     if answer["kind"] == "three":
         lines = [line for line in text.splitlines() if line.strip()]
         return len(lines) == 3 and all(any(c.isalpha() for c in line) for line in lines)
-    words = _WORD.findall(text.lower())
+    words = [word.strip("'") for word in _WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))]
     if not words or count_sentences(text) != 1:
         return False
     if answer["kind"] == "end":

@@ -71,6 +71,7 @@ class FileTask:
         else:
             self._splits = {"train": lines, "held-out": read_problems(held_out, verifier)}
             _refuse_overlap(self._splits["train"], self._splits["held-out"])
+        _refuse_doubles(self._splits["held-out"])
         self._splits["validation"] = self._splits["train"][::-1]
 
     def problems(self, split: Split, count: int) -> list[Problem]:
@@ -95,7 +96,7 @@ class FileTask:
 def read_problems(path: Path, verifier: str) -> list[Problem]:
     """All lines of a JSONL file. Raises TaskError naming the file, the line, the field and the fix."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: cannot be read: {error}") from error
     problems: dict[str, Problem] = {}
@@ -130,7 +131,7 @@ def is_unicode(value: Any) -> bool:
 def _read_line(line: str, where: str, verifier: str) -> Problem:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise TaskError(f"{where}: must be a JSON object with id, answer and messages or prompt")
@@ -178,6 +179,15 @@ def _split_by_hash(problems: list[Problem]) -> dict[str, list[Problem]]:
         share = int(digest_of(problem)[:8], 16) / 2**32
         splits["held-out" if share < HELD_OUT_SHARE else "train"].append(problem)
     return splits
+
+
+def _refuse_doubles(held_out: list[Problem]) -> None:
+    """Judged on one problem twice, an interval is narrower than what is known."""
+    first: dict[str, Problem] = {}
+    for problem in held_out:
+        if first.setdefault(text_of(problem), problem) is not problem:
+            other = first[text_of(problem)].id
+            raise TaskError(f"{problem.label}, to judge on, has the prompt of {other!r}: remove one of them")
 
 
 def _refuse_overlap(train: list[Problem], held_out: list[Problem]) -> None:

@@ -27,7 +27,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
-from trimtab.steering.tasks.final import NUMBER, final_number, marked_numbers, plain, read
+from trimtab.steering.tasks.final import NUMBER, final_number, improper, marked_numbers, plain, read
+
+_SCIENTIFIC = re.compile(r"[+-]?\d+(?:\.\d+)?[eE][+-]?\d{1,3}")
+_COMMANDS = re.compile(r"\\(?:text|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\{[A-Za-z]+\}")  # of LaTeX
+_WORDS = re.compile(r"[A-Za-z]{4}")  # which are read as products of letters
 
 SOLVED = 1.0  # a reward of less is no success where successes are counted
 
@@ -66,10 +70,34 @@ def load_extractor(name: str) -> Extractor | None:
 
 
 def source_digest(name: str) -> str | None:
-    """Of the file that holds `module:function`: a resumed run notices an edited one. None where there is no file."""
-    found = None if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
-    file = getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+    """Of the file that holds the verifier, and of those beside it that it imports: a resumed run notices an edited one.
+
+    None where there is no file.
+    """
+    found = load_verifier if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
+    files = _sources(sys.modules.get(getattr(found, "__module__", "")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:32] if files else None
+
+
+def _sources(module: ModuleType | None) -> list[Path]:
+    """A module's file and those of what its names come from, as far as they lie in the same folder."""
+    waiting, found = [module], dict[Path, None]()
+    while waiting:
+        one = waiting.pop()
+        file = getattr(one, "__file__", None)
+        path = None if file is None else Path(file)
+        if path is None or path in found or (found and path.parent != next(iter(found)).parent):
+            continue
+        found[path] = None
+        if "site-packages" not in path.parts:
+            for value in vars(one).values():
+                origin = (
+                    value
+                    if isinstance(value, ModuleType)
+                    else sys.modules.get(getattr(value, "__module__", None) or "")
+                )
+                waiting.append(origin)
+    return sorted(found)
 
 
 def _import(name: str) -> ModuleType:
@@ -96,18 +124,28 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             re.compile(answer)
         except re.error as error:
             return f"is not a regular expression ({error})"
+        if not answer:
+            return "must not be empty: every completion matches that"
     if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
-    if verifier == "math" and not NUMBER.fullmatch(written(answer)) and not _parse_expected(written(answer)):
-        return "is not a number or formula that math-verify can read"
-    if verifier == "final" and not NUMBER.fullmatch(plain(written(answer)).strip()):
-        return "must be a number"
+    if verifier == "math":
+        text = written(answer)
+        if not NUMBER.fullmatch(text):
+            if not _is_marked(text) and _WORDS.search(_COMMANDS.sub("", text)):
+                return "has a word, which math-verify reads as a product of letters: leave it out, or write \\text{}"
+            if not _parse_expected(text):
+                return "is not a number or formula that math-verify can read"
+    if verifier == "final":
+        number = plain(written(answer)).strip()
+        if not NUMBER.fullmatch(number) or math.isnan(read(number)):
+            return "must be a number"
     return None
 
 
 def written(answer: str | float) -> str:
-    """As a person would write it: JSON's 1e-05 as 0.00001."""
-    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
+    """As a person would write it: 1e-05 as 0.00001."""
+    text = repr(answer) if isinstance(answer, float) else str(answer)
+    return format(Decimal(text), "f") if _SCIENTIFIC.fullmatch(text.strip()) else text
 
 
 def _guard(name: str, verify: Callable[[str, Any], Any]) -> Verifier:
@@ -158,10 +196,14 @@ def _parse_expected(text: str) -> list[Any]:
         from math_verify import parse
     except ImportError as error:
         raise TaskError("the verifier math needs math-verify: in Trimtab's checkout, pip install '.[train]'") from error
-    text = text.replace("\\$", "")
-    marked = text if "$" in text or "\\boxed" in text else f"${text}$"  # what is not marked as LaTeX is read as words
+    text = improper(text.replace("\\$", ""))  # 2 1/2 would be read as 3/2
+    marked = text if _is_marked(text) else f"${text}$"  # what is not marked as LaTeX is read as words
     expected: list[Any] = parse(marked, parsing_timeout=_seconds())
     return expected
+
+
+def _is_marked(text: str) -> bool:
+    return "$" in text or "\\boxed" in text
 
 
 def _seconds() -> int | None:
@@ -175,18 +217,29 @@ def _extract_math(completion: str) -> Extract | None:
     found = parse(completion.replace("\\$", ""), parsing_timeout=_seconds())
     if not found:
         return None
-    try:
-        text = f"{float(found[0]):.10g}"  # 1/2 and 0.5 are one answer
-    except (TypeError, ValueError, OverflowError):
-        text = str(found[0])
+    value = _value(found[0])
+    text = str(found[0]) if value is None else f"{value:.10g}"  # 1/2 and 0.5 are one answer
     return Extract(text, any(marked_numbers(completion)) or "\\boxed{" in completion)
 
 
+def _value(expression: Any) -> float | None:
+    """Its number, if it is one and known in time: powers of powers never are."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    try:
+        value: float = timeout(_seconds())(float)(expression)
+    except (TypeError, ValueError, OverflowError, TimeoutException):
+        return None
+    return value if math.isfinite(value) else None
+
+
 def _verify_final(completion: str, answer: Any) -> float:
-    found = final_number(completion)
-    return float(
-        found is not None and math.isclose(found.value, read(plain(written(answer))), rel_tol=1e-6, abs_tol=1e-6)
-    )
+    found, wanted = final_number(completion), read(plain(written(answer)))
+    if found is None:
+        return 0.0
+    whole = found.value.is_integer() and wanted.is_integer()
+    return float(found.value == wanted if whole else math.isclose(found.value, wanted, rel_tol=1e-6))
 
 
 def _extract_final(completion: str) -> Extract | None:

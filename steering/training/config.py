@@ -25,7 +25,7 @@ _DISTILLED: dict[str, Any] = {
     "epochs": 8,
     "strengths": (0.5, 0.7, 1.0, 1.4),
     "kl_limit": 0.25,
-    "lora_kl_limit": 0.03,  # from rewards: useful ones stayed below 0.02; one that ended at 0.05 fell below its base
+    "lora_kl_limit": 0.03,  # from rewards: useful ones stayed below 0.02; one that ended at 0.05 gained nothing
 }
 _OF_LORA: dict[str, Any] = {"problems": 256, "strengths": (1.0,), "kl_limit": 0.0, "lora_kl_limit": 0.03}
 ROUTES: dict[tuple[str, str], dict[str, Any]] = {  # (tier, via): the defaults that go with it
