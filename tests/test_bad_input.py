@@ -169,14 +169,14 @@ def test_a_verifier_edited_under_a_run_scores_again_what_is_there(
     kept = Path("bad/run/rollouts/00000.jsonl").read_text()
     edit("sum(map(ord, completion)) % 2")
     main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split())
-    assert "has changed: the completions that are there were scored again" in capsys.readouterr().err
+    assert "has changed: the completions that are there count anew" in capsys.readouterr().err
     scored = [json.loads(line) for line in Path("bad/run/rollouts/00000.jsonl").read_text().splitlines()]
     assert {r["reward"] for r in scored} == {0.0, 1.0}
     assert [r | {"reward": 0.0} for r in scored] == [json.loads(line) for line in kept.splitlines()]
     assert list(Path("bad/run/features").iterdir())
     edit("(sum(map(ord, completion)) + 0) % 2")
     main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split())
-    assert "were scored again" in capsys.readouterr().err, "the rewards are the same"
+    assert "count anew" in capsys.readouterr().err, "the rewards are the same"
     edit("1")
     assert main(f"fit --out bad --task task.jsonl {SMALL} {HEAD} {options}".split()) == 1
     assert "has changed since bad/run was begun, and with it rewards that were learned from" in capsys.readouterr().err

@@ -124,6 +124,20 @@ def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finis
         pipeline.run(CONFIG, finished, tiny_base(seed=1), Odd())
 
 
+def test_a_run_of_another_config_may_keep_the_rollouts_if_they_are_its_own(
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "other", dataclasses.replace(CONFIG, rank=3, name="")
+    shutil.copytree(finished / "run" / "rollouts", out / "run" / "rollouts")
+    with pytest.raises(InvalidRequest, match="holds completions made with sampling"):
+        pipeline.run(dataclasses.replace(config, temperature=0.9), out, base, Odd())
+    (out / "run" / "run.json").unlink()
+    pipeline.run(config, out, base, Odd())
+    undisturbed = pipeline.run(config, tmp_path / "fresh" / "other", base, Odd())
+    assert contents(out) == contents(tmp_path / "fresh" / "other")
+    assert undisturbed.name == "other"
+
+
 def test_a_finished_fit_run_again_keeps_what_calibrate_set(base: Base, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     calibrated = dataclasses.replace(load(tmp_path), gate=Gate(tau=0.25, calibration=((0.5, 0.25),)), report=None)

@@ -19,7 +19,7 @@ from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
 from trimtab.steering.tasks.verifiers import source_digest
 from trimtab.steering.training.claim import rescored
-from trimtab.steering.training.config import FREE, FitConfig
+from trimtab.steering.training.config import FREE, SAMPLED, FitConfig
 from trimtab.steering.training.controls import CONTROLS
 from trimtab.steering.training.progress import say
 from trimtab.steering.training.rollouts import encode
@@ -79,31 +79,26 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
         for name in sorted(words.keys() | before[part].keys()):
             old, new = before[part].get(name), words.get(name)
             if old != new:
+                kept = " but its rollouts, which are the same" if part == "config" and name not in SAMPLED else ""
                 raise InvalidRequest(
                     f"{work} was begun with {name} = {old!r}, and this run has {new!r}: use that value, another --out, "
-                    f"or delete {work}",
+                    f"or delete {'all in ' if kept else ''}{work}{kept}",
                     name,
                 )
     if edited:
-        _score_again(work, config, task, problems)
+        _refuse_other_rewards(work, config, task, problems)
         write_json(path, before)
 
 
-def _score_again(work: Path, config: FitConfig, task: Task, problems: Problems) -> None:
-    """By a verifier whose file was edited. Raises InvalidRequest where something was made of other rewards."""
-    changed = rescored(task, problems.training, work / "rollouts")
-    if changed and (work / "features").exists():
+def _refuse_other_rewards(work: Path, config: FitConfig, task: Task, problems: Problems) -> None:
+    """Raises InvalidRequest where something was made of other rewards than an edited verifier gives."""
+    if (work / "features").exists() and rescored(task, problems.training, work / "rollouts"):
         raise InvalidRequest(
             f"the file of the verifier {config.verifier} has changed since {work} was begun, and with it rewards that "
             f"were learned from: restore it, choose another --out, or delete all in {work} but rollouts and run.json",
             "verifier",
         )
-    for journal, scored in changed:
-        journal.replace(scored)
-    say(
-        "fit",
-        f"the file of the verifier {config.verifier} has changed: the completions that are there were scored again",
-    )
+    say("fit", f"the file of the verifier {config.verifier} has changed: the completions that are there count anew")
 
 
 def place(base: Base) -> dict[str, Any]:

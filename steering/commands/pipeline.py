@@ -33,6 +33,7 @@ from trimtab.steering.folder import JSON_FILE, is_saved, load, save
 from trimtab.steering.machine import describe, ran_on
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, digest_of
+from trimtab.steering.training.claim import claim, describe_run, score_again
 from trimtab.steering.training.clock import Clock
 from trimtab.steering.training.config import FREE, FitConfig
 from trimtab.steering.training.features import Features, cache_features
@@ -97,7 +98,11 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
 
 def _roll_out(work: Path, config: FitConfig, base: Base, task: Task, problems: Sequence[Problem]) -> list[Rollout]:
     core = open_core(base, Bank(base.hidden, base.device), problems, config.max_tokens, config.slots, config.threads)
-    return collect(core, task, problems, _sampling(config, config.samples), work / "rollouts", "rollouts")
+    sampling, folder = _sampling(config, config.samples), work / "rollouts"
+    claim(folder, describe_run(core, problems, sampling))
+    if not (work / "features").exists():  # nothing was learned from them yet
+        score_again(task, problems, folder)
+    return collect(core, task, problems, sampling, folder, "rollouts")
 
 
 def _learn_from(
@@ -113,7 +118,7 @@ def _learn_from(
     if not fitted or not measured:  # before hours of learning
         raise TaskError(
             f"no position to learn from ({fitted} fitted, {measured} held out): the model is seldom above tau "
-            f"{config.tau:g}; lower --tau, with another --out"
+            f"{config.tau:g}; lower --tau, and delete all in {work} but its rollouts"
         )
     return features.to(base.device)
 

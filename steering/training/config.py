@@ -15,6 +15,10 @@ from typing import Any
 from trimtab.errors import InvalidRequest
 
 FREE = ("threads",)  # a resumed run may change these
+SAMPLED = (  # what the rollouts hang on; not on how they are scored
+    "model", "task", "held_out", "seed", "dtype", "device", "problems", "samples", "temperature", "top_p", "max_tokens",
+    "slots",
+)  # fmt: skip
 CANDIDATES = 64  # kept a position: the most that a correction may have
 
 _DISTILLED: dict[str, Any] = {
