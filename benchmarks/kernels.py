@@ -21,6 +21,7 @@ import machine
 import torch
 from torch import Tensor
 
+from trimtab.kernels import philox
 from trimtab.kernels.finish import finish_rows
 from trimtab.kernels.record import GATE_ENTROPY, Corrections, RowParams, StepInputs
 from trimtab.kernels.resolve import resolve_rows
@@ -201,18 +202,18 @@ def corrections() -> Corrections:
     )
 
 
-def row_params(rows: int, opened: bool, temperature: float, top_p: float) -> RowParams:
+def row_params(rows: int, opened: bool, temperature: float, top_p: float, device: str = "cuda") -> RowParams:
     """Rows that ask for the same with draws of their own; their corrections take turns."""
 
     def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((rows,), value, dtype=dtype, device="cuda")
+        return torch.full((rows,), value, dtype=dtype, device=device)
 
     return RowParams(
         temperature=column(temperature),
         top_k=column(0, torch.int32),
         top_p=column(top_p),
         min_p=column(0.0),
-        uniform=torch.rand(rows, dtype=torch.float64, device="cuda") * 0.999 + 0.0005,
+        noise=torch.from_numpy(philox.noise(range(rows), [0] * rows)).to(device),
         repetition=column(1.0),
         presence=column(0.0),
         frequency=column(0.0),
@@ -221,7 +222,7 @@ def row_params(rows: int, opened: bool, temperature: float, top_p: float) -> Row
         tau=column(-1.0 if opened else math.inf),
         ceiling=column(math.inf),
         chance=column(0.5),
-        correction=torch.arange(rows, dtype=torch.int32, device="cuda")[:, None] % CORRECTIONS,
+        correction=torch.arange(rows, dtype=torch.int32, device=device)[:, None] % CORRECTIONS,
         weight=column(1.0)[:, None],
         strength=column(1.0),
         kl_cap=column(math.inf),

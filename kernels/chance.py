@@ -7,18 +7,20 @@ Invariant: the races of race.py, in float64; a token without mass is never drawn
 import triton
 import triton.language as tl
 
-from trimtab.kernels import race, record
-from trimtab.kernels.keys import GROUP, NEG_INF, key_token, key_value
+from trimtab.kernels import race
+from trimtab.kernels.keys import GROUP, LOWEST, NEG_INF, key_token, key_value
+from trimtab.kernels.selection import TURN
 
-FEW = tl.constexpr(record.FEW)
+FEW = tl.constexpr(64)  # of the best tokens may be drawn from here; more are for `resolve`
 FIRST_GROUP = tl.constexpr(race.FIRST_GROUP)
 GAMMA, MIX_1, MIX_2 = tl.constexpr(race.GAMMA), tl.constexpr(race.MIX_1), tl.constexpr(race.MIX_2)
-MANY = tl.constexpr(0x7FFFFFFF)
+UNKNOWN = tl.constexpr(0x7FFFFFFF)  # how many are kept
+PAST = tl.constexpr(0x7FFFFFFF)  # every group and token
 
 
 @triton.jit
 def speeds(mass, noise, item):
-    """How fast items of these masses (float64) arrive: the fastest wins. The reference's masses / exponentials."""
+    """mass / E of each item, in float64: the largest wins (race.py)."""
     z = noise.to(tl.uint64) + (item.to(tl.uint64) + 1) * GAMMA
     z = (z ^ (z >> 30)) * MIX_1
     z = (z ^ (z >> 27)) * MIX_2
@@ -27,17 +29,29 @@ def speeds(mass, noise, item):
 
 
 @triton.jit
-def draw_ranked(keys, known, best, inverse, noise, mass, beyond, limit, has_k, top_p, min_p, slot):
+def group_speeds(mass, noise, group):
+    return speeds(mass, noise, group.to(tl.int64) + FIRST_GROUP)
+
+
+@triton.jit
+def first_of(speed, item):
+    """The one that arrives first."""
+    return tl.min(tl.where(speed == tl.max(speed, axis=0), item, PAST), axis=0)
+
+
+@triton.jit
+def draw_best(keys, known, best, inverse, noise, mass, beyond, limit, has_k, top_p, min_p, slot, scratch):
     """The filters and the draw on the best tokens in order -> token, or -1 where they do not settle it.
 
-    known: the slots that hold a prefix of the order; beyond: the best logit outside it; mass: of all tokens.
+    known: the slots that hold a prefix of the order; beyond: the best logit outside it; mass: of all tokens; scratch:
+    int64, as many as the slots, where the keys may be left.
     """
     count = tl.sum(known.to(tl.int32), axis=0)
     e = tl.where(known, tl.exp(tl.where(known, (key_value(keys) - best) * inverse, 0.0)), 0.0).to(tl.float64)
     cumulative = tl.cumsum(e, axis=0)
     spent = beyond == NEG_INF  # no finite logit is left outside
     whole = spent | (limit <= count)
-    kept = tl.where(whole, tl.minimum(limit, count), MANY)
+    kept = tl.where(whole, tl.minimum(limit, count), UNKNOWN)
     # Without a top_k it is `mass`, though all may be known: that hangs on what the rest of the batch asks for.
     total = tl.where(has_k, tl.sum(tl.where(slot < limit, e, 0.0), axis=0), mass)
     target = total * top_p
@@ -46,22 +60,35 @@ def draw_ranked(keys, known, best, inverse, noise, mass, beyond, limit, has_k, t
     kept = tl.where((top_p < 1.0) & reached, tl.minimum(kept, tl.maximum(prefix, 1)), kept)  # a top_p may round to 0
     likely = tl.sum((known & (e >= min_p)).to(tl.int32), axis=0)
     kept = tl.where((min_p > 0.0) & ((likely < count) | spent), tl.minimum(kept, likely), kept)
-    settled = (kept <= FEW) & ((top_p >= 1.0) | whole | (has_k == 0))
-    speed = tl.where(slot < kept, speeds(e, noise, key_token(keys)), -1.0)
-    token = tl.min(tl.where(speed == tl.max(speed, axis=0), key_token(keys), MANY), axis=0)
-    return tl.where(settled, token, -1)
+    settled = (kept <= count) & ((top_p >= 1.0) | whole | (has_k == 0))
+    kept = tl.where(settled, kept, 0)
+    inside = slot < kept
+    # The mass that each token's group keeps: of the tokens a few at a time, through memory.
+    token = key_token(keys)
+    home = token // GROUP
+    tl.debug_barrier()
+    tl.store(scratch + slot, keys, mask=inside)
+    tl.debug_barrier()
+    shared = tl.zeros_like(e)
+    for start in range(0, kept, TURN):
+        item = start + tl.arange(0, TURN)
+        key = tl.load(scratch + item, mask=item < kept, other=LOWEST)
+        theirs = tl.where(item < kept, tl.exp(tl.where(item < kept, (key_value(key) - best) * inverse, 0.0)), 0.0)
+        same = (key_token(key) // GROUP)[:, None] == home[None, :]
+        shared += tl.sum(tl.where(same, theirs[:, None], 0.0).to(tl.float64), axis=0)
+    winner = first_of(tl.where(inside, group_speeds(shared, noise, home), -1.0), home)
+    drawn = first_of(tl.where(inside & (home == winner), speeds(e, noise, token), -1.0), token)
+    return tl.where(settled, drawn, -1)
 
 
 @triton.jit
 def draw_group(mass, group, noise):
     """The group of tokens that wins; mass float64, of all groups."""
-    speed = speeds(mass, noise, group.to(tl.int64) + FIRST_GROUP)
-    return tl.min(tl.where(speed == tl.max(speed, axis=0), group, MANY), axis=0)
+    return first_of(group_speeds(mass, noise, group), group)
 
 
 @triton.jit
 def draw_within(mass, group, noise):
     """The token of this group that wins; mass float64 [GROUP], of its tokens."""
     token = group * GROUP + tl.arange(0, GROUP)
-    speed = speeds(mass, noise, token)
-    return tl.min(tl.where(speed == tl.max(speed, axis=0), token, MANY), axis=0)
+    return first_of(speeds(mass, noise, token), token)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.race import FIRST_GROUP, winner
-from trimtab.kernels.record import FEW
 
 GROUP = 128  # tokens a group; also the kernel's
+_FEW = 64  # of the best tokens settle most filters
 
 
 class Draw(NamedTuple):
@@ -36,14 +36,14 @@ def draw_token(z: Tensor, maxima: Tensor, vocab: int, draw: Draw) -> int:
     if draw.temperature == 0:
         return best_token(z, maxima)
     scaled = (z - best).div_(draw.temperature)
-    if vocab > FEW and not draw.top_k and draw.top_p >= 1 and draw.min_p <= 0:
+    if not draw.top_k and draw.top_p >= 1 and draw.min_p <= 0:
         return _draw_by_group(scaled.exp_(), draw.noise)
-    ids = best_tokens(z, maxima, min(max(FEW, draw.top_k), vocab))[1]
+    ids = best_tokens(z, maxima, min(max(_FEW, draw.top_k), vocab))[1]
     values = scaled.numpy()[ids]
     weights = scaled.exp()
     kept, cut = _keep(scaled, weights, values, draw)
-    if kept <= FEW:
-        return int(ids[winner(np.exp(values[:kept].astype(np.float64)), draw.noise, ids[:kept])])
+    if kept <= _FEW:
+        return _draw_of_few(ids[:kept], np.exp(values[:kept].astype(np.float64)), draw.noise)
     order = scaled.numpy()
     inside = order > cut
     inside[np.flatnonzero(order == cut)[: kept - np.count_nonzero(inside)]] = True  # of those that tie the lower ids
@@ -54,7 +54,7 @@ def _keep(scaled: Tensor, weights: Tensor, best: npt.NDArray[np.float32], draw: 
     """How many of the best tokens the filters keep, and the last one's value.
 
     scaled [padded]: logits over the temperature, at most 0; weights: their exp; best: the leading values, descending,
-    at least top_k and FEW of them, which usually settle it.
+    at least top_k and _FEW of them, which usually settle it.
     """
     values = best[: draw.top_k] if draw.top_k else best
     mass = np.exp(values.astype(np.float64))
@@ -80,6 +80,15 @@ def _keep_many(scaled: npt.NDArray[np.float32], top_p: float, min_p: float) -> t
         cumulative = torch.from_numpy(mass).cumsum(0, dtype=torch.float64).numpy()  # NumPy's is far slower
         kept = min(kept, 1 + int(cumulative.searchsorted(top_p * cumulative[-1])))
     return kept, float(values[kept - 1])
+
+
+def _draw_of_few(ids: npt.NDArray[np.int64], masses: npt.NDArray[np.float64], noise: int) -> int:
+    """`_draw_by_group` of these tokens alone."""
+    home = ids // GROUP
+    groups = np.where(home[:, None] == home, masses, 0.0).sum(1)
+    inside = home == home[winner(groups, noise, FIRST_GROUP + home)]
+    tokens = ids[inside]
+    return int(tokens[winner(masses[inside], noise, tokens)])
 
 
 def _draw_by_group(weights: Tensor, noise: int) -> int:

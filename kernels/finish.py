@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import FEW, draw_group, draw_ranked, draw_within
+from trimtab.kernels.chance import FEW, draw_best, draw_group, draw_within
 from trimtab.kernels.delta import count_candidates
 from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
@@ -104,7 +104,7 @@ def finish_kernel(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    dice = tl.load(noise + row)
+    own_noise = tl.load(noise + row)
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
@@ -151,7 +151,7 @@ def finish_kernel(
     candidates = tl.where(fired, most, 0)
     acts = candidates > 0  # a correction of the bank does
     applied = acts & (silent == 0)
-    filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= FEW)
+    filtered = (k > 0) | (p < 1.0) | (least > 0.0)
     ranks = filtered & (t > 0.0) & (edited == 0)  # may be drawn from the best tokens, here or in `tilt`
     limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
     mass_t = tl.sum((tempered * tl.exp((peak - best) * inverse)).to(tl.float64), axis=0)
@@ -210,7 +210,9 @@ def finish_kernel(
             asked = tl.load(forced + row)
             token = tl.where(asked >= 0, asked, base_token)
         elif filtered:
-            token = draw_ranked(keys, slot < own, best, inverse, dice, mass_t, beyond, limit, k > 0, p, least, slot)
+            token = draw_best(
+                keys, slot < own, best, inverse, own_noise, mass_t, beyond, limit, k > 0, p, least, slot, ranked
+            )
         else:
             # Read again: neither would have fitted beside a tile of logits.
             peak = tl.load(group_peak + group, mask=exists, other=NEG_INF)
@@ -219,9 +221,9 @@ def finish_kernel(
             if inverse != 1.0:
                 tempered = tl.load(group_tempered + group, mask=exists, other=0.0)
             w = (tempered * tl.exp((peak - best) * inverse)).to(tl.float64)
-            home = draw_group(w, group, dice)
+            home = draw_group(w, group, own_noise)
             z = load_logits(logits, home * GROUP + tl.arange(0, GROUP), vocab)
-            token = draw_within(tl.exp((z - best) * inverse).to(tl.float64), home, dice)
+            token = draw_within(tl.exp((z - best) * inverse).to(tl.float64), home, own_noise)
     tl.store(state + row * 4, candidates)
     tl.store(state + row * 4 + 1, found)
     tl.store(state + row * 4 + 2, held)

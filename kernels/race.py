@@ -13,6 +13,7 @@ started at the row's key: item i takes the i-th. Items are token ids, and FIRST_
 import numpy as np
 import numpy.typing as npt
 
+DRAW = "races"  # what is drawn otherwise is no pair of this: another rule needs another name
 FIRST_GROUP = 1 << 32
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

@@ -23,9 +23,9 @@ Semantics that both implementations (`reference.py`, `step.py`) share, row by ro
 6.  temperature 0: the best token in (value descending, id ascending) order. Otherwise divide by the temperature and
     keep the first n tokens of that order: n = top_k if set; then the shortest prefix whose mass, renormalised over the
     kept, reaches top_p; then those with probability >= min_p times the best token's
-7.  draw by exponential races (race.py): among the kept tokens if n <= FEW, each by its mass; else (as in every
-    unfiltered row where vocab > FEW) among the groups of 128 tokens, each by the mass of what it keeps, then among what
-    the winner keeps. Where the row's `forced` is a token, that is the record's: 5 to 7 are not done, everything else is
+7.  draw by two exponential races (race.py): one of the groups of 128 tokens, each by the mass of what it keeps, then
+    one of the tokens that the winner keeps. Where the row's `forced` is a token, that is the record's: 5 to 7 are not
+    done, everything else is
 8.  log-probabilities and the divergence are of z (base) and z' (steered), at temperature 1, before edits and filters
 9.  a row whose edits or mask forbid every token, or whose edits make a legal one infinite, is DEAD too: it keeps what
     the gate saw and did, and reports no token
@@ -39,7 +39,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 64  # tokens that race one another at once; more race by group first, which asks for far fewer numbers
 MAX_ALTERNATIVES = 20
 HALVINGS = 20  # of the strength's share, where kl_cap bounds it: to one in a million
 

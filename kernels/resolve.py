@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import FEW, FIRST_GROUP, MANY, draw_within, speeds
+from trimtab.kernels.chance import draw_within, first_of, group_speeds
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
@@ -94,35 +94,17 @@ def weights(z, start, vocab, floor, best, inverse, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw_few(z, vocab, floor, best, inverse, noise):
-    """The tokens at or above `floor` race one another."""
-    fastest, winner = tl.full([], 0.0, tl.float64), 0
-    for start in range(0, vocab, RACE):
-        token = start + tl.arange(0, RACE)
-        speed = speeds(weights(z, start, vocab, floor, best, inverse, RACE), noise, token)
-        fastest, winner = fastest_of(speed, token, fastest, winner)
-    return winner
-
-
-@triton.jit
-def draw_many(z, vocab, floor, best, inverse, noise):
-    """The groups of the tokens at or above `floor` race, then the winner's tokens."""
+def draw(z, vocab, floor, best, inverse, noise):
+    """The races of the tokens at or above `floor`: of their groups, then of the winner's."""
     fastest, winner = tl.full([], 0.0, tl.float64), 0
     for start in range(0, vocab, RACE):
         w = weights(z, start, vocab, floor, best, inverse, RACE)
         group = start // GROUP + tl.arange(0, RACE // GROUP)
-        mass = tl.sum(tl.reshape(w, [RACE // GROUP, GROUP]), axis=1)
-        speed = speeds(mass, noise, group.to(tl.int64) + FIRST_GROUP)
-        fastest, winner = fastest_of(speed, group, fastest, winner)
+        speed = group_speeds(tl.sum(tl.reshape(w, [RACE // GROUP, GROUP]), axis=1), noise, group)
+        here = tl.max(speed, axis=0)
+        winner = tl.where(here > fastest, first_of(speed, group), winner)
+        fastest = tl.maximum(fastest, here)
     return draw_within(weights(z, winner * GROUP, vocab, floor, best, inverse, GROUP), winner, noise)
-
-
-@triton.jit
-def fastest_of(speed, item, fastest, winner):
-    """The speed and the item that lead, after these items."""
-    here = tl.max(speed, axis=0)
-    first = tl.min(tl.where(speed == here, item, MANY), axis=0)
-    return tl.maximum(fastest, here), tl.where(here > fastest, first, winner)
 
 
 @triton.jit(do_not_specialize=["alternatives", "words"], do_not_specialize_on_alignment=COLUMNS)
@@ -207,7 +189,7 @@ def resolve_kernel(
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
         least = tl.load(min_p + row)
-        dice = tl.load(noise + row)
+        own_noise = tl.load(noise + row)
         floor = tl.full([], NO_LOGIT, tl.int64)
         kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if (k > 0) & (k < kept):
@@ -215,19 +197,13 @@ def resolve_kernel(
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if p < 1.0:
             floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, BLOCK)
-            kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if least > 0.0:
             lowest = tl.full([BLOCK], HIGHEST, tl.int64)
             for start in range(0, vocab, BLOCK):
                 key = row_keys(z, start, vocab, BLOCK)
                 lowest = tl.minimum(lowest, tl.where(tempered(key, best, inverse) >= least, key, HIGHEST))
             floor = tl.maximum(floor, tl.min(lowest, axis=0))
-            kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
-        unfiltered = (k <= 0) & (p >= 1.0) & (least <= 0.0) & (vocab > FEW)
-        if (kept > FEW) | unfiltered:
-            token = draw_many(z, vocab, floor, best, inverse, dice)
-        else:
-            token = draw_few(z, vocab, floor, best, inverse, dice)
+        token = draw(z, vocab, floor, best, inverse, own_noise)
 
     base_logit = load_logits(logits, token, vocab)
     hit = (key_token(steered) == token) & member

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import FEW, draw_group, draw_ranked, draw_within
+from trimtab.kernels.chance import draw_best, draw_group, draw_within
 from trimtab.kernels.delta import bound, compose
 from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks, count_own
 from trimtab.kernels.keys import (
@@ -87,7 +87,7 @@ def tilt_kernel(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     least = tl.load(min_p + row)
-    dice = tl.load(noise + row)
+    own_noise = tl.load(noise + row)
     edited = False
     if HAS_EDITS:
         edited = tl.load(edit_spans + row * 2 + 1) > tl.load(edit_spans + row * 2)
@@ -149,7 +149,7 @@ def tilt_kernel(
         scale = tl.exp((ceiling - steered_best) * inverse)
         moved = tl.exp(tl.where(member, steered - steered_best, NEG_INF) * inverse)
         limit = tl.where(k > 0, tl.minimum(k, vocab), vocab)
-        filtered = (k > 0) | (p < 1.0) | (least > 0.0) | (vocab <= FEW)
+        filtered = (k > 0) | (p < 1.0) | (least > 0.0)
         own = count_own(candidates, filtered & (t > 0.0) & (edited == 0), limit, vocab, SLOTS)
         other = tl.load(ranked + own, mask=own < held, other=LOWEST)
         beyond = tl.where(own < held, key_value(other), from_rank(outside))
@@ -168,8 +168,8 @@ def tilt_kernel(
                 warm = tl.load(warm_rests + group, mask=exists, other=0.0).to(tl.float64)
                 mass_t = tl.sum(warm, axis=0) * scale.to(tl.float64) + tl.sum(moved.to(tl.float64), axis=0)
                 known = in_play & (key_value(order) > beyond)  # a demoted candidate's rank is unknown
-                token = draw_ranked(
-                    order, known, steered_best, inverse, dice, mass_t, beyond, limit, k > 0, p, least, slot
+                token = draw_best(
+                    order, known, steered_best, inverse, own_noise, mass_t, beyond, limit, k > 0, p, least, slot, ranked
                 )
             else:
                 # To the rest of each group, the candidates that it holds.
@@ -189,14 +189,14 @@ def tilt_kernel(
                 tl.store(rests + home, left + tl.sum(new, axis=1), mask=slot < found)
                 tl.debug_barrier()
                 w = tl.load(rests + group, mask=exists, other=0.0)
-                drawn = draw_group(w.to(tl.float64), group, dice)
+                drawn = draw_group(w.to(tl.float64), group, own_noise)
                 inner = tl.arange(0, GROUP)
                 tl.store(scratch + inner, load_logits(logits, drawn * GROUP + inner, vocab))
                 tl.debug_barrier()
                 tl.store(scratch + tokens % GROUP, steered, mask=member & (tokens // GROUP == drawn))
                 tl.debug_barrier()
                 z = tl.load(scratch + inner)
-                token = draw_within(tl.exp((z - steered_best) * inverse).to(tl.float64), drawn, dice)
+                token = draw_within(tl.exp((z - steered_best) * inverse).to(tl.float64), drawn, own_noise)
         tl.store(token_out + row, token)
         tl.store(task + row * 2, tl.where(token < 0, PENDING | APPLIED, 0))
         top = row * alternatives + slot

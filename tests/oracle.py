@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.record import (
-    FEW,
     GATE_ALWAYS,
     GATE_MARGIN,
     GATE_RANDOM,
@@ -36,7 +35,6 @@ class Expected(NamedTuple):
     steered: Tensor  # float64 [vocab]: log softmax(z')
     kept: list[int]  # the tokens that may be drawn
     probabilities: Tensor  # float64: theirs
-    grouped: bool  # whether groups of them race first
 
 
 def rank(z: Tensor) -> list[int]:
@@ -86,12 +84,12 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
         final[illegal] = float("-inf")
     seen = (entropy, statistic, is_open, fired, strength, kl, base, steered.log_softmax(0))
     if p.forced >= 0:
-        return Expected(*seen, [p.forced], torch.ones(1).double(), False)
+        return Expected(*seen, [p.forced], torch.ones(1).double())
     order = [i for i in rank(final) if final[i] > float("-inf")]
     if not order or final[order[0]].float().isinf():
         return None
     if p.temperature == 0:
-        return Expected(*seen, order[:1], torch.ones(1).double(), False)
+        return Expected(*seen, order[:1], torch.ones(1).double())
     weights = ((final - final.max()) / p.temperature).exp()
     if p.top_k:
         order = order[: p.top_k]
@@ -99,9 +97,7 @@ def expect(inputs: StepInputs, row: int) -> Expected | None:
         mass = weights[order].cumsum(0)
         order = order[: 1 + int((mass < p.top_p * mass[-1]).sum())]
     order = [i for i in order if weights[i] >= p.min_p * weights[order[0]]]
-    unfiltered = not p.top_k and p.top_p >= 1 and p.min_p <= 0
-    grouped = len(order) > FEW or (unfiltered and len(z) > FEW)
-    return Expected(*seen, order, weights[order] / weights[order].sum(), grouped)
+    return Expected(*seen, order, weights[order] / weights[order].sum())
 
 
 def _row(inputs: StepInputs, row: int) -> Any:
@@ -145,10 +141,8 @@ def arrival(noise: int, item: int) -> float:
 
 
 def draw(expected: Expected, noise: int, slack: float = 1e-3) -> set[int]:
-    """The tokens that the race may draw: one, or more when they arrive within `slack`, where rounding may decide."""
+    """The tokens that the races may draw: one, or more when they arrive within `slack`, where rounding may decide."""
     tokens = dict(zip(expected.kept, expected.probabilities.tolist(), strict=True))
-    if not expected.grouped:
-        return _first(tokens, noise, slack)
     groups: dict[int, float] = {}
     for token, mass in tokens.items():
         groups[2**32 + token // 128] = groups.get(2**32 + token // 128, 0.0) + mass

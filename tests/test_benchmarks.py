@@ -52,6 +52,15 @@ def test_the_engines_on_random_weights() -> None:
     assert all(row["ms"][kind] > 0 for kind in ("off", "on", "on 256"))
 
 
+def test_the_kernels_benchmark_asks_for_what_a_step_takes() -> None:
+    """All of it that needs no GPU."""
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import kernels; print(kernels.row_params(3, True, 1, 1, 'cpu'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "noise=tensor([" in run.stdout, run.stderr
+
+
 def test_a_beginning_is_read_once(tmp_path: Path) -> None:
     model = tmp_path / "tiny"
     tiny_model().save_pretrained(model)

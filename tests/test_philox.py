@@ -34,6 +34,11 @@ def test_a_number_depends_on_its_own_seed_and_position_only(keys: list[tuple[int
     assert noise(seeds, positions).tolist() == [int(noise([s], [p])[0]) for s, p in keys]
 
 
+def test_the_keys_of_draws_stay_what_they_are() -> None:
+    """A seed repeats its answer in the next version, too."""
+    assert noise([7, -1], [3, 2**33]).tolist() == [7197902389264280431, 7089071668113618439]
+
+
 def test_uniforms_are_uniform_over_positions_and_over_seeds() -> None:
     for draws in (uniform([7] * 20000, range(20000), 1), uniform(range(20000), [3] * 20000, 1)):
         counts, _ = np.histogram(draws, bins=20, range=(0, 1))

@@ -47,7 +47,7 @@ def test_via_lora_ships_the_head_the_controls_and_the_adapter(base: Base, finish
     correction = load(finished)
     check(correction, base.identity)
     fit = correction.provenance["fit"]
-    assert fit["teacher_kl"] < fit["teacher_base_kl"], "on held-out problems the head is nearer to its teacher"
+    assert fit["teacher_kl"] < 0.75 * fit["teacher_base_kl"], "on held-out problems the head is nearer to its teacher"
     assert correction.strength == fit["strength"]
     assert fit["validation"].keys() == {"base", "x1", "x2"}
     assert "LoRA" in correction.provenance["method"]
@@ -97,7 +97,7 @@ def test_a_teacher_that_is_given_needs_no_rewards_to_learn_from(base: Base, fini
     names = [policy["policy"] for policy in correction.report["policies"]]
     assert names[4:] == ["shuffled-teacher", "random-positions", "teacher"]
     fit = correction.provenance["fit"]
-    assert fit["teacher_kl"] < fit["teacher_base_kl"]
+    assert fit["teacher_kl"] < 0.75 * fit["teacher_base_kl"]
     assert load(tmp_path / "controls" / "shuffled-teacher").provenance["kl"] == pytest.approx(fit["kl"], rel=0.05)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["made_with"]["teacher"] == tuned.identity.fingerprint
     assert not (tmp_path / "lora").exists()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from trimtab.errors import InvalidRequest, TaskError
+from trimtab.kernels.race import DRAW
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
 from trimtab.steering.atomic import read_json, write_json
@@ -58,7 +59,7 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     """Write run.json, or check that the run in this folder is the same one. Raises InvalidRequest naming the field."""
     path = work / "run.json"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    identity = dataclasses.asdict(base.identity) | {**place(base), "problems": problems.digest}
+    identity = dataclasses.asdict(base.identity) | {**place(base), "problems": problems.digest, "draw": DRAW}
     if teacher is not None:
         identity["teacher"] = teacher.identity.fingerprint
     identity["verifier_source"] = source = None if config.verifier is None else source_digest(config.verifier)

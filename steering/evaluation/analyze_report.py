@@ -16,9 +16,9 @@ _TOKENS = {
 _ENTROPY = ("entropy", "at reranked", "times")
 NOTE = (
     "`unshifted`: the tuned model's best token is the base's; `reranked`: it is another of the base's five best; "
-    "`shifted`: none of them. `drawn`: with one random number both draw different tokens. `rank`: of the promoted "
-    "token among the base's (up to 20). `entropy`: of the base, nats; `at reranked` and how many `times` the mean. "
-    "`taken`: positions at which a rule takes the tuned model's token; `changed`: where that is another one. "
+    "`shifted`: none of them. `drawn`: with the same random numbers both draw different tokens. `rank`: of the "
+    "promoted token among the base's (up to 20). `entropy`: of the base, nats; `at reranked` and how many `times` the "
+    "mean. `taken`: positions at which a rule takes the tuned model's token; `changed`: where that is another one. "
     "Gains are over the base, paired, with 95 % bootstrap intervals over problems."
 )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InvalidRequest
+from trimtab.kernels.race import DRAW
 from trimtab.server.engine.core import Core
 from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
@@ -29,6 +30,7 @@ def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> di
         "base": core.base.identity.fingerprint,
         "dtype": str(core.base.dtype),
         "device": core.base.device.type,
+        "draw": DRAW,
     }
 
 
