@@ -91,7 +91,7 @@ def create_app(
         defaults=defaults or {},
         trust_templates=trust_templates,
     )
-    lifecycle.at_end.append(service.prompter.close)
+    lifecycle.at_end += [service.prompter.close, service.tickets.close]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +100,8 @@ def create_app(
         await asyncio.to_thread(engine.close)  # its last events still reach their callers
         service.prompter.close()
 
-    app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan)
+    # No redirects: behind a proxy they would send a caller, and his key, to plain http.
+    app = FastAPI(**openapi.DOCUMENT, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(
         FrontDoor,

@@ -1,20 +1,25 @@
 """Grammars, compiled in threads of their own: llguidance cannot be told to stop, and a line may keep it for hours.
 
 Invariant: a structure that never ends to compile holds one of PLACES and a thread that no exit waits for, and nothing
-else: its request is refused in time, and so are those that find every place taken.
+else: its request is refused in time, and so are those that find every place taken. llguidance follows a chain of rules
+by recursion, and a stack that overflows ends the process: STACK is for the longest chain that structure.py lets in.
 
-    compiler = Compiler(engine);  await compiler.compile(structure, "response_format")
+    compiler = Compiler(engine);  grammar = await compiler.compile(structure, "response_format")
 """
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any, cast
 
-from trimtab.errors import InvalidRequest, Overloaded
+from trimtab.errors import SHUTTING_DOWN, EngineStopped, InvalidRequest, Overloaded
 from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.request import Structure
+from trimtab.server.engine.structure import Grammar
 
 PLACES = 4  # structures under way at once
+STACK = 2**29  # bytes of address space a thread, of which it takes what it needs
 SECONDS = 30.0  # a structure may take; a common one takes milliseconds, the first one a second more
 
 
@@ -24,45 +29,68 @@ class Compiler:
     def __init__(self, engine: Engine, seconds: float = SECONDS) -> None:
         self._engine, self._seconds = engine, seconds
         self._places = asyncio.Semaphore(PLACES)
+        self._ended = asyncio.Event()
 
-    async def compile(self, structure: Structure, field: str) -> None:
-        """Raises InvalidRequest, naming `field`, also for what takes too long; Overloaded."""
-        if self._engine.compiled(structure):
-            return
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._places.acquire()
-        except TimeoutError as error:
-            raise Overloaded("too many structures are being compiled: try again in a moment") from error
+    async def compile(self, structure: Structure, field: str) -> Grammar:
+        """Raises InvalidRequest, naming `field`, also for what takes too long; Overloaded; EngineStopped."""
+        kept = self._engine.compiled(structure)
+        if kept is not None:
+            return kept
+        if not await self._wait(asyncio.ensure_future(self._places.acquire())):
+            raise Overloaded("too many structures are being compiled: try again in a moment")
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[Grammar] = loop.create_future()
 
-        def end(error: BaseException | None) -> None:
+        def end(grammar: Grammar | None, error: BaseException | None) -> None:
             self._places.release()
             if done.done():  # nobody waits any more
                 return
             if error is None:
-                done.set_result(None)
+                done.set_result(cast(Grammar, grammar))
             else:
                 done.set_exception(error)
 
         def work() -> None:
+            made: Grammar | None = None
             found: BaseException | None = None
             try:
-                self._engine.compile(structure, field)
+                made = self._engine.compile(structure, field)
             except BaseException as error:
                 found = error
             with suppress(RuntimeError):  # the loop closed meanwhile
-                loop.call_soon_threadsafe(end, found)
+                loop.call_soon_threadsafe(end, made, found)
 
         try:
-            threading.Thread(target=work, name="compile", daemon=True).start()
+            _start(work)
         except RuntimeError as error:  # the system has no thread left
             self._places.release()
             raise Overloaded("the server has no thread left to compile a structure: try again in a moment") from error
+        if not await self._wait(done):
+            raise InvalidRequest(f"{field} takes more than {self._seconds:g} s to compile: say it more simply", field)
+        return done.result()
+
+    def close(self) -> None:
+        """Nobody is kept waiting any more."""
+        self._ended.set()
+
+    async def _wait(self, future: asyncio.Future[Any]) -> bool:
+        """Whether it is done in time. Raises EngineStopped at the end."""
+        ended = asyncio.ensure_future(self._ended.wait())
         try:
-            async with asyncio.timeout(self._seconds):
-                await done
-        except TimeoutError as error:
-            message = f"{field} takes more than {self._seconds:g} s to compile: say it more simply"
-            raise InvalidRequest(message, field) from error
+            await asyncio.wait((future, ended), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            if not future.done():
+                future.cancel()
+        if self._ended.is_set():
+            raise EngineStopped(SHUTTING_DOWN)
+        return future.done() and not future.cancelled()
+
+
+def _start(work: Callable[[], None]) -> None:
+    """In a thread with a deep stack. Raises RuntimeError where there is none."""
+    usual = threading.stack_size(STACK)  # of threads that start from now on
+    try:
+        threading.Thread(target=work, name="compile", daemon=True).start()
+    finally:
+        threading.stack_size(usual)

@@ -111,8 +111,8 @@ class Generation:
         """
         asked = self._body.structure() if structure is None else (structure, "tools")
         if asked is not None:
-            await self._service.tickets.compile(*asked)
-            self._requests = [replace(request, structure=asked[0]) for request in self._requests]
+            grammar = await self._service.tickets.compile(*asked)
+            self._requests = [replace(r, structure=asked[0], grammar=grammar) for r in self._requests]
         if self._body.bad_words:
             words = tuple(await self._service.prompter.words(self._body.bad_words))
             self._requests = [

@@ -13,6 +13,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ Ids = tuple[int, ...]
 Long = Literal["refuse", "left", "right", "whole"]  # what is done with a text that cannot fit; left: it is cut there
 T = TypeVar("T")
 WHOLE = 2**20  # bytes, or what the context holds at most if that is more
+MAX_WORD = 1024  # characters of one that must not be written
 
 
 def replace_words(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
@@ -40,6 +42,7 @@ class Prompter:
     def __init__(self, tokenizer: Any, pieces: Pieces, max_len: int, most: int) -> None:
         self._tokenizer, self._max_len = tokenizer, max_len
         self._waiting, self._most = 0, most
+        self._one_whole = asyncio.Semaphore()  # a generation waits for one such text at most
         self._known = frozenset(tokenizer.get_vocab().values())
         self._longest = max(len(pieces.content(token)) for token in self._known)  # bytes
         self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
@@ -54,7 +57,9 @@ class Prompter:
 
     async def text(self, prompts: Sequence[str], add_special_tokens: bool = True, long: Long = "refuse") -> list[Ids]:
         """Plain texts -> ids, with what the tokenizer puts around a text."""
-        return [await self._run(partial(self._encode, text, add_special_tokens, "prompt", long)) for text in prompts]
+        whole = long == "whole"
+        works = [partial(self._encode, text, add_special_tokens, "prompt", long) for text in prompts]
+        return [await self._run(work, whole) for work in works]
 
     async def following(self, prompt: str, ids: Ids, completion: str, add_special_tokens: bool = True) -> Ids:
         """A completion -> ids that follow the prompt's: as in the whole text, where that begins with the prompt's."""
@@ -72,6 +77,8 @@ class Prompter:
         for word in words:
             if not word.strip():
                 raise InvalidRequest("bad_words must not contain an empty word", "bad_words")
+            if len(word) > MAX_WORD:
+                raise InvalidRequest(f"bad_words must not hold one of more than {MAX_WORD} characters", "bad_words")
             for text in (word.lstrip(), " " + word.lstrip()):
                 ids = await self._run(partial(self._encode, text, False, "bad_words"))
                 if text[0] != " " or (len(ids) == len(found[-1]) and ids[0] != found[-1][0]):
@@ -114,7 +121,7 @@ class Prompter:
             )
             return self._encode(text, False, "messages", long)
 
-        return await self._run(work)
+        return await self._run(work, long == "whole")
 
     async def decode(self, prompts: Sequence[Ids]) -> list[str]:
         """The text of prompts. Ids that the tokenizer does not know have none: a model may have rows for them."""
@@ -139,14 +146,21 @@ class Prompter:
         """What has not begun never will, and what goes on is not waited for: a queue of long prompts takes minutes."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def _run(self, work: Callable[[], T], whole: bool = False) -> T:
         if self._waiting >= self._most:
             raise Overloaded(f"{self._waiting} prompts wait to be read: try again in a moment")
+        self._waiting += 1
+        try:
+            async with self._one_whole if whole else nullcontext():
+                return await self._read(work)
+        finally:
+            self._waiting -= 1
+
+    async def _read(self, work: Callable[[], T]) -> T:
         try:
             future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:  # after its shutdown
             raise EngineStopped(SHUTTING_DOWN) from error
-        self._waiting += 1
         try:
             return await future
         except asyncio.CancelledError:
@@ -154,8 +168,6 @@ class Prompter:
             if task is not None and task.cancelling():
                 raise
             raise EngineStopped(SHUTTING_DOWN) from None  # not the caller was cancelled, but the work
-        finally:
-            self._waiting -= 1
 
     def _encode(self, text: str, special: bool, field: str, long: Long = "refuse") -> Ids:
         try:

@@ -23,7 +23,7 @@ from trimtab.server.stream import TextRules
 from trimtab.server.structure_body import StructuredBody
 from trimtab.server.tools.body import MAX_TOOLS, Tool, ToolChoice, choose
 
-MAX_STOPS = 16
+MAX_STOPS, MAX_STOP = 16, 1024  # how many, and characters of each: they are looked for at each token
 MAX_TOKENS = 2**31 - 1  # more than any context holds
 MAX_PROMPTS = 2**14  # in a body; how many a server takes, its queue says
 MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
@@ -112,6 +112,8 @@ class Body(StructuredBody, extra="allow"):
             raise InvalidRequest(f"stop must be at most {MAX_STOPS} strings, not {len(stops)}", "stop")
         if not all(stops):
             raise InvalidRequest("stop must not contain an empty string", "stop")
+        if max(map(len, stops), default=0) > MAX_STOP:
+            raise InvalidRequest(f"stop must not hold a string of more than {MAX_STOP} characters", "stop")
         return TextRules(
             stop=tuple(stops),
             min_tokens=self.min_tokens or 0,

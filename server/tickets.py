@@ -16,6 +16,7 @@ from trimtab.server.compiling import Compiler
 from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.event import Event
 from trimtab.server.engine.request import Request, Structure
+from trimtab.server.engine.structure import Grammar
 
 
 class Ticket:
@@ -79,9 +80,13 @@ class Tickets:
 
         self._engine.start(on_events)
 
-    async def compile(self, structure: Structure, field: str) -> None:
+    async def compile(self, structure: Structure, field: str) -> Grammar:
         """Compile what a request will need, off the event loop. Raises InvalidRequest, naming `field`; Overloaded."""
-        await self._compiler.compile(structure, field)
+        return await self._compiler.compile(structure, field)
+
+    def close(self) -> None:
+        """Whoever waits for a structure is told that the server ends."""
+        self._compiler.close()
 
     def check_room(self) -> None:
         """Raise Overloaded where no request could be taken now: before the work on its prompt."""

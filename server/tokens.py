@@ -8,7 +8,7 @@ also where it does not fit the context, up to a length that the prompter bounds.
 
 import json
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
@@ -21,6 +21,7 @@ from trimtab.server.messages import Messages
 from trimtab.server.prompt import Ids
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
+from trimtab.server.wire import or_gone
 
 _PATHS = {"name_or_path", "vocab_file", "tokenizer_file", "merges_file"}  # where the files lie concerns nobody
 
@@ -85,9 +86,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return await chat.renderer(service, asked, "whole")([message.for_template() for message in asked.messages])
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> facts.Tokens:
+    async def tokenize(body: TokenizeBody, request: Request) -> facts.Tokens:
         """Turn a prompt or a chat into the ids that a generation would read."""
-        ids = await read(body)
+        ids = await or_gone(request.receive, read(body))
         strings = await prompter.strings(ids) if body.return_token_strs else None
         return facts.Tokens(count=len(ids), max_model_len=service.max_len, tokens=list(ids), token_strs=strings)
 

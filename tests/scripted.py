@@ -82,8 +82,8 @@ class ScriptedEngine:
     def start(self, on_events: Callable[[list[Event]], None]) -> None:
         self.on_events, self.alive = on_events, True
 
-    def compiled(self, structure: Structure) -> bool:
-        return False
+    def compiled(self, structure: Structure) -> None:
+        """None is kept."""
 
     def compile(self, structure: Structure, field: str) -> None:
         """Anything can be followed."""

@@ -457,6 +457,8 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a" * 1025]}, "stop"),
+        ({"bad_words": ["a" * 1025]}, "bad_words"),
         ({"stop": ""}, "stop"),
         ({"stop": 5}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -657,7 +659,9 @@ def test_our_own_bugs_are_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixt
     assert response.headers["x-request-id"]
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", CHAT_PATH, 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", CHAT_PATH, 405), ("POST", f"{CHAT_PATH}/", 404)]
+)
 def test_wrong_paths_and_methods_have_the_envelope(method: str, path: str, status: int) -> None:
     with in_memory(ScriptedEngine(say("x"))) as ask:
         response = ask(method, path)

@@ -4,10 +4,11 @@ import asyncio
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from trimtab.errors import InvalidRequest, Overloaded, Unfollowable
+from trimtab.errors import EngineStopped, InvalidRequest, Overloaded, Unfollowable
 from trimtab.server.compiling import PLACES, Compiler
 from trimtab.server.engine.request import Structure
 
@@ -19,22 +20,24 @@ class Engine:
         self.free = threading.Event()
         self.began: list[str] = []
 
-    def compiled(self, structure: Structure) -> bool:
-        return structure.text == "kept"
+    def compiled(self, structure: Structure) -> str | None:
+        return "kept" if structure.text == "kept" else None
 
-    def compile(self, structure: Structure, field: str) -> None:
+    def compile(self, structure: Structure, field: str) -> str:
         self.began.append(structure.text)
         if structure.text == "endless":
             self.free.wait(60)
         if structure.text == "wrong":
             raise Unfollowable(f"{field} cannot be followed", field)
+        return structure.text
 
 
 def test_a_structure_is_compiled_or_refused_by_the_name_of_its_field() -> None:
     async def go() -> None:
         engine = Engine()
         compiler = Compiler(engine)
-        await compiler.compile(Structure("regex", "a"), "guided_regex")
+        assert await compiler.compile(Structure("regex", "a"), "guided_regex") == "a"
+        assert await compiler.compile(Structure("regex", "kept"), "guided_regex") == "kept"
         for _ in range(2 * PLACES):  # whoever is refused leaves his place
             with pytest.raises(Unfollowable, match="guided_regex cannot be followed"):
                 await compiler.compile(Structure("regex", "wrong"), "guided_regex")
@@ -86,6 +89,61 @@ def test_who_leaves_holds_his_place_until_the_compilation_ends() -> None:
     asyncio.run(go())
 
 
+def test_at_the_servers_end_whoever_waits_is_told() -> None:
+    async def go() -> None:
+        engine = Engine()
+        compiler = Compiler(engine)
+        asked = [
+            asyncio.ensure_future(compiler.compile(Structure("regex", "endless"), "guided_regex"))
+            for _ in range(PLACES + 2)  # some wait for a place
+        ]
+        while len(engine.began) < PLACES:
+            await asyncio.sleep(0.01)
+        compiler.close()
+        for error in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(error, EngineStopped)
+        engine.free.set()
+
+    asyncio.run(go())
+
+
+def test_a_long_chain_of_rules_does_not_overflow_the_stack() -> None:
+    """As one thousand do on a usual one: which ends the process, so another runs it."""
+    program = (
+        f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+"""
+        + """
+import asyncio, json
+from tiny import tiny_base
+from trimtab.server.compiling import Compiler
+from trimtab.server.engine.request import Structure
+from trimtab.server.engine.structure import LONGEST, Grammars
+
+base = tiny_base()
+grammars = Grammars(base.tokenizer, base.vocab, base.eos)
+
+class Engine:
+    compiled, compile = grammars.get, grammars.compile
+
+async def go():
+    rules = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(4100)}
+    text = json.dumps({"$ref": "#/$defs/d0", "$defs": rules | {"d4100": {"type": "string"}}})
+    assert 0.95 * LONGEST["json_schema"] < len(text) <= LONGEST["json_schema"], len(text)
+    grammar = await Compiler(Engine()).compile(Structure("json_schema", text), "f")
+    for text in "[[":
+        matcher = grammar.start()
+        matcher.take(base.tokenizer.encode(text, add_special_tokens=False)[0])
+    print("compiled", matcher.error)
+
+asyncio.run(go())
+"""
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "compiled None\n"
+
+
 def test_no_exit_waits_for_a_compilation() -> None:
     program = """
 import asyncio, threading
@@ -94,7 +152,7 @@ from trimtab.server.compiling import Compiler
 from trimtab.server.engine.request import Structure
 
 class Endless:
-    def compiled(self, structure): return False
+    def compiled(self, structure): return None
     def compile(self, structure, field): threading.Event().wait()
 
 async def go():

@@ -116,6 +116,10 @@ def test_white_space_is_a_space_or_a_line_with_its_indentation(grammars: Grammar
         (Structure("grammar", "start: nope"), "nope"),
         (Structure("grammar", "what is this"), "Expected ::="),
         (Structure("json_schema", "[1]"), "a schema is an object"),
+        (Structure("json_schema", '{"$ref": "#"}'), "no text is as it says"),
+        (Structure("json_schema", " " * 2**18 + "{}"), "262146 characters, 262144 at most"),
+        (Structure("regex", "a" * 20_000), "20000 characters, 16384 at most"),
+        (Structure("choice", json.dumps(["a" * 5000])), "a choice has at most 1024 characters"),
         (Structure("json_schema", '{"items": {"anyOf": [{"minProperties": 2}]}}'), "minProperties cannot be kept"),
         (Structure("json_schema", '{"properties": {"a": {"minProperties": 3, "required": ["x"]}}}'), "minProperties"),
     ],
@@ -151,6 +155,42 @@ def test_a_grammar_that_is_read_in_ever_more_ways_ends_early_and_in_words(
     assert matcher.error.startswith("parser error: Too many items (limit 300;")
     assert "non-verbose" not in matcher.error
     assert not words.any()
+
+
+def test_a_structure_whose_tokens_take_long_is_refused_or_ends_its_own_choice(
+    grammars: Grammars, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure_module, "FIRST_MASK", -1.0)
+    with pytest.raises(InvalidRequest, match=r"guided takes 0\.0 s a token, for which all others wait"):
+        grammars.compile(Structure("regex", "[a-d]+"), "guided")
+    monkeypatch.setattr(structure_module, "FIRST_MASK", 60.0)
+    matcher = grammars.compile(Structure("regex", "[a-d]+"), "guided").start()
+    assert legal(matcher, base) >= set("abcd")
+    monkeypatch.setattr(structure_module, "ANY_MASK", -1.0)
+    assert legal(matcher, base) == set()
+    assert matcher.error == "a token took 0.0 s, for which all others waited"
+
+
+def test_what_was_compiled_is_not_compiled_again_at_submission(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the event loop, that would be: though others have pushed it out meanwhile."""
+    core, asked = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, max_model_len=64)), Structure("regex", "a")
+    grammar = core.grammars.compile(asked)
+    monkeypatch.setattr(Grammars, "compile", None)
+    assert core.check(Request("r", (1, 2), structure=asked, grammar=grammar)).grammar is grammar
+
+
+def test_what_is_kept_is_bounded_in_number_and_in_size(
+    grammars: Grammars, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = Grammars(base.tokenizer, base.vocab, base.eos)
+    monkeypatch.setattr(structure_module, "KEPT_TEXT", 20)
+    first, second, third = (Structure("regex", letter * 8) for letter in "abc")
+    made = fresh.compile(first)
+    fresh.compile(second)
+    assert fresh.get(first) is made
+    fresh.compile(third)
+    assert fresh.get(second) is None, "the one that was asked for least recently"
+    assert fresh.get(first) is made
 
 
 def test_choices_may_be_many(grammars: Grammars, base: Base) -> None:

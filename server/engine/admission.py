@@ -35,7 +35,7 @@ class Admission:
     def check(self, request: Request) -> Request:
         """Raise what is wrong with a request: ContextOverflow, InvalidRequest, NotFound. -> it, its rule and grammar.
 
-        Reads only, save that a structure is compiled where `grammars` has not done so before.
+        Reads only, save that a structure is compiled where the request brings no grammar.
         """
         wanted = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
         if len(request.prompt) + min(wanted, 1) > self._max_len:
@@ -49,7 +49,9 @@ class Admission:
         for word in request.sampling.bad_words:
             self._check_tokens("bad_words", word)
         self._check_ends(request)
-        grammar = None if request.structure is None else self._grammars.compile(request.structure)
+        grammar = request.grammar
+        if grammar is None and request.structure is not None:
+            grammar = self._grammars.compile(request.structure)
         rule = request.rule or rule_for(request.steering, self._bank)
         if not all(map(self._has, (rule.adapter, rule.companion.adapter if rule.companion else NO_ADAPTER))):
             message = f"{request.steering.correction} came after the engine was made: it is taken by `publish`"

@@ -199,7 +199,7 @@ class Request:
     n: int = 1
     rule: "Rule | None" = None  # what `steering` came to when it was read; None: it is read at submission
     structure: Structure | None = None
-    grammar: "Grammar | None" = None  # what `structure` was compiled to when it was checked
+    grammar: "Grammar | None" = None  # what `structure` was compiled to; None: it is compiled at submission
     score_from: int | None = None  # the first token of the prompt that is scored
     score_alternatives: int = 0  # most likely tokens to report with each of them, 0..20
 

@@ -89,6 +89,7 @@ class Sequence:
     def __post_init__(self) -> None:
         s = self.request.sampling
         self.penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+        self._bad_words = [([*before], last) for *before, last in s.bad_words]
         self.rows = (self.row,) if self.companion is None else (self.row, self.companion)
 
     @property
@@ -107,11 +108,11 @@ class Sequence:
     @property
     def barred(self) -> list[int]:
         """Tokens that would complete a bad word."""
-        written = self.row.tokens
+        written, own = self.row.tokens, len(self.row.tokens) - self.row.prompt
         return [
             last
-            for *before, last in self.request.sampling.bad_words
-            if written[max(self.row.prompt, len(written) - len(before)) :] == before
+            for before, last in self._bad_words
+            if len(before) <= own and (not before or (written[-1] == before[-1] and written[-len(before) :] == before))
         ]
 
     @property

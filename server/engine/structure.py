@@ -8,12 +8,15 @@ never approximated. Compiling may take long and is safe in any thread; a Matcher
 """
 
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
@@ -27,7 +30,11 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 
-KEPT = 64  # compiled structures
+KEPT, KEPT_TEXT = 64, 2**20  # compiled structures, and characters of them: each may take some hundred bytes
+# Characters of a structure: a chain of rules as long as that fits compiling.STACK; a long literal has slow masks.
+LONGEST = {"json_schema": 2**18, "json_object": 0, "choice": 2**16, "grammar": 2**16, "regex": 2**14}
+LONGEST_CHOICE = 2**10
+FIRST_MASK, ANY_MASK = 0.05, 1.0  # seconds, for which every choice waits: a common one takes a millisecond
 # Of the parser, a mask: a hundred times what common grammars take, and of the most ambiguous one some 10 ms of a step
 # that all choices wait for. (llguidance's own limit is five times that, and lets it take a second.)
 STEP_ITEMS = 10_000
@@ -49,19 +56,23 @@ class Grammars:
         with suppress(InvalidRequest):  # who asks is told
             self._read_vocabulary("structure")
 
-    def holds(self, structure: Structure) -> bool:
-        """Whether it is compiled and kept."""
-        with self._lock:
-            return structure in self._kept
-
-    def compile(self, structure: Structure, field: str = "structure") -> "Grammar":
-        """The grammar of a structure, new or kept. field: what the caller calls it. Raises Unfollowable, or
-        InvalidRequest for a model that cannot be held to anything."""
+    def get(self, structure: Structure) -> "Grammar | None":
+        """What was compiled before, if it is kept."""
         with self._lock:
             known = self._kept.get(structure)
             if known is not None:
                 self._kept.move_to_end(structure)
-                return known
+            return known
+
+    def compile(self, structure: Structure, field: str = "structure") -> "Grammar":
+        """The grammar of a structure, new or kept. field: what the caller calls it. Raises Unfollowable, or
+        InvalidRequest for a model that cannot be held to anything."""
+        known = self.get(structure)
+        if known is not None:
+            return known
+        longest = LONGEST[structure.kind]
+        if len(structure.text) > longest:
+            raise Unfollowable(f"{field} has {len(structure.text)} characters, {longest} at most: shorten it", field)
         vocabulary = self._read_vocabulary(field)
         try:
             source = _write_grammar(structure)
@@ -70,10 +81,11 @@ class Grammars:
         matcher = new_matcher(vocabulary.tokenizer, source)
         if matcher.is_error():
             raise Unfollowable(f"{field} cannot be followed: {_reason(matcher)}", field)
+        _try(matcher, vocabulary, field)
         grammar = Grammar(matcher, vocabulary, structure)
         with self._lock:
             self._kept[structure] = grammar
-            if len(self._kept) > KEPT:
+            while len(self._kept) > KEPT or sum(len(kept.text) for kept in self._kept) > KEPT_TEXT:
                 self._kept.popitem(last=False)
         return grammar
 
@@ -112,7 +124,7 @@ class Matcher:
     ) -> None:
         self._matcher, self._vocabulary, self._triggers = matcher, vocabulary, triggers
         self._longest = max((len(trigger.text) for trigger in triggers), default=1)
-        self._tail = b""
+        self._tail, self._late = b"", ""
         self._brace = brace  # until the text has begun
         self.waits = bool(triggers) or brace is not None
 
@@ -123,8 +135,8 @@ class Matcher:
 
     @property
     def error(self) -> str | None:
-        """Why it cannot go on: a limit of the parser's."""
-        return _reason(self._matcher) or None
+        """Why it cannot go on: a limit of the parser's, or of time."""
+        return self._late or _reason(self._matcher) or None
 
     def fill(self, words: Words) -> None:
         """Write which tokens may come next, without those that end the text."""
@@ -133,8 +145,10 @@ class Matcher:
             for forbidden in self._forbidden():
                 words &= ~forbidden
             return
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._matcher.is_error():
+        seconds = _fill(self._matcher, words)
+        if seconds > ANY_MASK:
+            self._late = f"a token took {seconds:.1f} s, for which all others waited"
+        if self.error is not None:
             words[:] = 0
 
     @property
@@ -180,9 +194,30 @@ def new_matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
     return LLMatcher(tokenizer, source, log_level=0, limits=limits)
 
 
+def _try(matcher: LLMatcher, vocabulary: Vocabulary, field: str) -> None:
+    """Raises Unfollowable for what fails, or takes too long, at the first token already."""
+    words, took = np.zeros(vocabulary.words, dtype=np.int32), math.inf
+    for _ in range(3):  # the machine may have been busy
+        copy = matcher.deep_copy()
+        took = min(took, _fill(copy, words))
+        if copy.is_error():
+            raise Unfollowable(f"{field} cannot be followed: {_reason(copy)}", field)
+        if took <= FIRST_MASK:
+            return
+    raise Unfollowable(f"{field} takes {took:.1f} s a token, for which all others wait: say it more simply", field)
+
+
+def _fill(matcher: LLMatcher, words: Words) -> float:
+    """Write which tokens may come next; -> seconds."""
+    began = time.perf_counter()
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    return time.perf_counter() - began
+
+
 def _reason(matcher: LLMatcher) -> str:
     """Its error, without the mark that says that it was kept short."""
-    return matcher.get_error().removesuffix("<non-verbose/>").strip()
+    error = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return "no text is as it says" if error == "NoExtensionBias" else error
 
 
 def _write_grammar(structure: Structure) -> str:
@@ -203,6 +238,8 @@ def _write_grammar(structure: Structure) -> str:
             choices = json.loads(text)
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise ValueError("choices are a list of texts, none of them empty")
+            if max(map(len, choices)) > LONGEST_CHOICE:
+                raise ValueError(f"a choice has at most {LONGEST_CHOICE} characters")
             # one lexeme: the parser bounds how many alternatives a rule may have
             return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)))
         case "grammar":
