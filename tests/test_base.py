@@ -11,7 +11,7 @@ from torch import nn
 
 from tiny import VOCAB, read_states, tiny_base, tiny_model, tiny_tokenizer
 from trimtab.errors import InvalidRequest, UnsupportedModel
-from trimtab.server.model import attention
+from trimtab.server.model import attention, weights
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.server.model.linear import PackedLinear, pack_linears
@@ -183,6 +183,26 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monke
     assert list((tmp_path / "cache" / "trimtab").iterdir()) == []
 
 
+def test_what_was_made_of_a_gguf_file_lasts_as_long_as_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "_dequantise", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
+    one.write_text("a")
+    other.write_text("b")
+    first, second = weights.dequantised(one), weights.dequantised(other)
+    assert weights.dequantised(one) == first
+    one.write_text("changed")
+    third = weights.dequantised(one)
+    assert sorted((tmp_path / "cache" / "trimtab").iterdir()) == sorted([second, third])
+    one.unlink()
+    other.write_text("changed")
+    assert sorted((tmp_path / "cache" / "trimtab").iterdir()) == sorted([second, third])
+    fourth = weights.dequantised(other)
+    assert list((tmp_path / "cache" / "trimtab").iterdir()) == [fourth]
+
+
 def test_rope_that_depends_on_the_longest_neighbour_is_kept_where_it_does_not() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     base = tiny_base("phi3", rope_parameters=rope, original_max_position_embeddings=64)
@@ -204,8 +224,6 @@ def test_a_cache_that_does_not_fit_names_the_flags() -> None:
 
 @pytest.mark.model
 def test_the_embedded_model_is_dequantised_once_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.server.model import weights
-
     base = load_base("demo", device="cpu")
     assert (base.name, base.vocab, base.hidden, base.max_len) == ("SmolLM2-135M-Instruct", 49152, 576, 8192)
     monkeypatch.setattr(weights, "_dequantise", lambda *_: pytest.fail("dequantised a second time"))

