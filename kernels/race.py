@@ -6,8 +6,10 @@ overtakes one that did not: two distributions that are close draw the same token
 Sampling", NeurIPS 2014, of the same race in logarithms). By one uniform and the inverse CDF, each small change would
 shift the edges of all later tokens: bfloat16 rounds a row otherwise in another batch, and paired seeds drift apart.
 
-The numbers are those of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014)
-started at the row's key: item i takes the i-th. Items are token ids, and FIRST_GROUP + g for the groups of tokens.
+Groups of tokens race before the tokens of the winner do, which is the same distribution: so a step asks for some
+thousand numbers, not for one of each token. They are those of SplitMix64 (Steele et al., "Fast splittable pseudorandom
+number generators", OOPSLA 2014) started at the row's key: item i takes the i-th. Items are token ids, and FIRST_GROUP +
+g for the groups.
 """
 
 import numpy as np

@@ -136,6 +136,24 @@ def test_callers_take_turns() -> None:
     assert tokenizer.seen.index("x") == 1
 
 
+def test_a_generation_waits_for_one_whole_text_at_most() -> None:
+    """Those are for whoever asks for tokens alone, and long."""
+    tokenizer = Watched()
+    prompter = prompter_of(tokenizer)
+
+    async def main() -> None:
+        whole = [asyncio.ensure_future(prompter.text([f"whole {i}"], long="whole")) for i in range(3)]
+        await asyncio.sleep(0)
+        await prompter.text(["short"])
+        await asyncio.gather(*whole)
+
+    try:
+        asyncio.run(main())
+    finally:
+        prompter.close()
+    assert tokenizer.seen == ["whole 0", "short", "whole 1", "whole 2"]
+
+
 def test_a_token_that_opens_every_text_opens_a_chat_once() -> None:
     """The template writes it, so that the tokenizer must not."""
     tokenizer = tiny_tokenizer()
