@@ -36,7 +36,14 @@ class Compiler:
         kept = self._engine.compiled(structure)
         if kept is not None:
             return kept
-        if not await self._wait(asyncio.ensure_future(self._places.acquire())):
+        place = asyncio.ensure_future(self._places.acquire())
+        try:
+            taken = await self._wait(place)
+        except BaseException:
+            if place.done() and not place.cancelled():  # it came as the caller left
+                self._places.release()
+            raise
+        if not taken:
             raise Overloaded("too many structures are being compiled: try again in a moment")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Grammar] = loop.create_future()

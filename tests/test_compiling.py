@@ -89,6 +89,21 @@ def test_who_leaves_holds_his_place_until_the_compilation_ends() -> None:
     asyncio.run(go())
 
 
+def test_a_caller_who_leaves_as_a_place_comes_leaves_it_too() -> None:
+    async def go() -> None:
+        engine = Engine()
+        compiler = Compiler(engine)
+        for _ in range(2 * PLACES):
+            leaving = asyncio.ensure_future(compiler.compile(Structure("regex", "a"), "guided_regex"))
+            for _ in range(2):  # a place is free at once, and his
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+        assert await compiler.compile(Structure("regex", "b"), "guided_regex") == "b"
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
 def test_at_the_servers_end_whoever_waits_is_told() -> None:
     async def go() -> None:
         engine = Engine()
