@@ -14,7 +14,6 @@ Invariant: a verifier from `load_verifier` returns a finite float within 0 and 1
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import math
 import re
@@ -27,6 +26,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
+from trimtab.steering.tasks import sources
 from trimtab.steering.tasks.final import NUMBER, final_number, improper, marked_numbers, plain, read
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(?:\.\d+)?[eE][+-]?\d{1,3}")
@@ -75,29 +75,7 @@ def source_digest(name: str) -> str | None:
     None where there is no file.
     """
     found = load_verifier if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
-    files = _sources(sys.modules.get(getattr(found, "__module__", "")))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:32] if files else None
-
-
-def _sources(module: ModuleType | None) -> list[Path]:
-    """A module's file and those of what its names come from, as far as they lie in the same folder."""
-    waiting, found = [module], dict[Path, None]()
-    while waiting:
-        one = waiting.pop()
-        file = getattr(one, "__file__", None)
-        path = None if file is None else Path(file)
-        if path is None or path in found or (found and path.parent != next(iter(found)).parent):
-            continue
-        found[path] = None
-        if "site-packages" not in path.parts:
-            for value in vars(one).values():
-                origin = (
-                    value
-                    if isinstance(value, ModuleType)
-                    else sys.modules.get(getattr(value, "__module__", None) or "")
-                )
-                waiting.append(origin)
-    return sorted(found)
+    return sources.digest(sys.modules.get(getattr(found, "__module__", "")))
 
 
 def _import(name: str) -> ModuleType:
