@@ -171,6 +171,16 @@ def test_a_structure_whose_tokens_take_long_is_refused_or_ends_its_own_choice(
     assert matcher.error == "a token took 0.0 s, for which all others waited"
 
 
+def test_the_schemas_of_many_tools_are_not_too_long(grammars: Grammars, base: Base) -> None:
+    """A grammar of calls holds them all: an agent's may have a hundred thousand characters."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "description": "x" * 900}}}
+    tools = [f'"{chr(97 + i % 26)}{i}" %json {json.dumps(schema)}' for i in range(100)]
+    text = "start: " + " | ".join(f"t{i}" for i in range(100)) + "\n"
+    text += "\n".join(f"t{i}: {tool}" for i, tool in enumerate(tools))
+    assert len(text) > 90_000
+    assert "z" in legal(grammars.compile(Structure("grammar", text)).start(), base)
+
+
 def test_what_was_compiled_is_not_compiled_again_at_submission(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the event loop, that would be: though others have pushed it out meanwhile."""
     core, asked = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, max_model_len=64)), Structure("regex", "a")

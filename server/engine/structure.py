@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KEPT, KEPT_TEXT = 64, 2**20  # compiled structures, and characters of them: each may take some hundred bytes
 # Characters of a structure: a chain of rules as long as that fits compiling.STACK; a long literal has slow masks.
-LONGEST = {"json_schema": 2**18, "json_object": 0, "choice": 2**16, "grammar": 2**16, "regex": 2**14}
+LONGEST = {"json_schema": 2**18, "json_object": 0, "choice": 2**16, "grammar": 2**18, "regex": 2**14}
 LONGEST_CHOICE = 2**10
 FIRST_MASK, ANY_MASK = 0.05, 1.0  # seconds, for which every choice waits: a common one takes a millisecond
 # Of the parser, a mask: a hundred times what common grammars take, and of the most ambiguous one some 10 ms of a step
