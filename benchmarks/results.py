@@ -71,7 +71,7 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
     route = {name: config[name] for name in ("tier", "via", "teacher", "gate", "lora_preset") if name in config}
     plain, defaults = (dataclasses.asdict(FitConfig(**chosen)) for chosen in ({}, route))
     defaults |= {name: plain[name] for name in route}
-    command = ["trimtab", "fit", "--out", str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)]
+    command = ["trimtab", "fit", "--out", _place(folder)]
     placed = {"threads": made["threads"]} if config else {}  # sums are rounded by how many there are
     for name, value in {**config, **placed}.items():
         if name in defaults and name != "name" and value != _plain(defaults[name]):
@@ -93,7 +93,7 @@ def write_fit(fit: Mapping[str, Any], folder: Path) -> str:
         **_machine(made["machine"]),
     }
     body = to_markdown(fit["report"]) if fit.get("report") else "No report: nobody has judged this correction.\n"
-    return f"## The correction {fit['name']}\n\n{_list(facts)}\n\n{body}"
+    return f"## The correction {fit['name']} ({_place(folder)})\n\n{_list(facts)}\n\n{body}"
 
 
 def write_eval(run: dict[str, Any], path: Path) -> str:
@@ -102,7 +102,7 @@ def write_eval(run: dict[str, Any], path: Path) -> str:
     which = f"problems, {known} of them in the fit's own report" if known else "further problems"
     title = f"The correction {run['correction']} on {run['problems']} {which}"
     facts = {"base": run["model"], "seed": run["sampling"]["seed"]}
-    return _section(title, facts, run, to_markdown(run) + _text(run))
+    return _section(title, path, facts, run, to_markdown(run) + _text(run))
 
 
 def write_ladder(run: dict[str, Any], path: Path) -> str:
@@ -112,20 +112,20 @@ def write_ladder(run: dict[str, Any], path: Path) -> str:
     name = run["corrections"][0]["name"]
     title = f"The ladder: {name}, {run['problems']} problems of {run['task']}"
     facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"], "gate": run.get("gate")}
-    return _section(title, facts, run, shown + ladder_report.to_markdown(run) + _text(run))
+    return _section(title, path, facts, run, shown + ladder_report.to_markdown(run) + _text(run))
 
 
 def write_analyze(run: dict[str, Any], path: Path) -> str:
     facts = {"problems sha256": run["problems_sha256"], "seed": run["sampling"]["seed"]}
-    return _section(f"What tuning changed: {run['tuned']}", facts, run, analyze_report.to_markdown(run))
+    return _section(f"What tuning changed: {run['tuned']}", path, facts, run, analyze_report.to_markdown(run))
 
 
 def write_serve(run: dict[str, Any], path: Path) -> str:
-    return _section(f"Serving speed: {run['model']}", _facts(run), run, serve_table(run))
+    return _section(f"Serving speed: {run['model']}", path, _facts(run), run, serve_table(run))
 
 
 def write_tiers(run: dict[str, Any], path: Path) -> str:
-    return _section(f"What each tier costs: {run['model']}", _facts(run), run, tiers_table(run))
+    return _section(f"What each tier costs: {run['model']}", path, _facts(run), run, tiers_table(run))
 
 
 def write_fit_time(run: dict[str, Any], path: Path) -> str:
@@ -133,18 +133,19 @@ def write_fit_time(run: dict[str, Any], path: Path) -> str:
     told = run["fit"]
     rows = [["stage of the fit", "seconds"], *([stage, f"{seconds:.1f}"] for stage, seconds in told["stages"])]
     body = f"{plain_table(run['results'])}\n\nBy the fit itself, on {told['hardware']}:\n\n{table(rows)}"
-    return _section(f"How long fitting takes: {run['model']}", _facts(run), run, body)
+    return _section(f"How long fitting takes: {run['model']}", path, _facts(run), run, body)
 
 
 def write_data(run: dict[str, Any], path: Path) -> str:
     """A task file that was made by a script: by which options, and the digests."""
-    return f"## Task file: {run['benchmark']}, {path.stem}\n\n{_list(_facts(run))}\n"
+    return f"## Task file: {run['benchmark']} ({_place(path)})\n\n{_list(_facts(run))}\n"
 
 
 def write_plain(run: dict[str, Any], path: Path) -> str:
     """A kind that needs no table of its own."""
-    title = f"{run['benchmark'].replace('_', ' ').capitalize()}: {run.get('model') or path.stem}"
-    return _section(title, _facts(run), run, plain_table(run["results"]))
+    title = run["benchmark"].replace("_", " ").capitalize()
+    title += f": {run['model']}" if "model" in run else ""
+    return _section(title, path, _facts(run), run, plain_table(run["results"]))
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
@@ -160,11 +161,16 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
 }
 
 
-def _section(title: str, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:
-    """A run: its command, what was asked, the machine, the time, and the figures."""
+def _section(title: str, path: Path, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:
+    """A run: where it lies, its command, what was asked, the machine, the time, and the figures."""
     here = run["machine"]
     listed = {"command": f"`{here['command']}`", **facts, **_machine(here), "when": here["when"]}
-    return f"## {title}\n\n{_list(listed)}\n\n{body.rstrip()}\n"
+    return f"## {title} ({_place(path)})\n\n{_list(listed)}\n\n{body.rstrip()}\n"
+
+
+def _place(path: Path) -> str:
+    """In the repository, where it lies there."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_an_eval_is_a_table_of_its_own(
     facts = {"benchmark": "eval", "model": "tiny", "problems_of_the_fits_report": known, "machine": run}
     (tmp_path / "eval.json").write_text(json.dumps(REPORT | facts) + "\n")
     text = write(results, monkeypatch, str(tmp_path / "eval.json"))
-    assert f"## The correction mine {title}\n" in text
+    assert f"## The correction mine {title} (eval.json)\n" in text
     for words in ("`trimtab eval --correction mine --json`", "hardware: Abacus 3000, wood64, 2 cores", "seed: 7"):
         assert f"- {words}\n" in text or f": {words}\n" in text
     assert "| correction - base | +0.100 | [+0.050, +0.150] |" in text
@@ -191,20 +191,20 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
     (folder / "ladder" / "completions" / "policy.json").write_text("{}")
     shown = write(results, monkeypatch)
     for words in (
-        "## The ladder: mine, 300 problems of sums\n",
+        "## The ladder: mine, 300 problems of sums (results/ladder/report.json)\n",
         "![gains over the base](results/ladder/ladder.svg)",
         "- problems sha256: abcd\n- seed: 7\n",
         "| head | 0.600 [0.550, 0.650] | +0.100 [+0.050, +0.150] | 0.700 |",
         "The text: wiki.txt, sha256 ef01.",
-        "## What tuning changed: lora\n",
+        "## What tuning changed: lora (results/study/report.json)\n",
         "- oracle has 90% [50%, 120%] of the tuned model's gain.",
-        "## What each tier costs: tiny\n",
+        "## What each tier costs: tiny (results/tiers.txt)\n",
         "| 8 | head | 1.10 | 7.0 | 0.970 [0.900, 1.000] |",
-        "## How long fitting takes: tiny\n",
+        "## How long fitting takes: tiny (results/fit_time.txt)\n",
         "| rollouts | 12.0 |",
-        "## Kernels: kernels\n",
+        "## Kernels (results/kernels.txt)\n",
         "| 1 | 3.142 | 0.97 [0.9, 1] |",
-        "## Task file: gsm8k, gsm8k\n\n- problems: 660\n- task_sha256: cafe\n",
+        "## Task file: gsm8k (results/gsm8k.txt)\n\n- problems: 660\n- task_sha256: cafe\n",
     ):
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 5

@@ -1,6 +1,6 @@
 """`trimtab calibrate` and `trimtab analyze`: where a gate opens, and where a tuned model differs from its base.
 
-Invariant: as in commands.py, building the parsers imports neither torch nor a model.
+Invariant: as in fitting.py, building the parsers imports neither torch nor a model.
 """
 
 import argparse
