@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from killing import FIT, prepare
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import read_states, tiny_base, tiny_lora, tiny_model, tiny_tokenizer
+from trimtab.server.model.base import load_base
+from trimtab.steering.adapter import adapter_files
+from trimtab.steering.atomic import write_bytes
+from trimtab.steering.training.teacher import adapt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,3 +116,23 @@ def test_gates_variants_and_answers_of_a_finished_fit(tmp_path: Path) -> None:
     variants = run("variants.py", *few, "--online", "--kl", "0.01", folder=tmp_path)["results"]
     assert all(row["strength"] > 0 for row in variants if "pass_at_1" in row)
     assert variants[0]["parameters"] == min(row["parameters"] for row in variants)
+
+
+def test_two_rounds_of_a_lora_are_one(tmp_path: Path) -> None:
+    """Stacked on the base, as the second on the base that the first was merged into."""
+    model, merged, both = (str(tmp_path / name) for name in ("model", "merged", "both"))
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    for folder, seed in ((first, 1), (second, 2)):
+        for name, content in adapter_files(tiny_lora(tiny_base(), seed=seed, size=0.1).adapter).items():
+            write_bytes(Path(folder) / name, content)
+    script = str(ROOT / "benchmarks" / "second_round.py")
+    call(script, "merge", model, first, "--dtype", "float32", "--out", merged, folder=tmp_path)
+    call(script, "stack", first, second, "--out", both, folder=tmp_path)
+    states = [
+        read_states(adapt(load_base(base, "float32"), Path(lora)), [5, 6, 7])
+        for base, lora in ((model, both), (merged, second), (model, first))
+    ]
+    assert torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(states[0], states[2], rtol=1e-2, atol=1e-2)

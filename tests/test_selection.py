@@ -85,3 +85,15 @@ def test_completions_that_were_cut_off_are_named_as_the_cause() -> None:
     cut = [r._replace(finish="length") for r in rollouts({"a": [0.0, 0.0], "b": [0.0, 0.0]})]
     with pytest.raises(TaskError, match="4 of 4 completions were cut off: raise --max-tokens"):
         select(cut, FitConfig())
+
+
+@pytest.mark.parametrize(("drop", "fix"), [(0.2, "from 96 or learn from the longest too"), (0.0, "from 96\n")])
+def test_completions_that_were_cut_off_are_told(capsys: pytest.CaptureFixture[str], drop: float, fix: str) -> None:
+    config = FitConfig(drop_longest=drop)
+    ended = rollouts(MIXED)
+    select(ended, config)
+    assert capsys.readouterr().err == ""
+    select([r._replace(finish="length") if r.sample == 1 else r for r in ended], config)
+    told = capsys.readouterr().err
+    assert "25% of the completions were cut off: raise --max-tokens" in told
+    assert fix in told

@@ -13,7 +13,9 @@ from typing import NamedTuple
 from trimtab.errors import TaskError
 from trimtab.steering.training.config import FEWEST, FitConfig
 from trimtab.steering.training.journal import Rollout
+from trimtab.steering.training.progress import say
 
+CUT_OFTEN = 0.1  # of the completions: worth a word
 HELD_OUT_EVERY = 6  # one in so many of the kept problems measures the fit's KL instead of being fitted
 
 
@@ -29,6 +31,7 @@ class Item(NamedTuple):
 
 def select(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
     """Completions by problem, the pass rates nearest 0.5 first. Raises TaskError when too few problems are mixed."""
+    _tell_cut_off(rollouts, config)
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.problem, []).append(rollout)
@@ -51,6 +54,14 @@ def take_all(rollouts: Sequence[Rollout], config: FitConfig) -> list[Item]:
         raise TaskError(f"{len(problems)} problems are too few to distil from: give {FEWEST} or more")
     held_out = _held_out(problems, config.seed)
     return [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
+
+
+def _tell_cut_off(rollouts: Sequence[Rollout], config: FitConfig) -> None:
+    """Without the longest completions, little is learned of ending in time."""
+    cut = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
+    if cut > CUT_OFTEN:
+        learn = " or learn from the longest too, to end sooner (--drop-longest 0)" if config.drop_longest else ""
+        say("select", f"{cut:.0%} of the completions were cut off: raise --max-tokens from {config.max_tokens}{learn}")
 
 
 def _describe(groups: Mapping[str, list[Rollout]], mixed: int) -> str:
