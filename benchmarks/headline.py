@@ -40,19 +40,17 @@ class Column(NamedTuple):
 
 
 def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the ladders, the pools and reports of corrections that have no ladder, and the other runs, what a newcomer
-    asks first."""
+    """What a newcomer asks first, of the ladders, the reports of corrections without one, and the other runs."""
     ladders = _of_kind(runs, "ladder")
     named = {run["corrections"][0]["name"] for run in ladders}
-    pools = [run for run in _of_kind(runs, "pool") if run["correction"] not in named]
-    named |= {run["correction"] for run in pools}
     unjudged = [fit for fit in fits if fit["name"] not in named and fit.get("report")]
     own = [run for run in ladders if run.get("strength") is None]  # the strength that the correction has
-    columns = [*map(_of_ladder, own), *map(_of_pool, pools), *map(_of_fit, unjudged)]
+    columns = [*map(_of_ladder, own), *map(_of_fit, unjudged)]
     letters = iter(string.ascii_uppercase)
     by_model = {model: [c for c in columns if c.model == model] for model in dict.fromkeys(c.model for c in columns)}
     elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
     parts = [_gains(model, {next(letters): column for column in found}) for model, found in by_model.items()]
+    parts += [_pools(pools)] if (pools := _of_kind(runs, "pool")) else []
     parts += ["\n".join(elsewhere)] if elsewhere else []
     parts += map(_gates, _of_kind(runs, "gates"))
     parts += map(_costs, _of_kind(runs, "tiers"))
@@ -80,13 +78,6 @@ def _of_ladder(run: Mapping[str, Any]) -> Column:
     return Column(run["model"], of, rows[BASE]["pass_at_1"], fired, _pairs(run["differences"]))
 
 
-def _of_pool(run: Mapping[str, Any]) -> Column:
-    rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
-    gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
-    of = f"`{run['correction']}`, {run['problems']}' held-out problems, taken together; {run['drawn on']}"
-    return Column(run["model"], of, rates[BASE], None, gains)
-
-
 def _of_fit(fit: Mapping[str, Any]) -> Column:
     report = fit["report"]
     rows = {row["policy"]: row for row in report["policies"]}
@@ -108,16 +99,31 @@ def _gains(model: str, lettered: Mapping[str, Column]) -> str:
         ["head: acts at % of steps", *("" if c.fired is None else f"{100 * c.fired:.0f}" for c in columns)],
     ]
     pairs = [*((policy, BASE) for policy in AGAINST_THE_BASE), *((HEAD, other) for other in OF_THE_HEAD)]
-    rows += [[f"{policy} minus {against}", *(_gain(c, policy, against) for c in columns)] for policy, against in pairs]
+    rows += [
+        [f"{policy} minus {against}", *(_gain(c.gains, policy, against) for c in columns)] for policy, against in pairs
+    ]
     told = "\n".join(f"- {letter}: {column.of}" for letter, column in lettered.items())
     return f"{table([[model, *lettered], *(row for row in rows if any(row[1:]))])}\n\n{told}"
 
 
-def _gain(column: Column, policy: str, against: str) -> str:
+def _pools(pools: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each: what a correction and its LoRA gain over several ladders' problems."""
+    pairs = [*((policy, BASE) for policy in (GREEDY, HEAD, LORA_ALWAYS)), (HEAD, GREEDY), (LORA_ALWAYS, GREEDY)]
+    rows = [["several ladders as one", "base", *(f"{policy} minus {against}" for policy, against in pairs)]]
+    for run in pools:
+        rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
+        gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
+        name = f"{run['correction']}, {run['problems'].partition(' ')[0]} problems"
+        cells = (_gain(gains, policy, against) for policy, against in pairs)
+        rows.append([name, f"{100 * rates[BASE]:.1f}", *cells])
+    return table(rows)
+
+
+def _gain(gains: Mapping[Pair, Mapping[str, float]], policy: str, against: str) -> str:
     """In points of a hundred, whichever way round the run tells it."""
-    if d := column.gains.get((policy, against)):
+    if d := gains.get((policy, against)):
         return _interval(d["mean"], d["low"], d["high"])
-    if d := column.gains.get((against, policy)):
+    if d := gains.get((against, policy)):
         return _interval(-d["mean"], -d["high"], -d["low"])
     return ""
 

@@ -165,7 +165,19 @@ TIERS = {
     "base": {"ms": 1.0, "tokens_s": 8.0, "of_base": SPREAD},
     "head": {"ms": 1.1, "tokens_s": 7.0, "of_base": SPREAD},
 }
+POOL: list[dict[str, Any]] = [
+    {"policy": "base", "against": None, "pass@1": 0.5, "gain": None},
+    {"policy": "head", "against": None, "pass@1": 0.6, "gain": None},
+    {"policy": "head", "against": "base", "pass@1": None, "gain": {"mean": 0.1, "low": 0.05, "high": 0.15}},
+]
 MEASURED: dict[str, dict[str, Any]] = {
+    "pool": {
+        "benchmark": "pool",
+        "model": "tiny",
+        "correction": "mine",
+        "problems": "600 of 2 ladders",
+        "results": POOL,
+    },
     "tiers": {"benchmark": "tiers", "model": "tiny", "device": "cpu", "results": [{"batch": 8, "tiers": TIERS}]},
     "kernels": {"benchmark": "kernels", "vocabulary": 9, "results": [{"rows": 1, "us": 3.14159, "span": SPREAD}]},
     "gsm8k": {"benchmark": "gsm8k", "problems": 660, "task_sha256": "cafe"},
@@ -207,13 +219,14 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         "## Task file: gsm8k (results/gsm8k.txt)\n\n- problems: 660\n- task_sha256: cafe\n",
     ):
         assert words in shown
-    assert shown.count("- command: `trimtab something`") == 5
+    assert shown.count("- command: `trimtab something`") == 6
     readme = (results.ROOT / "README.md").read_text()
     for only_in_results in ("head-greedy", "oracle"):
         assert only_in_results in shown
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
+    assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |\n" in readme
     assert "- A: `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
     assert "| head | 97.0 [90.0, 100.0] |\n" in readme
