@@ -116,7 +116,8 @@ def _pools(pools: Sequence[Mapping[str, Any]]) -> str:
         name = f"{run['correction']}, {run['problems'].partition(' ')[0]} problems"
         cells = (_gain(gains, policy, against) for policy, against in pairs)
         rows.append([name, f"{100 * rates[BASE]:.1f}", *cells])
-    return table(rows)
+    places = " or ".join(dict.fromkeys(run["drawn on"] for run in pools))
+    return f"{table(rows)}\n\n- on {places}"
 
 
 def _gain(gains: Mapping[Pair, Mapping[str, float]], policy: str, against: str) -> str:

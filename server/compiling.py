@@ -4,7 +4,7 @@ Invariant: a structure that never ends to compile holds one of PLACES and a thre
 else: its request is refused in time, and so are those that find every place taken. llguidance follows a chain of rules
 by recursion, and a stack that overflows ends the process: STACK is for the longest chain that structure.py lets in.
 
-    compiler = Compiler(engine);  grammar = await compiler.compile(structure, "response_format")
+    compiler = Compiler(grammars);  grammar = await compiler.compile(structure, "response_format")
 """
 
 import asyncio
@@ -14,9 +14,8 @@ from contextlib import suppress
 from typing import Any, cast
 
 from trimtab.errors import SHUTTING_DOWN, EngineStopped, InvalidRequest, Overloaded
-from trimtab.server.engine.engine import Engine
 from trimtab.server.engine.request import Structure
-from trimtab.server.engine.structure import Grammar
+from trimtab.server.engine.structure import Grammar, Grammars
 
 PLACES = 4  # structures under way at once
 STACK = 2**29  # bytes of address space a thread, of which it takes what it needs
@@ -26,14 +25,14 @@ SECONDS = 30.0  # a structure may take; a common one takes milliseconds, the fir
 class Compiler:
     """Used by one event loop."""
 
-    def __init__(self, engine: Engine, seconds: float = SECONDS) -> None:
-        self._engine, self._seconds = engine, seconds
+    def __init__(self, grammars: Grammars, seconds: float = SECONDS) -> None:
+        self._grammars, self._seconds = grammars, seconds
         self._places = asyncio.Semaphore(PLACES)
         self._ended = asyncio.Event()
 
     async def compile(self, structure: Structure, field: str) -> Grammar:
         """Raises InvalidRequest, naming `field`, also for what takes too long; Overloaded; EngineStopped."""
-        kept = self._engine.compiled(structure)
+        kept = self._grammars.get(structure)
         if kept is not None:
             return kept
         place = asyncio.ensure_future(self._places.acquire())
@@ -61,7 +60,7 @@ class Compiler:
             made: Grammar | None = None
             found: BaseException | None = None
             try:
-                made = self._engine.compile(structure, field)
+                made = self._grammars.compile(structure, field)
             except BaseException as error:
                 found = error
             with suppress(RuntimeError):  # the loop closed meanwhile

@@ -67,7 +67,7 @@ class Tickets:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._compiler = Compiler(engine)
+        self._compiler = Compiler(engine.grammars)
         self._tickets: dict[str, Ticket] = {}
 
     def start(self) -> None:

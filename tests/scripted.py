@@ -65,6 +65,14 @@ def say(text: str, end: str = "stop") -> Script:
     return script
 
 
+class AnyGrammar:
+    """Of an engine that follows none: anything can be compiled, and nothing is kept."""
+
+    def get(self, structure: Structure) -> None: ...
+
+    def compile(self, structure: Structure, field: str) -> None: ...
+
+
 class ScriptedEngine:
     """Plays a script for each choice, a step each, as soon as a request is submitted."""
 
@@ -77,16 +85,11 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.aborted: list[tuple[str, int | None]] = []
         self.alive, self.beat = False, 0.0
+        self.grammars = AnyGrammar()
         self.after_abort = threading.Event()
 
     def start(self, on_events: Callable[[list[Event]], None]) -> None:
         self.on_events, self.alive = on_events, True
-
-    def compiled(self, structure: Structure) -> None:
-        """None is kept."""
-
-    def compile(self, structure: Structure, field: str) -> None:
-        """Anything can be followed."""
 
     def submit(self, request: Request) -> None:
         if self.refusal is not None:

@@ -13,14 +13,14 @@ from trimtab.server.compiling import PLACES, Compiler
 from trimtab.server.engine.request import Structure
 
 
-class Engine:
-    """As llguidance: some texts take until `free`, some are refused, and one is kept."""
+class Texts:
+    """Grammars, as of llguidance: some texts take until `free`, some are refused, and one is kept."""
 
     def __init__(self) -> None:
         self.free = threading.Event()
         self.began: list[str] = []
 
-    def compiled(self, structure: Structure) -> str | None:
+    def get(self, structure: Structure) -> str | None:
         return "kept" if structure.text == "kept" else None
 
     def compile(self, structure: Structure, field: str) -> str:
@@ -34,22 +34,22 @@ class Engine:
 
 def test_a_structure_is_compiled_or_refused_by_the_name_of_its_field() -> None:
     async def go() -> None:
-        engine = Engine()
-        compiler = Compiler(engine)
+        texts = Texts()
+        compiler = Compiler(texts)
         assert await compiler.compile(Structure("regex", "a"), "guided_regex") == "a"
         assert await compiler.compile(Structure("regex", "kept"), "guided_regex") == "kept"
         for _ in range(2 * PLACES):  # whoever is refused leaves his place
             with pytest.raises(Unfollowable, match="guided_regex cannot be followed"):
                 await compiler.compile(Structure("regex", "wrong"), "guided_regex")
-        assert engine.began == ["a", *["wrong"] * 2 * PLACES]
+        assert texts.began == ["a", *["wrong"] * 2 * PLACES]
 
     asyncio.run(go())
 
 
 def test_what_never_ends_is_refused_in_time_and_holds_one_place() -> None:
     async def go() -> None:
-        engine = Engine()
-        compiler = Compiler(engine, seconds=0.2)
+        texts = Texts()
+        compiler = Compiler(texts, seconds=0.2)
 
         async def refused(text: str) -> type:
             with pytest.raises((InvalidRequest, Overloaded)) as caught:
@@ -62,7 +62,7 @@ def test_what_never_ends_is_refused_in_time_and_holds_one_place() -> None:
         assert await refused("endless") is InvalidRequest
         assert await refused("a") is Overloaded
         await compiler.compile(Structure("regex", "kept"), "guided_regex")
-        engine.free.set()
+        texts.free.set()
         await asyncio.sleep(0.1)
         await compiler.compile(Structure("regex", "b"), "guided_regex")
 
@@ -71,8 +71,8 @@ def test_what_never_ends_is_refused_in_time_and_holds_one_place() -> None:
 
 def test_who_leaves_holds_his_place_until_the_compilation_ends() -> None:
     async def go() -> None:
-        engine = Engine()
-        compiler = Compiler(engine)
+        texts = Texts()
+        compiler = Compiler(texts)
         gone = [asyncio.create_task(compiler.compile(Structure("regex", "endless"), "f")) for _ in range(PLACES)]
         await asyncio.sleep(0.1)
         for task in gone:
@@ -82,8 +82,8 @@ def test_who_leaves_holds_his_place_until_the_compilation_ends() -> None:
         )
         waits = asyncio.create_task(compiler.compile(Structure("regex", "a"), "f"))
         await asyncio.sleep(0.1)
-        assert engine.began == ["endless"] * PLACES
-        engine.free.set()
+        assert texts.began == ["endless"] * PLACES
+        texts.free.set()
         await waits
 
     asyncio.run(go())
@@ -91,8 +91,8 @@ def test_who_leaves_holds_his_place_until_the_compilation_ends() -> None:
 
 def test_a_caller_who_leaves_as_a_place_comes_leaves_it_too() -> None:
     async def go() -> None:
-        engine = Engine()
-        compiler = Compiler(engine)
+        texts = Texts()
+        compiler = Compiler(texts)
         for _ in range(2 * PLACES):
             leaving = asyncio.ensure_future(compiler.compile(Structure("regex", "a"), "guided_regex"))
             for _ in range(2):  # a place is free at once, and his
@@ -106,18 +106,18 @@ def test_a_caller_who_leaves_as_a_place_comes_leaves_it_too() -> None:
 
 def test_at_the_servers_end_whoever_waits_is_told() -> None:
     async def go() -> None:
-        engine = Engine()
-        compiler = Compiler(engine)
+        texts = Texts()
+        compiler = Compiler(texts)
         asked = [
             asyncio.ensure_future(compiler.compile(Structure("regex", "endless"), "guided_regex"))
             for _ in range(PLACES + 2)  # some wait for a place
         ]
-        while len(engine.began) < PLACES:
+        while len(texts.began) < PLACES:
             await asyncio.sleep(0.01)
         compiler.close()
         for error in await asyncio.gather(*asked, return_exceptions=True):
             assert isinstance(error, EngineStopped)
-        engine.free.set()
+        texts.free.set()
 
     asyncio.run(go())
 
@@ -139,14 +139,11 @@ from trimtab.server.engine.structure import LONGEST, Grammars
 base = tiny_base()
 grammars = Grammars(base.tokenizer, base.vocab, base.eos)
 
-class Engine:
-    compiled, compile = grammars.get, grammars.compile
-
 async def go():
     rules = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(4100)}
     text = json.dumps({"$ref": "#/$defs/d0", "$defs": rules | {"d4100": {"type": "string"}}})
     assert 0.95 * LONGEST["json_schema"] < len(text) <= LONGEST["json_schema"], len(text)
-    grammar = await Compiler(Engine()).compile(Structure("json_schema", text), "f")
+    grammar = await Compiler(grammars).compile(Structure("json_schema", text), "f")
     for text in "[[":
         matcher = grammar.start()
         matcher.take(base.tokenizer.encode(text, add_special_tokens=False)[0])
@@ -167,7 +164,7 @@ from trimtab.server.compiling import Compiler
 from trimtab.server.engine.request import Structure
 
 class Endless:
-    def compiled(self, structure): return None
+    def get(self, structure): return None
     def compile(self, structure, field): threading.Event().wait()
 
 async def go():

@@ -268,5 +268,5 @@ def test_what_grammars_need_of_a_tokenizer_is_read_before_anyone_asks(
 ) -> None:
     engine = Engine(base, Bank(base.hidden, "cpu"), EngineConfig(slots=1, max_model_len=64))
     monkeypatch.setattr(structure, "Vocabulary", None)
-    engine.compile(Structure("regex", "[a-z]+"), "structure")
-    assert engine.compiled(Structure("regex", "[a-z]+"))
+    made = engine.grammars.compile(Structure("regex", "[a-z]+"))
+    assert engine.grammars.get(Structure("regex", "[a-z]+")) is made

@@ -176,6 +176,7 @@ MEASURED: dict[str, dict[str, Any]] = {
         "model": "tiny",
         "correction": "mine",
         "problems": "600 of 2 ladders",
+        "drawn on": "a box",
         "results": POOL,
     },
     "tiers": {"benchmark": "tiers", "model": "tiny", "device": "cpu", "results": [{"batch": 8, "tiers": TIERS}]},
@@ -226,7 +227,7 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
-    assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |\n" in readme
+    assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |\n\n- on a box\n" in readme
     assert "- A: `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
     assert "| head | 97.0 [90.0, 100.0] |\n" in readme

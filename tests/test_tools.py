@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from scripted import BASE, EOS, Script, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_bank
+from scripted import BASE, EOS, AnyGrammar, Script, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_bank
 from tiny import TEMPLATE, tiny_base, tiny_correction, tiny_tokenizer
 from trimtab.server import tickets
 from trimtab.server.app import create_app
@@ -502,11 +502,11 @@ def test_tools_that_take_too_long_are_tried_once(monkeypatch: pytest.MonkeyPatch
     """A grammar that cannot be followed is made plainer; one that is never finished would take place after place."""
     tried: list[str] = []
 
-    def compile(engine: Engine, structure: Structure, field: str) -> None:
+    def compile(grammars: Grammars, structure: Structure, field: str) -> None:
         tried.append(field)
         threading.Event().wait()
 
-    monkeypatch.setattr(Engine, "compile", compile)
+    monkeypatch.setattr(AnyGrammar, "compile", compile)
     monkeypatch.setattr(tickets, "Compiler", partial(Compiler, seconds=0.1))
     response, _ = ask("x", tool_choice="required")
     assert response.status_code == 400

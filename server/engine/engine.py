@@ -25,8 +25,8 @@ from trimtab.errors import SHUTTING_DOWN, EngineFailure, EngineStopped, Overload
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import FAILED, Core
 from trimtab.server.engine.event import Event, FinishReason
-from trimtab.server.engine.request import Request, Structure
-from trimtab.server.engine.structure import Grammar
+from trimtab.server.engine.request import Request
+from trimtab.server.engine.structure import Grammars
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
@@ -104,13 +104,10 @@ class Engine:
         self._on_events = on_events
         self._thread.start()
 
-    def compiled(self, structure: Structure) -> Grammar | None:
-        """What was made of it, if that is kept."""
-        return self._core.grammars.get(structure)
-
-    def compile(self, structure: Structure, field: str) -> Grammar:
-        """Compile what a request will need, which may take long: any thread. Raises InvalidRequest, naming `field`."""
-        return self._core.grammars.compile(structure, field)
+    @property
+    def grammars(self) -> Grammars:
+        """Those that are compiled here; any thread may do so."""
+        return self._core.grammars
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what Core.submit does, Overloaded, and EngineStopped or EngineFailure at the end."""
