@@ -191,6 +191,32 @@ def test_a_step_that_was_launched_ahead_is_masked_by_the_token_before_it(on_gpu:
     assert set(texts["c"]) <= {"x", "y"}
 
 
+def test_rows_that_end_while_the_next_step_runs_are_left_out_of_it(
+    on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(eos_token_id=list(range(20)))
+    settle, left = runner.Runner.settle, []
+
+    def watch(self: runner.Runner, ahead: runner.Forward, tokens: torch.Tensor) -> runner.Forward | None:
+        found = settle(self, ahead, tokens)
+        left.append((len(tokens), len(found.sampling.sequences) if found else 0))
+        return found
+
+    def told(graphs: bool) -> list[Any]:
+        core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=4, max_model_len=40, graphs=graphs))
+        requests = [
+            Request(str(i), tuple(range(30 + i, 35 + 2 * i)), SamplingParams(temperature=0.9, seed=i, max_tokens=5 + i))
+            for i in range(12)
+        ]
+        return sorted(((e.request_id, e.token, e.finish) for e in core.run(requests)), key=lambda event: event[0])
+
+    monkeypatch.setattr(runner.Runner, "settle", watch)
+    found = told(True)
+    assert {finish for _, _, finish in found} == {None, "stop", "length"}
+    assert any(0 < after < before for before, after in left)
+    assert told(False) == found
+
+
 def test_what_ends_or_changes_from_outside_spoils_no_step_that_was_launched_ahead(on_gpu: list[int]) -> None:
     base = tiny_base()
     core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=3, max_model_len=64))

@@ -129,7 +129,8 @@ class Core:
     def step(self) -> list[Event]:
         """Compute one step. -> one event for every token sampled in it.
 
-        On a GPU, the model's next step runs while this one's events are made, where it is known what it will be.
+        On a GPU, the model's next step is launched before the host knows this one's tokens, where it knows the rows: so
+        it runs while their events are made.
         """
         forward, self._ahead = self._ahead, None
         work = self._scheduler.plan() if forward is None else self._scheduler.go_on(forward.sampling.sequences)
@@ -138,10 +139,14 @@ class Core:
         try:
             forward = forward or self._runner.forward(work)
             scored = self._runner.score(work)
-            packed = self._runner.sample(forward)
-            if packed is not None and self.runs_ahead and self._scheduler.settled(len(work)):
-                self._ahead = self._runner.forward_again(forward, packed[:, TOKEN])
+            sampled = self._runner.sample(forward)
+            if sampled is not None and self.runs_ahead and self._scheduler.settled(len(work)):
+                self._ahead = self._runner.forward_again(forward, sampled.token)
+            packed = sampled and sampled.wait()
+            if packed is not None and self._ahead is not None:
+                self._ahead = self._runner.settle(self._ahead, packed[:, TOKEN])
         except Exception:  # whatever it was, the requests of this step must hear of it and the rest go on
+            self._ahead = None
             ended = list(dict.fromkeys(w.sequence for w in work))
             log.exception("a step failed; its sequences end: %s", ", ".join(s.request.id for s in ended))
             return [self._fail(s, FAILED) for s in ended]

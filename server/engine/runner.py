@@ -1,7 +1,8 @@
 """One step on the device: from the scheduler's work to the host-side record of the rows that sample.
 
-Invariant: a step makes the host wait once, for its packed record. The rows of the record are the sampling sequences in
-the order of their work; companions are computed beside them and have no row of their own.
+Invariant: a step makes the host wait once, for its packed record, and by then the device may be at the next. The rows
+of the record are the sampling sequences in the order of their work; companions are computed beside them and have no row
+of their own.
 """
 
 import gc
@@ -25,7 +26,7 @@ from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.model.adapters import Placed, Shelf
 from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base
-from trimtab.server.model.graphs import DecodeGraphs
+from trimtab.server.model.graphs import PADDING, DecodeGraphs
 from trimtab.server.model.staging import stage
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import LoraCorrection
@@ -38,6 +39,20 @@ class Forward(NamedTuple):
     hidden: Tensor  # [rows, hidden]: of the sampling rows, then of their companions
     logits: Tensor  # [rows, vocab]
     again: bool  # a graph made it, of sampling rows alone and no companion, so the next step may be like it
+
+
+class Sampled(NamedTuple):
+    """What the step kernel makes of a step's rows, on its way to the host."""
+
+    token: Tensor  # int32 [rows], on the device
+    packed: Tensor  # on the host: not to be read before `wait`
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> Tensor:
+        """Until the device has come so far. -> packed, as `unpack` reads it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.packed
 
 
 class Runner:
@@ -98,8 +113,8 @@ class Runner:
         at = self._place(rows)
         return Forward(sampling, hidden[at], logits[at], False)
 
-    def sample(self, forward: Forward) -> Tensor | None:
-        """Launch the step kernel and wait for what it reports, packed; None if no row samples."""
+    def sample(self, forward: Forward) -> Sampled | None:
+        """Launch the step kernel; None if no row samples."""
         sampling, hidden, logits, _ = forward
         if not sampling.sequences:
             return None
@@ -115,35 +130,52 @@ class Runner:
         slots = np.array([choice.row.slot for choice in piece.choices])
         sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
         logits = self.base.logits(torch.cat([piece.states, piece.companions]))
-        record = unpack(self._report(sampling, piece.states, logits))
+        record = unpack(self._report(sampling, piece.states, logits).wait())
         allowed = allow(piece, record)
         if overruled(allowed, record):
-            record = unpack(self._report(sampling._replace(allowed=allowed), piece.states, logits))
+            record = unpack(self._report(sampling._replace(allowed=allowed), piece.states, logits).wait())
         return sampling, record
 
-    def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> Tensor:
-        """What the step kernel reports of rows, after which their companions stand: packed, on the host."""
+    def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> Sampled:
+        """Launch the step kernel on rows, after which their companions stand, and the step's one copy to the host."""
         own = len(sampling.sequences)
         weight, bank = self.base.head_weight, self.bank.tensors()
         inputs = build_inputs(sampling, self._slate, logits[:own], hidden[:own], weight, bank)
         record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
-        return pack(record).cpu()  # the step's one copy and synchronisation
+        packed = pack(record)
+        if not packed.is_cuda:
+            return Sampled(record.token, packed, None)
+        home = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
+        home.copy_(packed, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return Sampled(record.token, home, copied)
 
     def forward_again(self, forward: Forward, tokens: Tensor) -> Forward | None:
-        """The step after, of the rows that go on with these tokens, int32 [rows] on the host; None if it is not known.
+        """Launch the step after, of rows that go on with these tokens, int32 [rows] on the device; None: unknown.
 
-        It needs nothing from the sequences, so that it can be launched before they have taken their tokens.
+        Nobody knows the tokens yet: rows that end with them are computed in vain, and `settle` leaves them out.
         """
         if self._graphs is None or not forward.again:
             return None
         sequences, slots, lengths = forward.sampling[:3]
-        kept = self._slate.go_on(slots, lengths + 1, tokens.numpy()).nonzero()[0]
-        if not len(kept):
+        more = self._slate.has_room(slots, lengths + 1)
+        if not more.any():
             return None
-        slots, lengths = slots[kept], lengths[kept]
-        hidden, logits = self._graphs.run(tokens.numpy()[kept], slots, lengths)
-        sampling = Sampling([sequences[row] for row in kept.tolist()], slots, lengths + 1)
-        return Forward(sampling, hidden, logits, True)
+        hidden, logits = self._graphs.run(tokens, slots, np.where(more, lengths, PADDING))
+        return Forward(Sampling(sequences, slots, lengths + 1), hidden, logits, True)
+
+    def settle(self, ahead: Forward, tokens: Tensor) -> Forward | None:
+        """What was launched ahead, without the rows that ended with these tokens, int32 [rows] on the host."""
+        sequences, slots, lengths = ahead.sampling[:3]
+        kept = self._slate.go_on(slots, lengths, tokens.numpy()).nonzero()[0].tolist()
+        if len(kept) == len(slots):
+            return ahead
+        if not kept:
+            return None
+        at = self._place(kept)
+        sampling = Sampling([sequences[row] for row in kept], slots[kept], lengths[kept])
+        return Forward(sampling, ahead.hidden[at], ahead.logits[at], True)
 
     def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
         """logits: [companions, vocab], in the order of their sequences."""

@@ -53,10 +53,15 @@ class Slate:
             if held is None or held() is not sequence:
                 self._write(sequence)
 
+    def has_room(self, slots: Slots, lengths: Slots) -> npt.NDArray[np.bool_]:
+        """Whether the choices, `lengths` tokens long, may sample more. [rows]"""
+        more: npt.NDArray[np.bool_] = lengths - self.prompt[slots] < self._limit[slots]
+        return more
+
     def go_on(self, slots: Slots, lengths: Slots, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Whether the choices, `lengths` tokens long with these that they sampled, do not end with them. [rows]"""
         ended = (self._stops[slots] == tokens[:, None]).any(axis=1) | (tokens < 0)
-        more: npt.NDArray[np.bool_] = ~ended & (lengths - self.prompt[slots] < self._limit[slots])
+        more: npt.NDArray[np.bool_] = ~ended & self.has_room(slots, lengths)
         return more
 
     def gather(self, slots: Slots) -> dict[str, npt.NDArray[Any]]:

@@ -21,6 +21,8 @@ from trimtab.server.model.notices import tell
 
 Replay = Callable[[], None]
 
+PADDING = -1  # the position of a row that reads and writes no slot
+
 
 class DecodeGraphs:
     """graphs = DecodeGraphs(base, cache, rows, capture);  hidden, logits = graphs.run(ids, slots, positions)"""
@@ -49,22 +51,31 @@ class DecodeGraphs:
         took = time.perf_counter() - began
         tell(f"captured {len(made)} sizes in {took:.1f} s")
 
-    def run(self, ids: npt.ArrayLike, slots: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[Tensor, Tensor]:
-        """A token, its slot and its position for each row -> h [rows, hidden] and base logits [rows, vocab]."""
-        told = np.array((ids, slots, positions))
+    def run(self, ids: npt.ArrayLike | Tensor, slots: npt.ArrayLike, positions: npt.ArrayLike) -> tuple[Tensor, Tensor]:
+        """A token, its slot and its position for each row -> h [rows, hidden] and base logits [rows, vocab].
+
+        ids: on the host; or a tensor, int32 [rows] on the device, whose -1 stand for any token. Rows at PADDING are
+        computed as padding is.
+        """
+        ahead = isinstance(ids, Tensor)
+        told = np.array((np.zeros_like(slots) if ahead else ids, slots, positions))
         rows = told.shape[1]
         size = next(size for size in self._sizes if size >= rows)
         where, replay = self._graphs[size]
         host = torch.empty(where.shape, dtype=torch.int64, device="cpu", pin_memory=where.is_cuda)
         host.numpy()[:, :rows] = told
-        host.numpy()[:, rows:] = _PADDING
+        host.numpy()[:, rows:] = [[0], [0], [PADDING]]
         where.copy_(host, non_blocking=True)
+        if isinstance(ids, Tensor):
+            where[0, :rows] = ids.clamp(min=0)
         replay()
         return self._hidden[:rows], self._logits[:rows]
 
     def _make(self, size: int, capture: Callable[[Replay], Replay]) -> tuple[Tensor, Replay]:
         """-> what tells the graph its rows: int64 [3, size or one more] of ids, slots and positions; and the graph."""
-        where = torch.tensor(_PADDING).repeat(1, size + size % 2).to(self._base.device)  # each line aligned
+        where = (
+            torch.tensor([[0], [0], [PADDING]]).repeat(1, size + size % 2).to(self._base.device)
+        )  # each line aligned
         ids, slot, position = where[:, :size]
         batch = FixedBatch(self._cache, Places(slot, position, size, None))
 
@@ -75,9 +86,6 @@ class DecodeGraphs:
             self._base.logits_into(states, self._logits[:size])
 
         return where, capture(run)
-
-
-_PADDING = np.array([[0], [0], [-1]])  # an id, a slot, and the position that says so
 
 
 def batch_sizes(rows: int) -> list[int]:
