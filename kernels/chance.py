@@ -16,27 +16,50 @@ FIRST_GROUP = tl.constexpr(race.FIRST_GROUP)
 GAMMA, MIX_1, MIX_2 = tl.constexpr(race.GAMMA), tl.constexpr(race.MIX_1), tl.constexpr(race.MIX_2)
 UNKNOWN = tl.constexpr(0x7FFFFFFF)  # how many are kept
 PAST = tl.constexpr(0x7FFFFFFF)  # every group and token
+UNIT, LAST = tl.constexpr(2.0**-52), tl.constexpr((1 << 52) - 1)
+SMALL = tl.constexpr(2.0**-10)  # above it, float32 and its log, which may err by 2^-22, are good to 2^-12
+SURE = tl.constexpr(1 - 2.0**-9)
 
 
 @triton.jit
-def speeds(mass, noise, item):
-    """mass / E of each item, in float64: the largest wins (race.py)."""
-    z = noise.to(tl.uint64) + (item.to(tl.uint64) + 1) * GAMMA
+def draw_bits(noise, number):
+    """The 52 bits that item `number` of the row draws: its uniform is (bits + 0.5) / 2^52."""
+    z = noise.to(tl.uint64) + (number.to(tl.uint64) + 1) * GAMMA
     z = (z ^ (z >> 30)) * MIX_1
     z = (z ^ (z >> 27)) * MIX_2
-    z = z ^ (z >> 31)
-    return mass / -tl.log(((z >> 12).to(tl.float64) + 0.5) * 2.0**-52)
+    return ((z ^ (z >> 31)) >> 12).to(tl.int64)
 
 
 @triton.jit
-def group_speeds(mass, noise, group):
-    return speeds(mass, noise, group.to(tl.int64) + FIRST_GROUP)
+def speeds(mass, bits):
+    """mass / E of each item, in float64: the largest wins (race.py)."""
+    return mass / -tl.log((bits.to(tl.float64) + 0.5) * UNIT)
+
+
+@triton.jit
+def rough_speeds(mass, bits):
+    """`speeds` in float32, within 2^-11 of them: logarithms in float64 are slow."""
+    uniform = (bits.to(tl.float32) + 0.5) * UNIT
+    rest = ((bits ^ LAST).to(tl.float32) + 0.5) * UNIT  # 1 - uniform: -log(1 - x) is x + x^2 / 2 for small x
+    return mass.to(tl.float32) / tl.where(rest < SMALL, rest + 0.5 * rest * rest, -tl.log(uniform))
 
 
 @triton.jit
 def first_of(speed, item):
     """The one that arrives first."""
     return tl.min(tl.where(speed == tl.max(speed, axis=0), item, PAST), axis=0)
+
+
+@triton.jit
+def win(mass, noise, number, item):
+    """The item with the largest of `speeds`: nearly always all others trail by more than `rough_speeds` may err."""
+    bits = draw_bits(noise, number)
+    rough = rough_speeds(mass, bits)
+    near = rough >= tl.max(rough, axis=0) * SURE
+    first = tl.min(tl.where(near, item, PAST), axis=0)
+    if first != tl.max(tl.where(near, item, -1), axis=0):
+        first = first_of(speeds(mass, bits), item)
+    return first
 
 
 @triton.jit
@@ -76,19 +99,19 @@ def draw_best(keys, known, best, inverse, noise, mass, beyond, limit, has_k, top
         theirs = tl.where(item < kept, tl.exp(tl.where(item < kept, (key_value(key) - best) * inverse, 0.0)), 0.0)
         same = (key_token(key) // GROUP)[:, None] == home[None, :]
         shared += tl.sum(tl.where(same, theirs[:, None], 0.0).to(tl.float64), axis=0)
-    winner = first_of(tl.where(inside, group_speeds(shared, noise, home), -1.0), home)
-    drawn = first_of(tl.where(inside & (home == winner), speeds(e, noise, token), -1.0), token)
+    winner = win(tl.where(inside, shared, 0.0), noise, home.to(tl.int64) + FIRST_GROUP, home)
+    drawn = win(tl.where(inside & (home == winner), e, 0.0), noise, token, token)
     return tl.where(settled, drawn, -1)
 
 
 @triton.jit
 def draw_group(mass, group, noise):
     """The group of tokens that wins; mass float64, of all groups."""
-    return first_of(group_speeds(mass, noise, group), group)
+    return win(mass, noise, group.to(tl.int64) + FIRST_GROUP, group)
 
 
 @triton.jit
 def draw_within(mass, group, noise):
     """The token of this group that wins; mass float64 [GROUP], of its tokens."""
     token = group * GROUP + tl.arange(0, GROUP)
-    return first_of(speeds(mass, noise, token), token)
+    return win(mass, noise, token, token)

@@ -38,6 +38,7 @@ _POINTERS = dict.fromkeys(_INT32.split(), "*i32") | {
     "noise": "*i64",
     "pool": "*i64",
     "ranked": "*i64",
+    "likely": "*i64",
     "steered_keys": "*i64",
     "slot": "*i64",
     "position": "*i64",
@@ -108,7 +109,7 @@ def builds() -> list[Build]:
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))
             sizes = shape | {"GROUPS": _GROUPS, "ROWS": tilt.ROWS} | tilt.tiles(most, _RANK, itemsize)
             result.append(Build(f"tilt {d}, {slots} slots", tilt.tilt_kernel, d, sizes, tilt.LAUNCH))
-        sizes = shape | {"BLOCK": resolve.BLOCK}
+        sizes = shape | {"BLOCK": resolve.BLOCK, "LISTED": resolve.LISTED}
         result.append(Build(f"resolve {d}", resolve.resolve_kernel, d, sizes, resolve.LAUNCH))
         result += _decoding(d, itemsize)
     return result

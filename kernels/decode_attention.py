@@ -86,6 +86,12 @@ def attend_kernel(
         query + row * query_row + (head * GROUP + g[:, None]) * query_head, inside[None, :], tile, d[None, :],
         partner[None, :], cos, sin, query_norm, eps, 1, SIZE, ROTARY, NORM,
     )  # fmt: skip
+    # The new token, whose turn is the last: read now, so that nobody waits for it then.
+    own_key = load_rotated(
+        key + row * key_row + head * key_head, inside, inside, d, partner, cos, sin, key_norm, eps,
+        0, SIZE, ROTARY, NORM,
+    )  # fmt: skip
+    own_value = tl.load(value + row * value_row + head * value_head + d, mask=inside, other=0.0)
     home = tl.load(slot + row).to(tl.int64) * slot_stride + head * head_stride
     peak = tl.full([M], NEG_INF, tl.float32)
     mass = tl.zeros([M], tl.float32)
@@ -105,20 +111,15 @@ def attend_kernel(
         mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         peak = higher
     if end == at + 1:  # the new token is this program's
-        k = load_rotated(
-            key + row * key_row + head * key_head, inside, inside, d, partner, cos, sin, key_norm, eps,
-            0, SIZE, ROTARY, NORM,
-        )  # fmt: skip
-        v = tl.load(value + row * value_row + head * value_head + d, mask=inside, other=0.0)
         new = home + at.to(tl.int64) * position_stride + d
-        tl.store(keys + new, k, mask=inside)
-        tl.store(values + new, v, mask=inside)
-        s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
+        tl.store(keys + new, own_key, mask=inside)
+        tl.store(values + new, own_value, mask=inside)
+        s = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], axis=1) * scale
         higher = tl.maximum(peak, s)
         p = tl.exp2(s - higher)
         fade = tl.exp2(peak - higher)
         mass = mass * fade + p
-        mixed = mixed * fade[:, None] + p[:, None] * v.to(tl.float32)[None, :]
+        mixed = mixed * fade[:, None] + p[:, None] * own_value.to(tl.float32)[None, :]
         peak = higher
     if SPLITS == 1:
         result = (mixed / mass[:, None]).to(out.dtype.element_ty)

@@ -2,8 +2,8 @@
 
 Invariant: exact for any filter and any vocabulary, without a sort; a row that has its token returns at once, so the
 launch needs no word from the host. The row's logits, corrected, edited and masked, are written out once. Every cut in
-the order of tokens is a bisection over keys, each probe one pass over the row: the top k by their number, a nucleus by
-its mass.
+the order of tokens is a bisection over keys: the top k by their number, each probe one pass over the row; a nucleus by
+its mass, among the tokens that are likely enough to be in it, which are held in registers unless they are very many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import draw_within, first_of, group_speeds
+from trimtab.kernels.chance import FIRST_GROUP, draw_bits, draw_within, first_of, speeds
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
@@ -31,6 +31,7 @@ from trimtab.kernels.record import StepInputs, StepRecord
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
 RACE = tl.constexpr(2048)  # ... but for a draw, whose float64 would not fit the registers
+LISTED = 4096  # tokens of which a nucleus is cut without passes over the row
 LAUNCH: dict[str, Any] = {"num_warps": 16, "enable_fp_fusion": False}
 HIGHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 NO_LOGIT = tl.constexpr(-0x7F800000_00000000)  # just above the key of any -inf
@@ -78,6 +79,42 @@ def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, BLOCK: tl.c
 
 
 @triton.jit
+def list_likely(z, vocab, floor, share, best, inverse, likely, LISTED: tl.constexpr):
+    """To `likely`, the keys of the tokens at or above `floor` with a mass of at least `share` -> how many they are.
+
+    Those beyond LISTED are counted only.
+    """
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, vocab, LISTED):
+        key = row_keys(z, start, vocab, LISTED)
+        take = (key >= floor) & (tempered(key, best, inverse) >= share)
+        place = count + tl.cumsum(take.to(tl.int32), axis=0) - 1
+        tl.store(likely + place, key, mask=take & (place < LISTED))
+        count += tl.sum(take.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def cut_listed(keys, count, want_mass, best, inverse):
+    """`cut` among `count` keys, the others LOWEST, that have the wanted mass together; at least one is kept."""
+    weight = tempered(keys, best, inverse)
+    low, high = tl.full([], NO_LOGIT, tl.int64), tl.full([], HIGHEST, tl.int64)
+    low_count, high_count = count, 0
+    while low_count - high_count > 1:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        above = tl.sum((keys >= middle).to(tl.int32), axis=0)
+        mass = tl.sum(tl.where(keys >= middle, weight, 0.0).to(tl.float64), axis=0)
+        if (above >= 1) & (mass >= want_mass):
+            low = middle
+            low_count = above
+        else:
+            high = middle
+            high_count = above
+    return tl.min(tl.where(keys >= low, keys, HIGHEST), axis=0)
+
+
+@triton.jit
 def next_key(z, vocab, floor, BLOCK: tl.constexpr):
     """The lowest key at or above `floor`."""
     least = tl.full([BLOCK], HIGHEST, tl.int64)
@@ -100,7 +137,8 @@ def draw(z, vocab, floor, best, inverse, noise):
     for start in range(0, vocab, RACE):
         w = weights(z, start, vocab, floor, best, inverse, RACE)
         group = start // GROUP + tl.arange(0, RACE // GROUP)
-        speed = group_speeds(tl.sum(tl.reshape(w, [RACE // GROUP, GROUP]), axis=1), noise, group)
+        bits = draw_bits(noise, group.to(tl.int64) + FIRST_GROUP)
+        speed = speeds(tl.sum(tl.reshape(w, [RACE // GROUP, GROUP]), axis=1), bits)
         here = tl.max(speed, axis=0)
         winner = tl.where(here > fastest, first_of(speed, group), winner)
         fastest = tl.maximum(fastest, here)
@@ -111,11 +149,11 @@ def draw(z, vocab, floor, best, inverse, noise):
 def resolve_kernel(
     logits, logits_stride, vocab, temperature, top_k, top_p, min_p, noise, repetition, presence, frequency,
     edit_spans, edit_token, edit_count, edit_bias, mask_row, mask_words, words,
-    task, steered_keys, norms, scratch, alternatives,
+    task, steered_keys, norms, scratch, likely, alternatives,
     token_out, status_out, base_token_out, steered_token_out, entropy_out, base_logprob_out, steered_logprob_out,
     base_token_logprob_out, steered_token_logprob_out, statistic_out, kl_out, applied_strength_out,
     top_ids_out, top_logprobs_out,
-    HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_EDITS: tl.constexpr, HAS_MASKS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
@@ -124,6 +162,7 @@ def resolve_kernel(
         return
     logits += row * logits_stride
     z = scratch + row * vocab
+    likely += row * LISTED
 
     # z or z', then the edits and the mask, written where any thread may read them.
     for start in range(0, vocab, BLOCK):
@@ -196,7 +235,14 @@ def resolve_kernel(
             floor = cut(z, vocab, floor, kept, k, 0.0, best, inverse, BLOCK)
             kept, mass = count_and_weigh(z, vocab, floor, best, inverse, BLOCK)
         if p < 1.0:
-            floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, BLOCK)
+            share = (0.5 * (1.0 - p) * mass / kept).to(tl.float32)  # all that are less likely: half of the rest at most
+            found = list_likely(z, vocab, floor, share, best, inverse, likely, LISTED)
+            if found <= LISTED:
+                item = tl.arange(0, LISTED)
+                keys = tl.load(likely + item, mask=item < found, other=LOWEST)
+                floor = cut_listed(keys, found, mass * p, best, inverse)
+            else:
+                floor = cut(z, vocab, floor, kept, 1, mass * p, best, inverse, BLOCK)
         if least > 0.0:
             lowest = tl.full([BLOCK], HIGHEST, tl.int64)
             for start in range(0, vocab, BLOCK):
@@ -221,12 +267,14 @@ def resolve_rows(inputs: StepInputs, tasks: Tasks, record: StepRecord) -> None:
     rows, vocab = inputs.logits.shape
     params, edits, mask = inputs.params, inputs.edits, inputs.mask
     scratch = torch.empty(rows, vocab, dtype=torch.float32, device=inputs.logits.device)
+    likely = torch.empty(rows, LISTED, dtype=torch.int64, device=inputs.logits.device)
     resolve_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab,
         params.temperature, params.top_k, params.top_p, params.min_p, params.noise,
         params.repetition, params.presence, params.frequency,
         *(edits or (params.top_k, params.top_k, params.top_k, params.tau)),
         *(mask or (params.top_k, params.top_k)), mask.words.shape[1] if mask else 0,
-        *tasks, scratch, inputs.alternatives, *record,
-        HAS_EDITS=edits is not None, HAS_MASKS=mask is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK, **LAUNCH,
+        *tasks, scratch, likely, inputs.alternatives, *record,
+        HAS_EDITS=edits is not None, HAS_MASKS=mask is not None, SLOTS=tasks.steered.shape[1], BLOCK=BLOCK,
+        LISTED=LISTED, **LAUNCH,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from interpreted import Interpreter
@@ -14,7 +15,7 @@ from oracle import check_gate_and_cap, draw, expect
 from steps import make_edits, make_inputs, make_params, noise_for, random_mask
 from trimtab.kernels import reference
 from trimtab.kernels.philox import noise
-from trimtab.kernels.race import FIRST_GROUP
+from trimtab.kernels.race import FIRST_GROUP, exponentials
 from trimtab.kernels.record import (
     DEAD,
     FIELDS,
@@ -305,6 +306,15 @@ def test_masked_tokens_are_never_drawn(step: Step) -> None:
     assert record.token.tolist() == reference.step(inputs).token.tolist()
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.5])
+def test_a_nucleus_of_thousands_of_tokens_agrees(step: Step, spread: float) -> None:
+    """More than `resolve` lists, and fewer; ties at the cut, which keep the lower ids."""
+    rows = [{"top_p": p, "noise": n, **f} for p in (0.3, 0.9, 0.9999) for n in (2, 9) for f in ({}, {"top_k": 4500})]
+    inputs = make_inputs(rows, 9001, seed=1)
+    inputs = inputs._replace(logits=(inputs.logits * spread * 64).round() / 64)
+    check(inputs, step(inputs))
+
+
 @pytest.mark.parametrize("top_p", [1e-46, 1e-40])
 def test_a_nucleus_of_no_mass_keeps_the_best_legal_token(step: Step, top_p: float) -> None:
     """A request may ask for a top_p that is 0 as a float32: the empty prefix has that mass, and token 0 is illegal."""
@@ -489,6 +499,20 @@ def test_draws_follow_the_distribution(step: Step, row: dict[str, Any]) -> None:
     statistic = float(((cells - wanted) ** 2 / wanted).sum())
     assert freedom >= 3
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # beyond four deviations
+
+
+def test_a_race_that_float32_cannot_call_is_called_in_float64(step: Step) -> None:
+    """Two tokens, and the two groups of two, that arrive within a millionth of each other: the sooner one is drawn."""
+    keys = [*range(12), noise_for(0), noise_for(1)]
+    for items, other in ((np.array([0, 1]), 1), (FIRST_GROUP + np.array([0, 1]), 128)):
+        for sign in (-1, 1):
+            rows = make_inputs([{"noise": key} for key in keys], 130)
+            logits = torch.full_like(rows.logits, -math.inf)
+            first, second = np.stack([exponentials(key, items) for key in keys]).T
+            logits[:, 0] = 0.0
+            logits[:, other] = torch.from_numpy(np.log(second / first) + sign * 3e-6)
+            drawn = step(rows._replace(logits=logits.float())).token.tolist()
+            assert drawn == [other if sign > 0 else 0] * len(keys)
 
 
 def test_rare_tokens_keep_their_probability(step: Step) -> None:
