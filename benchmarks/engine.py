@@ -21,6 +21,7 @@ from typing import Any
 
 import machine
 import torch
+from copies import copy_rate
 from random_model import CORRECTIONS, RANK, SHAPES, STRENGTH, TOP_K, make_bank, make_base, weight_bytes
 
 from trimtab.server.engine.config import EngineConfig
@@ -31,7 +32,6 @@ from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 
 KINDS = ("off", "on", "on 256")
-COPIES = 8
 
 
 def main() -> None:
@@ -169,27 +169,6 @@ def time_graph(core: Core, batch: int, position: int) -> float | None:
     end.record()
     end.synchronize()
     return round(begin.elapsed_time(end) / 10, 4)
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a copy from one buffer to another: several are launched at once."""
-    size = 1 << 30 if device == "cuda" else 1 << 24
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(10):
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(COPIES):
-            target.copy_(source)
-        _wait(device)
-        seconds.append((time.perf_counter() - began) / COPIES)
-    return 2 * size / statistics.median(seconds)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import machine
 import torch
+from copies import copy_rate
 from torch import Tensor
 
 from trimtab.kernels import philox
@@ -34,12 +35,14 @@ CASES = {  # gate open, temperature, top_p
     "shut, greedy": (False, 0.0, 1.0),
     "shut, sampled": (False, 0.8, 1.0),
     "shut, top_p": (False, 0.8, 0.95),
+    "shut, wide": (False, 1.3, 0.95),  # some hundred tokens, which `resolve` settles
     "open, greedy": (True, 0.0, 1.0),
     "open, sampled": (True, 0.8, 1.0),
     "open, top_p": (True, 0.8, 0.95),
 }
 PARTS = {  # a kernel of the step, and the case whose rows it is given
-    "stats": ("stats", "shut, sampled"),
+    "stats": ("stats", "shut, greedy"),
+    "stats tempered": ("stats", "shut, sampled"),  # at a temperature, which takes a second exponential
     "finish": ("finish", "shut, sampled"),
     "finish top_p": ("finish", "shut, top_p"),
     "finish open": ("finish", "open, top_p"),
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    rate = copy_rate(1 << 30)
+    rate = copy_rate("cuda")
     facts = {"copy of 1 GiB": f"{rate / 1e12:.3f} TB/s, read and written", "logits": "bf16", "seed": args.seed}
     correction = f"rank {RANK}, {TOP_K} candidates, hidden {HIDDEN}"
     here = machine.describe()
@@ -161,13 +164,6 @@ def time_calls(calls: list[Call]) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end))
     return 1000 * statistics.median(times[2:]) / len(calls)
-
-
-def copy_rate(size: int) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes from one buffer to another."""
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2e6 * size / time_calls([lambda: target.copy_(source)])
 
 
 def rotate(size: int) -> int:

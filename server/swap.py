@@ -1,8 +1,9 @@
 """Corrections that come, change and go while the server runs.
 
-Invariant: what takes time (reading, checking against the base, bringing tensors to the device) is done by the caller's
-thread; the engine's thread then takes the result between two steps. A request keeps the version that it began with, and
-one that begins after `put` or `remove` returned has the new state. Changes come one after the other.
+Invariant: what takes time (reading, checking against the base, bringing tensors to the device, compiling for them) is
+done by the caller's thread; the engine's thread then takes the result between two steps. A request keeps the version
+that it began with, and one that begins after `put` or `remove` returned has the new state. Changes come one after the
+other.
 
     swap = Swap(engine, base, bank);  entry, replaced = swap.put(correction);  swap.remove("mine")
 """
@@ -12,11 +13,13 @@ import threading
 import torch
 
 from trimtab.errors import InvalidRequest
+from trimtab.kernels.dispatch import step_for
+from trimtab.kernels.trial import try_step
 from trimtab.server.engine.engine import Engine
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Draft, Entry
-from trimtab.steering.correction import Correction, LoraCorrection, check
+from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection, check
 
 
 class Swap:
@@ -51,6 +54,8 @@ class Swap:
         try:
             draft = self._bank.prepare(correction)
             placed = None
+            if isinstance(correction, HeadCorrection) and draft.tensors is not None:
+                try_step(step_for(self._base.device), self._base.head_weight, draft.tensors)
             if isinstance(correction, LoraCorrection):
                 placed = self._base.adapted.bring(correction.adapter)
         except torch.OutOfMemoryError as error:

@@ -11,6 +11,9 @@ import torch
 
 from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
+from trimtab.kernels import reference
+from trimtab.kernels.record import FIRED, StepInputs, StepRecord
+from trimtab.server import swap
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.engine import Engine
@@ -174,3 +177,26 @@ def test_a_device_that_is_full_is_told_and_the_engine_goes_on(
     with pytest.raises(InvalidRequest, match="no memory is left"):
         harness.swap.put(tiny_correction(BASE, "x"))
     assert len(harness.wait(harness.begin(2, Steering()))) == 2
+
+
+def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[bool, bool, bool, list[str], str]] = []
+
+    def step(inputs: StepInputs) -> StepRecord:
+        record = reference.step(inputs)
+        where = threading.current_thread().name
+        fired = bool(record.status[0] & FIRED)
+        tried.append((inputs.edits is not None, inputs.mask is not None, fired, harness.bank.names, where))
+        assert inputs.corrections is not None
+        assert inputs.corrections.max_top_k == 10
+        return record
+
+    monkeypatch.setattr(swap, "step_for", lambda device: step)
+    harness = Harness()
+    harness.swap.put(tiny_lora(BASE, "adapter"))
+    assert not tried
+    harness.swap.put(tiny_correction(BASE, "x"))
+    harness.engine.close()
+    assert {(edits, masks) for edits, masks, *_ in tried} == {(e, m) for e in (False, True) for m in (False, True)}
+    assert all(fired and "x" not in names for _, _, fired, names, _ in tried)
+    assert {where for *_, where in tried} == {threading.current_thread().name}

@@ -155,7 +155,8 @@ class Core:
         events = [event for tokens, told in scored for event in self._read(tokens, told)]
         if packed is not None:
             events += self._read(forward.sampling, unpack(packed))  # no sooner: the GPU would wait for it
-        return events + [self._end(w.sequence) for w in work if w.ends and self._only_scores(w.sequence)]
+        ended = [w.sequence for w in work if w.sequence.limit == 0 and w.ends and self._runs(w.sequence)]
+        return events + [self._end(sequence) for sequence in ended]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Offline: feed requests as slots free up, until all are done. Yields events as they come."""
@@ -201,9 +202,6 @@ class Core:
 
     def _runs(self, sequence: Sequence) -> bool:
         return self._scheduler.running.get((sequence.request.id, sequence.index)) is sequence
-
-    def _only_scores(self, sequence: Sequence) -> bool:
-        return sequence.limit == 0 and self._runs(sequence)
 
     def _end(self, sequence: Sequence) -> Event:
         """End a sequence that samples nothing. Nobody has read what its last token came to: it is cleared."""

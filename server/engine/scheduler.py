@@ -95,9 +95,10 @@ class Scheduler:
 
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
-        work.row.computed = work.end
-        if work.sequence.vouched and (work.end - work.start > 1 or work.end % BLOCK == 0):
-            self._tell(work.row)
+        sequence, row, start, end = work
+        row.computed = end
+        if (end % BLOCK == 0 or end - start > 1) and sequence.vouched:
+            self._tell(row)
 
     def vouch(self, sequence: Sequence) -> None:
         """Its first token shows that what its slots hold is numbers: from now on others may read it."""
