@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, tilt
+from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, stream, tilt
 
 TARGETS = (80, 90)
 _GROUPS = 2048  # of 128 tokens: a vocabulary of up to 262144
@@ -63,9 +63,11 @@ _ALIGNED = {
     "slot_stride",
     "position_stride",
     "width",
+    "depth",
+    "share",
     "rank",
 }  # multiples of 16 in real models
-_INTEGERS = _ALIGNED | {"mix", "alternatives", "words", "heads", "kv_heads"}
+_INTEGERS = _ALIGNED | {"mix", "alternatives", "words", "heads", "kv_heads", "rows"}
 _FLOATS = (
     "logits hidden head query key value keys values cos sin query_norm key_norm query_out out "
     "x residual scales summed gate_up"
@@ -81,6 +83,7 @@ class Build(NamedTuple):
     dtype: str  # of logits, hidden and head, as Triton writes it
     constants: dict[str, int | bool]
     launch: dict[str, Any]
+    types: dict[str, str] | None = None  # of pointers whose names say another in other kernels
 
 
 class Compiled(NamedTuple):
@@ -136,9 +139,20 @@ def _decoding(dtype: str, itemsize: int) -> list[Build]:
     result.append(Build(f"store {dtype}", chunk_attention.store_kernel, dtype, shape, chunk_attention.STORE))
     sizes = {"SIZE": 128, "WIDTH": 128, "SPLITS": 16}
     result.append(Build(f"combine {dtype}", decode_attention.combine_kernel, dtype, sizes, decode_attention.COMBINE))
-    block = {"BLOCK": layer.norm_block(3584), "ADD": True}
-    result.append(Build(f"norm {dtype}", layer.add_norm_kernel, dtype, block, layer.norm_launch(3584)))
+    for parts, summand in ((1, dtype), (8, "fp32")):
+        block = {"BLOCK": layer.norm_block(3584), "ADD": True, "PARTS": parts}
+        name = f"norm {dtype}, {parts} parts"
+        result.append(Build(name, layer.add_norm_kernel, dtype, block, layer.norm_launch(3584), {"x": f"*{summand}"}))
     result.append(Build(f"silu {dtype}", layer.silu_kernel, dtype, {"BLOCK": layer.SILU_BLOCK}, layer.SILU_LAUNCH))
+    if itemsize == 2:
+        sizes = {"ROWS": stream.MOST_ROWS, "TILE": stream.TILE, "DEPTH": stream.DEPTH}
+        for silu, out in ((False, "fp32"), (True, dtype)):
+            name, shape = f"stream {dtype}, {out}", sizes | {"SILU": silu}
+            result.append(
+                Build(
+                    name, stream.stream_kernel, dtype, shape, stream.LAUNCH, {"out": f"*{out}", "weight": f"*{dtype}"}
+                )
+            )
     return result
 
 
@@ -171,6 +185,8 @@ def compile_for(build: Build, target: int) -> Compiled:
 def _type(name: str, build: Build) -> str:
     if name in build.constants:
         return "constexpr"
+    if build.types and name in build.types:
+        return build.types[name]
     if name in _INTEGERS:
         return "i32"
     if name in _OF_DTYPE:

@@ -15,12 +15,15 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16, and the shared memory that attention over
 
 
 class LayerKernels(NamedTuple):
-    """What the layers of a decoder are run with; signatures in slot_attention.py and layer.py."""
+    """What the layers of a decoder are run with; signatures in slot_attention.py, layer.py and stream.py."""
 
     attend: Callable[..., Tensor]
     tokens_a_tile: Callable[[int, int], int]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+    streams: Callable[[Tensor, Tensor], bool]
+    stream: Callable[[Tensor, Tensor], Tensor]
+    stream_silu: Callable[[Tensor, Tensor], Tensor]
 
 
 def make_ready(device: torch.device) -> None:
@@ -64,9 +67,17 @@ def layers_for(device: torch.device) -> LayerKernels | None:
     """The layers' kernels; None where torch's own attention over runs of slots is faster."""
     if device.type != "cuda":
         return None
-    from trimtab.kernels import layer, slot_attention
+    from trimtab.kernels import layer, slot_attention, stream
 
-    return LayerKernels(slot_attention.attend, slot_attention.tokens_a_tile, layer.add_norm, layer.silu_mul)
+    return LayerKernels(
+        slot_attention.attend,
+        slot_attention.tokens_a_tile,
+        layer.add_norm,
+        layer.silu_mul,
+        stream.streams,
+        stream.stream,
+        stream.stream_silu,
+    )
 
 
 def capture_for(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:

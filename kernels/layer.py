@@ -17,14 +17,18 @@ SILU_LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def add_norm_kernel(x, residual, scales, eps, width, summed, out, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """Grid (rows). All rows are contiguous."""
+def add_norm_kernel(
+    x, residual, scales, eps, width, summed, out, BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr
+):
+    """Grid (rows). All rows are contiguous; x is a sum of PARTS."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < width
-    h = tl.load(x + row * width + d, mask=inside, other=0.0)
-    dtype = h.dtype
-    y = h.to(tl.float32)
+    dtype = out.dtype.element_ty
+    y = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(x + (part * tl.num_programs(0) + row) * width + d, mask=inside, other=0.0)
+    y = y.to(dtype).to(tl.float32)
     if ADD:
         y += tl.load(residual + row * width + d, mask=inside, other=0.0).to(tl.float32)
         total = y.to(dtype)
@@ -49,15 +53,20 @@ def silu_kernel(gate_up, width, out, BLOCK: tl.constexpr):
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual [rows, width] -> their sum (x itself without a residual), and its RMS norm times the weight."""
-    rows, width = x.shape
+    """x, residual [rows, width] -> their sum (x itself without a residual), and its RMS norm times the weight.
+
+    Or x float32 [parts, rows, width], as stream.py leaves it, with a residual, whose dtype it is rounded to.
+    """
+    parts, rows, width = x.shape if x.ndim == 3 else (1, *x.shape)
     assert x.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    out = torch.empty_like(x)
-    summed = x if residual is None else torch.empty_like(x)
+    assert x.ndim == 2 or residual is not None
+    like = x if residual is None else residual
+    out = torch.empty_like(like)
+    summed = x if residual is None else torch.empty_like(like)
     add_norm_kernel[rows,](
-        x, x if residual is None else residual, weight, eps, width, summed, out,
-        BLOCK=norm_block(width), ADD=residual is not None, **norm_launch(width),
+        x, like, weight, eps, width, summed, out,
+        BLOCK=norm_block(width), ADD=residual is not None, PARTS=parts, **norm_launch(width),
     )  # fmt: skip
     return summed, out
 

@@ -24,7 +24,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 
 def test_every_kernel_compiles_for_both_targets(compiled: dict[tuple[str, int], dict[str, Any]]) -> None:
     kernels = {name.split()[0] for name, _ in compiled}
-    assert kernels == {"stats", "finish", "tilt", "resolve", "attend", "combine", "chunk", "store", "norm", "silu"}
+    step, layers = {"stats", "finish", "tilt", "resolve"}, {"norm", "silu", "stream"}
+    assert kernels == step | layers | {"attend", "combine", "chunk", "store"}
     assert {(name, 80) for name, _ in compiled} | {(name, 90) for name, _ in compiled} == set(compiled)
     assert all(r["registers"] > 16 and r["instructions"] > 100 for r in compiled.values())  # the tools' output was read
 

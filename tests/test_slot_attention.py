@@ -125,6 +125,53 @@ def test_the_layers_parts_agree(machine: Any, width: int) -> None:
     torch.testing.assert_close(found, layer_reference.silu_mul(gate_up), rtol=1e-5, atol=1e-5)
 
 
+STREAM, LAYER = "trimtab.kernels.stream", "trimtab.kernels.layer"
+
+
+def make_product(rows: int, outputs: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(rows + outputs + depth)
+    return torch.randn(rows, depth, generator=g).to(dtype), (torch.randn(outputs, depth, generator=g) / 16).to(dtype)
+
+
+@pytest.mark.parametrize(("outputs", "depth"), [(64, 128), (192, 640), (128, 1152)])
+def test_few_rows_are_streamed_by_a_weight_to_the_same_product(machine: Any, outputs: int, depth: int) -> None:
+    """Each row by itself, bit for bit, whatever stands beside it."""
+    x, weight = make_product(5, outputs, depth, torch.float16)
+    parts = machine.call(STREAM, "stream", x, weight)
+    assert parts.shape[0] == (1 if depth == 128 else parts.shape[0]) <= 8
+    torch.testing.assert_close(parts.sum(0), F.linear(x.float(), weight.float()), rtol=1e-5, atol=1e-4)
+    for rows in ([2], [4, 2, 0]):
+        assert torch.equal(machine.call(STREAM, "stream", x[rows], weight), parts[:, rows])
+    found = machine.call(STREAM, "stream_silu", x, weight)
+    torch.testing.assert_close(found, layer_reference.stream_silu(x, weight), rtol=2e-3, atol=1e-3)
+    assert torch.equal(machine.call(STREAM, "stream_silu", x[[3]], weight), found[[3]])
+
+
+def test_what_a_product_leaves_in_parts_is_summed_rounded_and_normed(machine: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    parts, residual, scales = torch.randn(7, 3, 576, generator=g), torch.randn(3, 576, generator=g), torch.rand(576)
+    for dtype in (torch.float32, torch.float16):
+        given = (parts, residual.to(dtype), scales.to(dtype), 1e-6)
+        found = machine.call(LAYER, "add_norm", *given)
+        assert {t.dtype for t in found} == {dtype}
+        for mine, expected in zip(found, layer_reference.add_norm(*given), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("outputs", "depth"), [(3584, 18944), (37888, 3584), (1536, 8960), (896, 4864)])
+def test_weights_of_real_shapes_are_streamed_on_a_gpu(outputs: int, depth: int) -> None:
+    """The interpreter cannot multiply bfloat16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for rows in (1, 3, 16):
+        x, weight = make_product(rows, outputs, depth, torch.bfloat16)
+        found = Native().call(STREAM, "stream", x, weight).sum(0)
+        torch.testing.assert_close(found, F.linear(x.float(), weight.float()), rtol=1e-4, atol=1e-2)
+        found = Native().call(STREAM, "stream_silu", x, weight)
+        torch.testing.assert_close(found, layer_reference.stream_silu(x, weight), rtol=2e-2, atol=2e-2)
+
+
 def test_the_reference_is_softmax_attention() -> None:
     """One chunk from the start of a slot is what torch calls causal attention."""
     case = make_case(0, [(0, 50)], heads=2, kv_heads=2, size=16)

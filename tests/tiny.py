@@ -25,7 +25,13 @@ from trimtab.steering.gate import Gate
 
 SPECIAL = ["<|im_end|>", "<|im_start|>"]  # ids 256 (end-of-text) and 257
 REFERENCE = LayerKernels(  # the layers of a GPU, on the CPU
-    slot_attention_reference.attend, lambda group, itemsize: 7, layer_reference.add_norm, layer_reference.silu_mul
+    slot_attention_reference.attend,
+    lambda group, itemsize: 7,
+    layer_reference.add_norm,
+    layer_reference.silu_mul,
+    layer_reference.streams,
+    layer_reference.stream,
+    layer_reference.stream_silu,
 )
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 256 + len(SPECIAL)

@@ -5,7 +5,8 @@ the other and the model's weights become views of them, so nothing is held twice
 the model's own forward and falls back to that when it differs.
 
 Per layer: residual and norm, one product for q, k and v, attention that rotates on the way, one product out, residual
-and norm, one product for gate and up, their SiLU, one product down.
+and norm, one product for gate and up, their SiLU, one product down. Of few rows, the products that read most of the
+weights are streamed: the last three are one launch, and the norms sum what the products leave in parts.
 """
 
 from typing import Any, NamedTuple
@@ -100,12 +101,26 @@ class FusedDecoder:
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             rotary = Rotary(cos, sin, layer.query_norm, layer.key_norm, self._eps)
             residual, h = k.add_norm(x, residual, layer.attention_norm, self._eps)
-            q, key, value = torch.split(F.linear(h, *layer.qkv).view(len(x), sum(split), -1), split, 1)
+            q, key, value = torch.split(F.linear(h, *layer.qkv).view(len(h), sum(split), -1), split, 1)
             attended = k.attend(q, key, value, keys, values, places, layer.scale, None, rotary)
-            x = F.linear(attended.flatten(1), *layer.out)
+            x = self._product(attended.flatten(1), layer.out)
             residual, h = k.add_norm(x, residual, layer.mlp_norm, self._eps)
-            x = F.linear(k.silu_mul(F.linear(h, *layer.gate_up)), *layer.down)
+            x = self._product(self._activate(h, layer.gate_up), layer.down)
         return k.add_norm(x, residual, self._norm, self._eps)[1]
+
+    def _product(self, x: Tensor, projection: _Projection) -> Tensor:
+        """[rows, out], or its parts, float32 [parts, rows, out]."""
+        weight, bias = projection
+        if bias is None and self._kernels.streams(x, weight):
+            return self._kernels.stream(x, weight)
+        return F.linear(x, weight, bias)
+
+    def _activate(self, x: Tensor, gate_up: _Projection) -> Tensor:
+        """SiLU(gate) * up, [rows, width]."""
+        weight, bias = gate_up
+        if bias is None and self._kernels.streams(x, weight):
+            return self._kernels.stream_silu(x, weight)
+        return self._kernels.silu_mul(F.linear(x, weight, bias))
 
 
 def _fuse(layer: Any) -> _Layer:
