@@ -37,12 +37,8 @@ class Groups(NamedTuple):
 
 @triton.jit
 def read_quarter(logits, vocab, group, QUARTER: tl.constexpr):
-    """float32 [groups, 32] logits: of each eight that lie together, a lane's own.
-
-    So what a lane reads at once is one wide read, and its numbers of a group meet before lanes exchange any.
-    """
-    lane = tl.arange(0, 32)
-    token = group[:, None] * GROUP + (lane // 8 * 32 + QUARTER * 8 + lane % 8)[None, :]
+    """float32 [groups, 32] logits, of which a lane reads eight at once: few lanes hold a group, and exchange little."""
+    token = group[:, None] * GROUP + (QUARTER * 32 + tl.arange(0, 32))[None, :]
     return tl.load(logits + token, mask=token < vocab, other=NEG_INF).to(tl.float32)
 
 
