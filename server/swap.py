@@ -19,7 +19,14 @@ from trimtab.server.engine.engine import Engine
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Draft, Entry
-from trimtab.steering.correction import Correction, HeadCorrection, LoraCorrection, check
+from trimtab.steering.correction import (
+    CONTRAST,
+    ContrastCorrection,
+    Correction,
+    HeadCorrection,
+    LoraCorrection,
+    check,
+)
 
 
 class Swap:
@@ -45,8 +52,12 @@ class Swap:
             self._bring(correction)
 
     def remove(self, name: str) -> None:
-        """No new request finds it. Blocks. Raises NotFound."""
+        """No new request finds it. Blocks. Raises NotFound, and InvalidRequest for the built-in contrast."""
         with self._lock:
+            if name == CONTRAST and isinstance(self._bank.get(name), ContrastCorrection):
+                raise InvalidRequest(
+                    f"{name} is built in: it comes with every model, and cannot be removed", "correction"
+                )
             self._engine.between_steps(lambda core: core.bank.remove(name))
 
     def _bring(self, correction: Correction) -> tuple[Draft, Placed | None]:

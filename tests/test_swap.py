@@ -200,3 +200,11 @@ def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(mo
     assert {(edits, masks) for edits, masks, *_ in tried} == {(e, m) for e in (False, True) for m in (False, True)}
     assert all(fired and "x" not in names for _, _, fired, names, _ in tried)
     assert {where for *_, where in tried} == {threading.current_thread().name}
+
+
+def test_the_built_in_contrast_stays() -> None:
+    harness = Harness()
+    with pytest.raises(InvalidRequest, match="built in"):
+        harness.swap.remove("contrast")
+    assert "contrast" in harness.bank.names
+    harness.engine.close()
