@@ -2,12 +2,12 @@
 
     python benchmarks/kernels.py [--vocab 49152 151936 262144] [--batches 1 8 32 64 128 256]
 
-Every figure is the time of one call inside a captured CUDA graph, so that no launch from the host is in it: the median
-over replays. The calls of a graph take turns over enough logits to overflow the L2 cache (over 64 sets at most: those
-of a few rows stay in it). A logit is 2 * Exp(1), so that p falls as rank^-2: about 1.5 nats, as decoding has it, and
-top_p = 0.95 keeps a dozen tokens. `copy` moves the
-same bytes from one buffer to another, in the same rotation; a share of it compares bytes a second, a copy's counted
-twice. `read` is the time that one read of the logits takes at the rate of a large copy.
+Every figure but `read` is the time of one call inside a captured CUDA graph, so that no launch from the host is in it:
+the median over replays. The calls of a graph take turns over enough logits to overflow the L2 cache (over 64 sets at
+most: those of a few rows stay in it). A logit is 2 * Exp(1), so that p falls as rank^-2: about 1.5 nats, as decoding
+has it, and top_p = 0.95 keeps a dozen tokens. `copy` moves the same bytes from one buffer to another, in the same
+rotation; a share of it compares bytes a second, a copy's counted twice. `read` is the time that one read of the logits
+takes at the rate of a large copy.
 """
 
 import argparse
@@ -41,8 +41,8 @@ CASES = {  # gate open, temperature, top_p
     "open, top_p": (True, 0.8, 0.95),
 }
 PARTS = {  # a kernel of the step, and the case whose rows it is given
-    "stats": ("stats", "shut, greedy"),
-    "stats tempered": ("stats", "shut, sampled"),  # at a temperature, which takes a second exponential
+    "stats": ("stats", "shut, sampled"),
+    "stats greedy": ("stats", "shut, greedy"),  # without a temperature, which takes a second exponential
     "finish": ("finish", "shut, sampled"),
     "finish top_p": ("finish", "shut, top_p"),
     "finish open": ("finish", "open, top_p"),

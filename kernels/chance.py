@@ -1,6 +1,6 @@
 """The draws that one row's program can make without reading its logits again, or only one group of them.
 
-Invariant: the races of race.py, in float64; a token without mass is never drawn. The rest is for `resolve`.
+Invariant: the races of race.py, as float64 calls them; a token without mass is never drawn. The rest is for `resolve`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -17,7 +17,7 @@ GAMMA, MIX_1, MIX_2 = tl.constexpr(race.GAMMA), tl.constexpr(race.MIX_1), tl.con
 UNKNOWN = tl.constexpr(0x7FFFFFFF)  # how many are kept
 PAST = tl.constexpr(0x7FFFFFFF)  # every group and token
 UNIT, LAST = tl.constexpr(2.0**-52), tl.constexpr((1 << 52) - 1)
-SMALL = tl.constexpr(2.0**-10)  # above it, float32 and its log, which may err by 2^-22, are good to 2^-12
+SMALL = tl.constexpr(2.0**-10)  # above it, float32 and its log, which may err by 2^-22, are good to 2^-11
 SURE = tl.constexpr(1 - 2.0**-9)
 
 
@@ -52,7 +52,10 @@ def first_of(speed, item):
 
 @triton.jit
 def win(mass, noise, number, item):
-    """The item with the largest of `speeds`: nearly always all others trail by more than `rough_speeds` may err."""
+    """The item with the largest of `speeds`: nearly always all others trail by more than `rough_speeds` may err.
+
+    That one must not be a denormal of float32, which none is where the best token has mass 1.
+    """
     bits = draw_bits(noise, number)
     rough = rough_speeds(mass, bits)
     near = rough >= tl.max(rough, axis=0) * SURE

@@ -1,9 +1,10 @@
 """The last kernel of a step: rows that `finish` could not settle, edited, masked, or whose filters keep many tokens.
 
-Invariant: exact for any filter and any vocabulary, without a sort; a row that has its token returns at once, so the
-launch needs no word from the host. The row's logits, corrected, edited and masked, are written out once. Every cut in
-the order of tokens is a bisection over keys: the top k by their number, each probe one pass over the row; a nucleus by
-its mass, among the tokens that are likely enough to be in it, which are held in registers unless they are very many.
+Invariant: exact, up to the rounding of a mass, for any filter and any vocabulary, without a sort; a row that has its
+token returns at once, so the launch needs no word from the host. The row's logits, corrected, edited and masked, are
+written out once. Every cut in the order of tokens is a bisection over keys: the top k by their number, each probe one
+pass over the row; a nucleus by its mass, among the tokens that are likely enough to be in it, which are held in
+registers unless they are very many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -97,7 +98,7 @@ def list_likely(z, vocab, floor, share, best, inverse, likely, LISTED: tl.conste
 
 @triton.jit
 def cut_listed(keys, count, want_mass, best, inverse):
-    """`cut` among `count` keys, the others LOWEST, that have the wanted mass together; at least one is kept."""
+    """`cut` among `count` keys, the others LOWEST: at least one is kept, and all where they fall short of the mass."""
     weight = tempered(keys, best, inverse)
     low, high = tl.full([], NO_LOGIT, tl.int64), tl.full([], HIGHEST, tl.int64)
     low_count, high_count = count, 0

@@ -1,6 +1,5 @@
 """What a GPU runs, on the CPU: the kernels' references in the layers, and a capture that just calls."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
@@ -8,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from tiny import FAMILIES, REFERENCE, tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, REFERENCE, take_gpus_path, tiny_base, tiny_correction, tiny_lora, tiny_model, tiny_tokenizer
 from trimtab.errors import EngineFailure
 from trimtab.kernels.capture import Capture
 from trimtab.server.engine import runner
@@ -16,7 +15,6 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.server.model import base as base_module
-from trimtab.server.model import kv
 from trimtab.server.model.base import Base, prepare
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
@@ -25,21 +23,7 @@ from trimtab.steering.gate import Gate
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Everything made from now on takes the GPU's path. -> one entry for every replay."""
-    replayed: list[int] = []
-
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
-        def replay() -> None:
-            replayed.append(1)
-            run()
-
-        run()
-        return replay
-
-    monkeypatch.setattr(base_module, "layers_for", lambda device: REFERENCE)
-    monkeypatch.setattr(kv, "layers_for", lambda device: REFERENCE)
-    monkeypatch.setattr(runner, "capture_for", lambda device: capture)
-    return replayed
+    return take_gpus_path(monkeypatch)
 
 
 def test_all_captures_warm_up_on_one_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,32 +173,6 @@ def test_a_step_that_was_launched_ahead_is_masked_by_the_token_before_it(on_gpu:
     assert (texts["a"], texts["b"]) == ("xy" * 6, "yx" * 6)
     assert len(texts["c"]) == 12
     assert set(texts["c"]) <= {"x", "y"}
-
-
-def test_rows_that_end_while_the_next_step_runs_are_left_out_of_it(
-    on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = tiny_base(eos_token_id=list(range(20)))
-    settle, left = runner.Runner.settle, []
-
-    def watch(self: runner.Runner, ahead: runner.Forward, tokens: torch.Tensor) -> runner.Forward | None:
-        found = settle(self, ahead, tokens)
-        left.append((len(tokens), len(found.sampling.sequences) if found else 0))
-        return found
-
-    def told(graphs: bool) -> list[Any]:
-        core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=4, max_model_len=40, graphs=graphs))
-        requests = [
-            Request(str(i), tuple(range(30 + i, 35 + 2 * i)), SamplingParams(temperature=0.9, seed=i, max_tokens=5 + i))
-            for i in range(12)
-        ]
-        return sorted(((e.request_id, e.token, e.finish) for e in core.run(requests)), key=lambda event: event[0])
-
-    monkeypatch.setattr(runner.Runner, "settle", watch)
-    found = told(True)
-    assert {finish for _, _, finish in found} == {None, "stop", "length"}
-    assert any(0 < after < before for before, after in left)
-    assert told(False) == found
 
 
 def test_what_ends_or_changes_from_outside_spoils_no_step_that_was_launched_ahead(on_gpu: list[int]) -> None:

@@ -1,18 +1,15 @@
 """Lockstep: who is taken writes what it would alone, whoever it is, and the other sees the same text."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fitting import Odd
-from tiny import REFERENCE, tiny_base, tiny_correction
+from tiny import take_gpus_path, tiny_base, tiny_correction
 from trimtab.server.engine import runner
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Steering
-from trimtab.server.model import base as base_module
-from trimtab.server.model import kv
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
 from trimtab.steering.evaluation.lockstep import (
@@ -129,7 +126,7 @@ def test_a_correction_may_be_the_other(base: Base, tmp_path: Path) -> None:
 
 
 def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the next step would be under way before the rule has chosen. A capture that just calls is such a GPU."""
+    """There the next step would be under way before the rule has chosen."""
 
     def odd(turn: Turn) -> bool:
         return turn.position % 2 == 1
@@ -140,10 +137,6 @@ def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkey
     wanted = told(together(base, other, odd, Gate()))
     ahead: list[int] = []
 
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        return run
-
     again = runner.Runner.forward_again
 
     def forward_again(self: runner.Runner, *arguments: Any) -> Any:
@@ -151,9 +144,7 @@ def test_on_a_gpu_no_step_runs_ahead_of_the_rule(base: Base, other: Base, monkey
         ahead.append(made is not None)
         return made
 
-    monkeypatch.setattr(runner, "capture_for", lambda device: capture)
-    for module in (base_module, kv):
-        monkeypatch.setattr(module, "layers_for", lambda device: REFERENCE)
+    take_gpus_path(monkeypatch)
     monkeypatch.setattr(runner.Runner, "forward_again", forward_again)
     fast = [tiny_base(seed=seed, eos_token_id=ends) for seed, ends in ((0, list(range(8))), (1, list(range(4, 16))))]
     warm_up: list[int] = []

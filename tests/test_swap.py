@@ -181,6 +181,7 @@ def test_a_device_that_is_full_is_told_and_the_engine_goes_on(
 
 def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[bool, bool, bool, list[str], str]] = []
+    widest: list[int] = []
 
     def step(inputs: StepInputs) -> StepRecord:
         record = reference.step(inputs)
@@ -188,7 +189,7 @@ def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(mo
         fired = bool(record.status[0] & FIRED)
         tried.append((inputs.edits is not None, inputs.mask is not None, fired, harness.bank.names, where))
         assert inputs.corrections is not None
-        assert inputs.corrections.max_top_k == 10
+        widest.append(inputs.corrections.max_top_k)
         return record
 
     monkeypatch.setattr(swap, "step_for", lambda device: step)
@@ -196,10 +197,13 @@ def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(mo
     harness.swap.put(tiny_lora(BASE, "adapter"))
     assert not tried
     harness.swap.put(tiny_correction(BASE, "x"))
-    harness.engine.close()
+    assert widest == [10] * 4
     assert {(edits, masks) for edits, masks, *_ in tried} == {(e, m) for e in (False, True) for m in (False, True)}
     assert all(fired and "x" not in names for _, _, fired, names, _ in tried)
     assert {where for *_, where in tried} == {threading.current_thread().name}
+    harness.swap.put(tiny_correction(BASE, "wider", top_k=20))
+    assert widest[4:] == [20] * 4
+    harness.engine.close()
 
 
 def test_the_built_in_contrast_stays() -> None:

@@ -4,10 +4,11 @@ base = tiny_base()                 # a 2-layer Llama, vocabulary: 256 bytes + sp
 base = tiny_base("gemma3_text")
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import layer_reference
+import pytest
 import slot_attention_reference
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from trimtab.kernels.dispatch import LayerKernels
+from trimtab.server.engine import runner
+from trimtab.server.model import base as base_module
+from trimtab.server.model import kv
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.attention import IMPLEMENTATION, KVBatch, Span
 from trimtab.server.model.base import Base, prepare
@@ -140,3 +144,21 @@ def place(base: Base, lora: LoraCorrection) -> Placed:
     placed = base.adapted.bring(lora.adapter)
     base.adapted.attach(placed)
     return placed
+
+
+def take_gpus_path(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Everything made from now on takes the GPU's path, a capture that just calls. -> one entry for every replay."""
+    replayed: list[int] = []
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            replayed.append(1)
+            run()
+
+        run()
+        return replay
+
+    monkeypatch.setattr(base_module, "layers_for", lambda device: REFERENCE)
+    monkeypatch.setattr(kv, "layers_for", lambda device: REFERENCE)
+    monkeypatch.setattr(runner, "capture_for", lambda device: capture)
+    return replayed

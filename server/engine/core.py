@@ -154,7 +154,7 @@ class Core:
             self._scheduler.computed(w)
         events = [event for tokens, told in scored for event in self._read(tokens, told)]
         if packed is not None:
-            events += self._read(forward.sampling, unpack(packed))  # no sooner: the GPU would wait for it
+            events += self._read(forward.sampling, unpack(packed))
         ended = [w.sequence for w in work if w.sequence.limit == 0 and w.ends and self._runs(w.sequence)]
         return events + [self._end(sequence) for sequence in ended]
 
@@ -227,7 +227,11 @@ class Core:
             self._scheduler.remove(sequence)
 
     def _wipe(self, sequence: Sequence) -> None:
-        """Free slots that may hold NaN, which a mask's zero weight would carry to a slot's next user."""
+        """Free slots that may hold NaN, which a mask's zero weight would carry to a slot's next user.
+
+        What a step that ran ahead computed of a stop token stays, beyond what the slot holds: it runs ahead on a GPU
+        alone, whose kernels read no position that their row has not written.
+        """
         for row in sequence.rows:
             written = len(row.tokens) + 1  # by a step that ran ahead, if there was one
             self._runner.cache.clear(row.slot, 0, written)

@@ -22,6 +22,7 @@ from trimtab.server.model.notices import tell
 Replay = Callable[[], None]
 
 PADDING = -1  # the position of a row that reads and writes no slot
+_EMPTY = np.array([[0], [0], [PADDING]])  # an id, a slot, and that position
 
 
 class DecodeGraphs:
@@ -57,14 +58,16 @@ class DecodeGraphs:
         ids: on the host; or a tensor, int32 [rows] on the device, whose -1 stand for any token. Rows at PADDING are
         computed as padding is.
         """
-        ahead = isinstance(ids, Tensor)
-        told = np.array((np.zeros_like(slots) if ahead else ids, slots, positions))
+        told = np.array((slots, positions))
         rows = told.shape[1]
         size = next(size for size in self._sizes if size >= rows)
         where, replay = self._graphs[size]
         host = torch.empty(where.shape, dtype=torch.int64, device="cpu", pin_memory=where.is_cuda)
-        host.numpy()[:, :rows] = told
-        host.numpy()[:, rows:] = [[0], [0], [PADDING]]
+        filled = host.numpy()
+        filled[:] = _EMPTY
+        filled[1:, :rows] = told
+        if not isinstance(ids, Tensor):
+            filled[0, :rows] = ids
         where.copy_(host, non_blocking=True)
         if isinstance(ids, Tensor):
             where[0, :rows] = ids.clamp(min=0)
@@ -73,9 +76,7 @@ class DecodeGraphs:
 
     def _make(self, size: int, capture: Callable[[Replay], Replay]) -> tuple[Tensor, Replay]:
         """-> what tells the graph its rows: int64 [3, size or one more] of ids, slots and positions; and the graph."""
-        where = (
-            torch.tensor([[0], [0], [PADDING]]).repeat(1, size + size % 2).to(self._base.device)
-        )  # each line aligned
+        where = torch.tensor(_EMPTY).repeat(1, size + size % 2).to(self._base.device)  # each line aligned
         ids, slot, position = where[:, :size]
         batch = FixedBatch(self._cache, Places(slot, position, size, None))
 
