@@ -87,12 +87,11 @@ def attend_kernel(
         partner[None, :], cos, sin, query_norm, eps, 1, SIZE, ROTARY, NORM,
     )  # fmt: skip
     # The new token, whose turn is the last: read now, so that nobody waits for it then.
-    newest = inside & (end == at + 1)
     own_key = load_rotated(
-        key + row * key_row + head * key_head, inside, newest, d, partner, cos, sin, key_norm, eps,
+        key + row * key_row + head * key_head, inside, inside, d, partner, cos, sin, key_norm, eps,
         0, SIZE, ROTARY, NORM,
     )  # fmt: skip
-    own_value = tl.load(value + row * value_row + head * value_head + d, mask=newest, other=0.0)
+    own_value = tl.load(value + row * value_row + head * value_head + d, mask=inside, other=0.0)
     home = tl.load(slot + row).to(tl.int64) * slot_stride + head * head_stride
     peak = tl.full([M], NEG_INF, tl.float32)
     mass = tl.zeros([M], tl.float32)
