@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UnsupportedModel
-from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.record import Corrections, StepInputs, StepRecord
 from trimtab.kernels.steer import Steered, find_on_cpu, find_on_gpu, steer
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the shared memory that attention over slots wants
@@ -56,6 +56,15 @@ def step_for(device: torch.device) -> Callable[[StepInputs], StepRecord]:
     else:
         from trimtab.kernels.reference import step
     return step
+
+
+def trial_for(device: torch.device) -> Callable[[Tensor, Corrections], None] | None:
+    """What lets a device compile for new corrections, given the LM head's weight; None where nothing is compiled."""
+    if device.type != "cuda":
+        return None
+    from trimtab.kernels.trial import try_step
+
+    return partial(try_step, step_for(device))
 
 
 def steer_for(device: torch.device) -> Callable[[StepInputs], Steered]:

@@ -2,9 +2,7 @@
 
 Invariant: exact, up to the rounding of a mass, for any filter and any vocabulary, without a sort; a row that has its
 token returns at once, so the launch needs no word from the host. The row's logits, corrected, edited and masked, are
-written out once. Every cut in the order of tokens is a bisection over keys: the top k by their number, each probe one
-pass over the row; a nucleus by its mass, among the tokens that are likely enough to be in it, which are held in
-registers unless they are very many.
+written out once, and cut as cut.py does.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -15,6 +13,7 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels.chance import FIRST_GROUP, draw_bits, draw_within, first_of, speeds
+from trimtab.kernels.cut import HIGHEST, NO_LOGIT, count_and_weigh, cut, cut_listed, list_likely, row_keys, tempered
 from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
@@ -26,7 +25,6 @@ from trimtab.kernels.keys import (
     key_token,
     key_value,
     load_logits,
-    to_key,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
 
@@ -34,95 +32,6 @@ BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their late
 RACE = tl.constexpr(2048)  # ... but for a draw, whose float64 would not fit the registers
 LISTED = 4096  # tokens of which a nucleus is cut without passes over the row
 LAUNCH: dict[str, Any] = {"num_warps": 16, "enable_fp_fusion": False}
-HIGHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-NO_LOGIT = tl.constexpr(-0x7F800000_00000000)  # just above the key of any -inf
-
-
-@triton.jit
-def row_keys(z, start, vocab, BLOCK: tl.constexpr):
-    token = start + tl.arange(0, BLOCK)
-    value = tl.load(z + token, mask=token < vocab, other=NEG_INF)
-    return tl.where(token < vocab, to_key(value, token), LOWEST)
-
-
-@triton.jit
-def tempered(key, best, inverse):
-    return tl.where(key >= NO_LOGIT, tl.exp((key_value(key) - best) * inverse), 0.0)
-
-
-@triton.jit
-def count_and_weigh(z, vocab, floor, best, inverse, BLOCK: tl.constexpr):
-    """How many tokens have a key of at least `floor`, and their mass."""
-    count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        key = row_keys(z, start, vocab, BLOCK)
-        count += (key >= floor).to(tl.int32)
-        mass += tl.where(key >= floor, tempered(key, best, inverse), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0)
-
-
-@triton.jit
-def cut(z, vocab, floor, kept, want_count, want_mass, best, inverse, BLOCK: tl.constexpr):
-    """The shortest prefix of the `kept` tokens at or above `floor` with this count and mass -> its last token's key."""
-    low, high = floor, tl.full([], HIGHEST, tl.int64)  # at low the wants are met, at high not
-    low_count, high_count = kept, 0
-    while low_count - high_count > 1:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        count, mass = count_and_weigh(z, vocab, middle, best, inverse, BLOCK)
-        if (count >= want_count) & (mass >= want_mass):
-            low = middle
-            low_count = count
-        else:
-            high = middle
-            high_count = count
-    return next_key(z, vocab, low, BLOCK)
-
-
-@triton.jit
-def list_likely(z, vocab, floor, share, best, inverse, likely, LISTED: tl.constexpr):
-    """To `likely`, the keys of the tokens at or above `floor` with a mass of at least `share` -> how many they are.
-
-    Those beyond LISTED are counted only.
-    """
-    count = tl.full([], 0, tl.int32)
-    for start in range(0, vocab, LISTED):
-        key = row_keys(z, start, vocab, LISTED)
-        take = (key >= floor) & (tempered(key, best, inverse) >= share)
-        place = count + tl.cumsum(take.to(tl.int32), axis=0) - 1
-        tl.store(likely + place, key, mask=take & (place < LISTED))
-        count += tl.sum(take.to(tl.int32), axis=0)
-    tl.debug_barrier()
-    return count
-
-
-@triton.jit
-def cut_listed(keys, count, want_mass, best, inverse):
-    """`cut` among `count` keys, the others LOWEST: at least one is kept, and all where they fall short of the mass."""
-    weight = tempered(keys, best, inverse)
-    low, high = tl.full([], NO_LOGIT, tl.int64), tl.full([], HIGHEST, tl.int64)
-    low_count, high_count = count, 0
-    while low_count - high_count > 1:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        above = tl.sum((keys >= middle).to(tl.int32), axis=0)
-        mass = tl.sum(tl.where(keys >= middle, weight, 0.0).to(tl.float64), axis=0)
-        if (above >= 1) & (mass >= want_mass):
-            low = middle
-            low_count = above
-        else:
-            high = middle
-            high_count = above
-    return tl.min(tl.where(keys >= low, keys, HIGHEST), axis=0)
-
-
-@triton.jit
-def next_key(z, vocab, floor, BLOCK: tl.constexpr):
-    """The lowest key at or above `floor`."""
-    least = tl.full([BLOCK], HIGHEST, tl.int64)
-    for start in range(0, vocab, BLOCK):
-        key = row_keys(z, start, vocab, BLOCK)
-        least = tl.minimum(least, tl.where(key >= floor, key, HIGHEST))
-    return tl.min(least, axis=0)
 
 
 @triton.jit

@@ -13,8 +13,7 @@ import threading
 import torch
 
 from trimtab.errors import InvalidRequest
-from trimtab.kernels.dispatch import step_for
-from trimtab.kernels.trial import try_step
+from trimtab.kernels.dispatch import trial_for
 from trimtab.server.engine.engine import Engine
 from trimtab.server.model.adapters import Placed
 from trimtab.server.model.base import Base
@@ -65,8 +64,9 @@ class Swap:
         try:
             draft = self._bank.prepare(correction)
             placed = None
-            if isinstance(correction, HeadCorrection) and draft.tensors is not None:
-                try_step(step_for(self._base.device), self._base.head_weight, draft.tensors)
+            trial = trial_for(self._base.device)
+            if trial is not None and isinstance(correction, HeadCorrection) and draft.tensors is not None:
+                trial(self._base.head_weight, draft.tensors)
             if isinstance(correction, LoraCorrection):
                 placed = self._base.adapted.bring(correction.adapter)
         except torch.OutOfMemoryError as error:

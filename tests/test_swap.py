@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import tiny_base, tiny_correction, tiny_lora
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.kernels import reference
 from trimtab.kernels.record import FIRED, StepInputs, StepRecord
+from trimtab.kernels.trial import try_step
 from trimtab.server import swap
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
@@ -192,7 +194,7 @@ def test_what_a_new_head_compiles_is_compiled_before_a_request_can_ask_for_it(mo
         widest.append(inputs.corrections.max_top_k)
         return record
 
-    monkeypatch.setattr(swap, "step_for", lambda device: step)
+    monkeypatch.setattr(swap, "trial_for", lambda device: partial(try_step, step))
     harness = Harness()
     harness.swap.put(tiny_lora(BASE, "adapter"))
     assert not tried

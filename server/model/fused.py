@@ -5,8 +5,8 @@ the other and the model's weights become views of them, so nothing is held twice
 the model's own forward and falls back to that when it differs.
 
 Per layer: residual and norm, one product for q, k and v, attention that rotates on the way, one product out, residual
-and norm, one product for gate and up, their SiLU, one product down. Of few rows, the products that read most of the
-weights are streamed: the last three are one launch, and the norms sum what the products leave in parts.
+and norm, one product for gate and up, their SiLU, one product down. Of few rows, all products but the first are
+streamed: gate, up and their SiLU are one launch, and the norms sum what the other two leave in parts.
 """
 
 from typing import Any, NamedTuple
