@@ -24,10 +24,10 @@ from torch import Tensor
 
 from trimtab.kernels import philox
 from trimtab.kernels.finish import finish_rows
-from trimtab.kernels.record import GATE_ENTROPY, Corrections, RowParams, StepInputs
+from trimtab.kernels.record import GATE_ENTROPY, Corrections, RowParams, StepInputs, new_record
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
-from trimtab.kernels.step import new_record, step
+from trimtab.kernels.step import step
 from trimtab.kernels.tilt import tilt_rows
 
 HIDDEN, RANK, TOP_K, CORRECTIONS = 1536, 16, 32, 8

@@ -45,7 +45,7 @@ HALVINGS = 20  # of the strength's share, where kl_cap bounds it: to one in a mi
 GATE_ENTROPY, GATE_VARENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_ALWAYS = range(5)
 OPEN, FIRED, DEAD = 1, 2, 4  # bits of a status
 
-FIELDS = 12  # leading int32 columns of a packed record; see `pack`
+FIELDS = 12  # of a record, that have a number a row: 4 integers, then floats
 
 
 class RowParams(NamedTuple):
@@ -136,21 +136,35 @@ class StepRecord(NamedTuple):
     top_logprobs: Tensor  # [rows, alternatives]
 
 
-TOKEN = StepRecord._fields.index("token")  # its column in a packed record
+def new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
+    """Unwritten, and of one piece, which `pack` need not copy."""
+    size = rows * (FIELDS + 2 * alternatives)
+    return unpack(torch.empty(size, dtype=torch.int32, device=device), rows)
 
 
 def pack(record: StepRecord) -> Tensor:
-    """-> int32 [rows, FIELDS + 2 * alternatives]: one tensor, so that one copy brings a step home."""
-    integers = (record.token, record.status, record.base_token, record.steered_token)
-    floats = record[4:FIELDS]
-    columns = [t[:, None] for t in integers] + [t[:, None].view(torch.int32) for t in floats]
-    return torch.cat([*columns, record.top_ids, record.top_logprobs.view(torch.int32)], dim=1)
+    """-> int32 [rows * (FIELDS + 2 * alternatives)]: field by field in one tensor, so that one copy brings it home."""
+    fields = [field for field in record if field.numel()]
+    size = sum(field.numel() for field in fields)
+    if _adjoin(fields) and record.token.untyped_storage().nbytes() == 4 * size:
+        return record.token.as_strided((size,), (1,))
+    return torch.cat([field.reshape(-1).view(torch.int32) for field in fields])
 
 
-def unpack(packed: Tensor) -> StepRecord:
+def unpack(packed: Tensor, rows: int) -> StepRecord:
     """The inverse of `pack`, as views on the packed tensor."""
-    n = (packed.shape[1] - FIELDS) // 2
-    integers = [packed[:, i] for i in range(4)]
-    floats = [packed[:, i].contiguous().view(torch.float32) for i in range(4, FIELDS)]
-    top = packed[:, FIELDS + n :].contiguous().view(torch.float32)
-    return StepRecord._make([*integers, *floats, packed[:, FIELDS : FIELDS + n], top])
+    size = rows * FIELDS
+    integers = packed[: 4 * rows].view(4, rows).unbind()
+    floats = packed[4 * rows : size].view(torch.float32).view(FIELDS - 4, rows).unbind()
+    top_ids, top_logprobs = packed[size:].view(2, rows, (len(packed) - size) // (2 * rows)).unbind()
+    return StepRecord._make([*integers, *floats, top_ids, top_logprobs.view(torch.float32)])
+
+
+def _adjoin(fields: list[Tensor]) -> bool:
+    """Whether each begins where the one before it ends."""
+    at = fields[0].data_ptr()
+    for field in fields:
+        if field.data_ptr() != at or not field.is_contiguous():
+            return False
+        at += field.nbytes
+    return True

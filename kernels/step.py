@@ -11,7 +11,7 @@ Invariant: no word from the device is needed between the launches, so a step nev
 import torch
 
 from trimtab.kernels.finish import Tasks, finish_rows
-from trimtab.kernels.record import FIELDS, StepInputs, StepRecord
+from trimtab.kernels.record import StepInputs, StepRecord, new_record
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
 from trimtab.kernels.tilt import tilt_rows
@@ -34,11 +34,3 @@ def run(inputs: StepInputs) -> tuple[StepRecord, Tasks]:
     tilt_rows(inputs, groups, tasks, found, record)
     resolve_rows(inputs, tasks, record)
     return record, tasks
-
-
-def new_record(rows: int, alternatives: int, device: torch.device) -> StepRecord:
-    """Unwritten: the kernels write every field of every row."""
-    integers = torch.empty(4, rows, dtype=torch.int32, device=device).unbind(0)
-    floats = torch.empty(FIELDS - 4, rows, dtype=torch.float32, device=device).unbind(0)
-    top_ids = torch.empty(rows, alternatives, dtype=torch.int32, device=device)
-    return StepRecord._make([*integers, *floats, top_ids, torch.empty_like(top_ids, dtype=torch.float32)])

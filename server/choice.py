@@ -43,8 +43,8 @@ class Choice:
         self._reader = reader
         self._updates: list[Update] = []
 
-    def take(self, event: Event) -> Update:
-        """Count an event and bring out its text. Raises what `check_event` does."""
+    def take(self, event: Event, now: float) -> Update:
+        """Count an event and bring out its text. Raises what `check_event` does. now: the time of its token."""
         if event.finish == "error":
             self.end("error")
         check_event(event)
@@ -52,7 +52,7 @@ class Choice:
         if event.token is None:  # max_tokens was 0
             self.watch.scored(event)
             return self.stream.close()
-        self.watch.token(event)
+        self.watch.token(event, now)
         if event.receipt is not None:
             self.tally.add(event.receipt)
         update = self.stream.push(event)

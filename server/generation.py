@@ -34,6 +34,7 @@ from trimtab.server.visit import current, note
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+_ENOUGH = 64  # events that a whole answer takes at once
 
 
 class Generation:
@@ -86,6 +87,9 @@ class Generation:
             field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
             service.check_scores(prompts, 1 if shape.one_prompt else body.choices, told, field)
         self._choices: dict[tuple[str, int], Choice] = {}
+        self._ended = 0  # choices
+        self._rules = rules
+        self._error: TrimtabError | None = None  # what is told once all that came before it is
         for request in self._requests:
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
@@ -126,11 +130,12 @@ class Generation:
                 self._choices[request.id, k].echo = text
 
     @contextmanager
-    def open(self) -> Iterator[Ticket]:
+    def open(self, streamed: bool) -> Iterator[Ticket]:
         """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
         reason = REFUSED
+        enough = 1 if streamed or self._rules.stop else _ENOUGH  # a stop string frees a slot
         try:
-            with self._service.tickets.open(self._requests) as ticket:
+            with self._service.tickets.open(self._requests, enough) as ticket:
                 reason = "abort"
                 lengths = [len(request.prompt) for request in self._requests]
                 self._service.metrics.accept(lengths, self._body.choices)
@@ -144,9 +149,9 @@ class Generation:
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
-        with self.open() as ticket:
-            async for news in self._updates(ticket, streamed=False):
-                for choice, update in news:
+        with self.open(streamed=False) as ticket:
+            while self.going:
+                for choice, update in await self.next(ticket, streamed=False):
                     choice.keep(update)
         choices = []
         for choice in self._choices.values():
@@ -162,7 +167,8 @@ class Generation:
         of_prompt = self._telling.of_prompt(self._first, beside=True)
         once = "".join(f',"{key}":{dumps(told)}' for key, told in of_prompt.items())
         try:
-            async for news in self._updates(ticket, streamed=True):
+            while self.going:
+                news = await self.next(ticket, streamed=True)
                 tail = self._tail()
                 events = []
                 for choice, update in news:
@@ -195,33 +201,39 @@ class Generation:
             self._heard = now
         return sent
 
-    async def _updates(self, ticket: Ticket, streamed: bool) -> AsyncIterator[list[tuple[Choice, Update]]]:
-        """What each step brought, until every choice has ended; nothing, if none came for `keep_alive` seconds.
+    @property
+    def going(self) -> bool:
+        """Whether a choice has not ended."""
+        return self._error is not None or self._ended < len(self._choices)
+
+    async def next(self, ticket: Ticket, streamed: bool) -> list[tuple[Choice, Update]]:
+        """What is new, of one step or more; nothing, if none came for `keep_alive` seconds. Raises what went wrong.
 
         streamed: these seconds count from when the caller last heard.
         """
-        going = len(self._choices)
-        longest = self._service.keep_alive
-        while going:
-            news: list[tuple[Choice, Update]] = []
-            silent = time.monotonic() - self._heard if streamed else 0.0
-            for event in await ticket.next(max(0.0, longest - silent)):
-                if event.scored:
-                    self._scores[event.request_id].add(event)
-                    continue
-                choice = self._choices[event.request_id, event.index]
-                if choice.stream.finish is not None:
-                    continue  # a step that was under way when its stop string came
-                try:
-                    update = choice.take(event)
-                except TrimtabError:
-                    yield news  # what came before it is good
-                    raise
-                news.append((choice, update))
-                if update.finish is not None:
-                    ticket.finish(event.request_id, event.index)
-                    going -= 1
-            yield news
+        if self._error is not None:
+            raise self._error
+        silent = time.monotonic() - self._heard if streamed else 0.0
+        news: list[tuple[Choice, Update]] = []
+        events = await ticket.next(max(0.0, self._service.keep_alive - silent))
+        now = time.perf_counter()
+        for event in events:
+            if event.scored:
+                self._scores[event.request_id].add(event)
+                continue
+            choice = self._choices[event.request_id, event.index]
+            if choice.stream.finish is not None:
+                continue  # a step that was under way when its stop string came
+            try:
+                update = choice.take(event, now if streamed else event.at)
+            except TrimtabError as error:
+                self._error = error
+                break
+            news.append((choice, update))
+            if update.finish is not None:
+                ticket.finish(event.request_id, event.index)
+                self._ended += 1
+        return news
 
     def _tail(self) -> str:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""

@@ -1,15 +1,14 @@
 """Prometheus metrics: vLLM's names under the prefix `trimtab:`, and what steering does, by correction and mode.
 
 Invariant: a registry belongs to one app, so two apps in a process do not share counts. Gauges are read from the engine
-when somebody looks; label lookups happen once a request, not once a token. No label's values come from callers: a
-correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their own, for as long as
-they are served; a path is its route's template. Beside ours stand prometheus_client's own series of the process.
+when somebody looks; what moves with every token is in live.py, and here what moves with a request. No label's values
+come from callers: a correction's name is one that an operator loaded, and of those MAX_CORRECTIONS have series of their
+own, for as long as they are served; a path is its route's template. Beside ours stand prometheus_client's own series of
+the process.
 """
 
-import itertools
 import time
 from collections.abc import Sequence, Set
-from typing import NamedTuple, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,12 +22,11 @@ from prometheus_client import (
 
 from trimtab.server.engine.engine import EngineStats
 from trimtab.server.engine.event import Event
-from trimtab.server.engine.request import Mode, Steering
+from trimtab.server.engine.request import Steering
+from trimtab.server.live import SECONDS, Counts, Live
 from trimtab.server.visit import Visit, current
 from trimtab.steering.bank import Entry
 
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-_NATS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 MAX_CORRECTIONS = 64
 OTHERS = "others"  # the label's value for corrections beyond that; of paths without a route, and methods without one
@@ -36,7 +34,6 @@ NO_CORRECTION = "none"  # the label's value for a request that is not steered
 METHODS = {"GET", "HEAD", "POST", "DELETE"}  # that have routes
 REFUSED = "refused"  # the reason of a choice that the engine did not take
 GONE = 499  # the status of a request whose client left before it had one
-_SHADOW = "; with the mode shadow, would have"  # nothing is applied then, so it is a series of its own
 
 
 class Metrics:
@@ -47,6 +44,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
         self.model = model
+        self.live = Live(model, self._registry)
         self._up = self._gauge("engine_up", "1 while the engine lives and moves, else 0")
         self._running = self._gauge("num_requests_running", "Choices that hold a slot")
         self._waiting = self._gauge("num_requests_waiting", "Choices that wait for a slot")
@@ -55,15 +53,13 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests").labels(model)
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens whose KV was looked for").labels(model)
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens whose KV was reused").labels(model)
-        self.generated = self._counter("generation_tokens", "Sampled tokens").labels(model)
         self.finished = self._counter("request_success", "Choices, by how they ended", "finished_reason")
-        self.first = self._histogram("time_to_first_token_seconds", "From arrival", _SECONDS).labels(model)
-        self.between = self._histogram("inter_token_latency_seconds", "Between tokens", _SECONDS).labels(model)
-        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to end", _SECONDS).labels(model)
-        self.queued = self._histogram("request_queue_time_seconds", "From arrival to slots", _SECONDS).labels(model)
+        self.first = self._histogram("time_to_first_token_seconds", "From arrival", SECONDS).labels(model)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to end", SECONDS).labels(model)
+        self.queued = self._histogram("request_queue_time_seconds", "From arrival to slots", SECONDS).labels(model)
         prefill, decode = "From slots to the first token", "From the first token to the last"
-        self.prefill = self._histogram("request_prefill_time_seconds", prefill, _SECONDS).labels(model)
-        self.decode = self._histogram("request_decode_time_seconds", decode, _SECONDS).labels(model)
+        self.prefill = self._histogram("request_prefill_time_seconds", prefill, SECONDS).labels(model)
+        self.decode = self._histogram("request_decode_time_seconds", decode, SECONDS).labels(model)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS).labels(model)
         self.lengths = self._histogram("request_generation_tokens", "Tokens of a choice that has some", _TOKENS).labels(
             model
@@ -73,15 +69,6 @@ class Metrics:
             "correction_info", "1 for each correction that is served", "correction", "version", "tier"
         )
         self._seen: set[str] = set()  # corrections that have series of their own
-        by = ("correction", "mode")
-        self._by_mode = (
-            self._counter("steering_steps", "Steps of choices, steered or not", *by),
-            self._counter("steering_open", "Steps at which the gate was open", *by),
-            self._counter("steering_fired", f"Steps at which the correction acted{_SHADOW}", *by),
-            self._counter("steering_flips", f"Steps whose most likely token it changed{_SHADOW}", *by),
-            self._counter("steering_kl_nats", f"KL(base || steered), summed over the steps{_SHADOW}", *by),
-        )
-        self._entropy = self._histogram("steering_entropy_nats", "Entropy of the base", _NATS, "correction")
 
     def count(self, visit: Visit) -> None:
         """An observer of visits."""
@@ -97,10 +84,7 @@ class Metrics:
 
     def watch(self, steering: Steering) -> "Watch":
         """The series of one choice that starts now."""
-        base = (self.model, self._label(steering.correction))
-        labels = (*base, steering.mode)
-        steps, opened, fired, flips, kl = (counter.labels(*labels) for counter in self._by_mode)
-        return Watch(self, Steered(steps, opened, fired, flips, kl, self._entropy.labels(*base)))
+        return Watch(self, self.live.counts(self._label(steering.correction), steering.mode))
 
     def render(self, stats: EngineStats, entries: Sequence[Entry] = (), unread: int = 0) -> bytes:
         """The text that Prometheus reads. entries: what is served now; unread: texts in the tokeniser's queue."""
@@ -127,9 +111,7 @@ class Metrics:
         """Their places are others' now. What a request that is under way still adds to their series is told nobody."""
         self._seen -= gone
         for correction in gone:
-            self._entropy.remove(self.model, correction)
-            for counter, mode in itertools.product(self._by_mode, get_args(Mode)):
-                counter.remove(self.model, correction, mode)
+            self.live.forget(correction)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry)
@@ -141,22 +123,11 @@ class Metrics:
         return Histogram(f"trimtab:{name}", text, ["model_name", *labels], registry=self._registry, buckets=buckets)
 
 
-class Steered(NamedTuple):
-    """The steering series of one correction."""
-
-    steps: Counter
-    open: Counter
-    fired: Counter
-    flips: Counter
-    kl: Counter
-    entropy: Histogram
-
-
 class Watch:
     """One choice on its way, timed from when its request arrived."""
 
-    def __init__(self, metrics: Metrics, steered: Steered) -> None:
-        self._metrics, self._steered = metrics, steered
+    def __init__(self, metrics: Metrics, counts: Counts) -> None:
+        self._metrics, self._live, self._counts = metrics, metrics.live, counts
         visit = current()
         self._start = time.perf_counter() if visit is None else visit.start
         self._before = 0.0  # seconds until the engine had it
@@ -169,10 +140,10 @@ class Watch:
         """The engine has it."""
         self._before = time.perf_counter() - self._start
 
-    def token(self, event: Event) -> None:
+    def token(self, event: Event, now: float) -> None:
         """A token was sampled."""
-        metrics, now = self._metrics, time.perf_counter()
         if self._last is None:
+            metrics = self._metrics
             self.first = now - self._start
             metrics.first.observe(self.first)
             queued = self._before + event.queued
@@ -180,18 +151,12 @@ class Watch:
             metrics.prefill.observe(max(0.0, self.first - queued))
             metrics.cached_tokens.inc(event.cached)
         else:
-            metrics.between.observe(now - self._last)
+            self._live.between.observe(now - self._last)
         self._last = now
-        metrics.generated.inc()
+        self._live.tokens += 1
         self._tokens += 1
-        receipt = event.receipt
-        if receipt is not None:
-            self._steered.entropy.observe(receipt.entropy)
-            self._steered.steps.inc()
-            self._steered.open.inc(receipt.open)
-            self._steered.fired.inc(receipt.fired)
-            self._steered.flips.inc(receipt.flip)
-            self._steered.kl.inc(max(0.0, receipt.kl))
+        if event.receipt is not None:
+            self._counts.add(event.receipt)
 
     def scored(self, event: Event) -> None:
         """It is over: its tokens were given, and none was to be sampled."""

@@ -74,6 +74,7 @@ class ChoiceStream:
         self._pending: deque[_Pending] = deque()
         self._bytes = bytearray()
         self._exempt = 0  # characters in the first min_tokens tokens: a stop string must end after them
+        self._plain = not rules.stop  # nothing is held, so that a token of whole characters is out when it comes
         self.tokens = 0
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None  # the stop string, or the token of stop_tokens, that ended it
@@ -83,6 +84,28 @@ class ChoiceStream:
         assert self.finish is None, "pushed after the end"
         assert event.token is not None
         self.tokens += 1
+        if self._plain and event.finish is None:
+            text = self._pieces.text(event.token)
+            if text is not None:
+                return self._pass(event, event.token, text)
+        update = self._take(event)
+        self._plain = not (self._rules.stop or self._pending or self._held or self._utf8.getstate()[0])
+        return update
+
+    def close(self) -> Update:
+        """End without a token."""
+        assert self.finish is None, "closed after the end"
+        return self._release(self._held, "length")
+
+    def _pass(self, event: Event, token: int, text: str) -> Update:
+        """Let a token out at once, as `_take` would. Its bytes are not kept: only a stop string asks for them."""
+        shown = Shown(event, self._pieces.content(token), self._out)
+        self._out += len(text)
+        return Update(text, (shown,), () if event.receipt is None else (Step(token, event.receipt),), None)
+
+    def _take(self, event: Event) -> Update:
+        """Take a token that ends the text, or of which some may have to wait."""
+        assert event.token is not None
         content = b"" if self._hidden(event) else self._pieces.content(event.token)
         self._bytes += content
         self._held += self._utf8.decode(content[:1])  # apart: it may show that what came before is no character
@@ -100,11 +123,6 @@ class ChoiceStream:
         if event.finish is not None:
             return self._release(self._held, event.finish)
         return self._release(self._held[: len(self._held) - self._hold_back()], None)
-
-    def close(self) -> Update:
-        """End without a token."""
-        assert self.finish is None, "closed after the end"
-        return self._release(self._held, "length")
 
     @property
     def _characters(self) -> int:

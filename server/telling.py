@@ -15,10 +15,7 @@ from trimtab.server.receipts import receipt_json
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 
-
-def dumps(value: Any) -> str:
-    """JSON as answers are written."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # JSON as answers are written
 
 
 class Shape(Protocol):

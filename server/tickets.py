@@ -8,6 +8,7 @@ leaves its `open` block unfinished is aborted, however it leaves.
 """
 
 import asyncio
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -18,26 +19,59 @@ from trimtab.server.engine.event import Event
 from trimtab.server.engine.request import Request, Structure
 from trimtab.server.engine.structure import Grammar
 
+_SWITCH = 0.0002  # seconds until the event loop lets the engine's thread go on, whose device else stands idle
+
 
 class Ticket:
     """The events of the requests of one caller. Used by one task."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, enough: int = 1) -> None:
+        """enough: events that end a wait, as the end of a choice does."""
+        self._engine, self._enough = engine, enough
         self._open: dict[str, set[int]] = {}  # by request: the choices that go on
         self._events: list[Event] = []
-        self._arrived = asyncio.Event()
+        self._due = False  # they are to be told
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None  # of who waits for the next
+        self._until = 0.0  # when the wait ends, in the loop's time
+        self._timer: asyncio.TimerHandle | None = None  # it outlasts a wait: thousands of them begin a second
 
     async def next(self, timeout: float) -> list[Event]:
-        """All events since the last call, at least one; none after `timeout` seconds. Raises EngineStopped."""
-        with suppress(TimeoutError):  # no wait_for: before Python 3.12 it may swallow that the caller has left
-            async with asyncio.timeout(timeout):
-                await self._arrived.wait()
+        """All events since the last call; what there is, or none, after `timeout` seconds. Raises EngineStopped."""
+        if not self._due:
+            self._waiter = self._loop.create_future()
+            self._until = self._loop.time() + timeout
+            if self._timer is None or self._timer.when() > self._until:
+                self._set_timer()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         if not self._events and not self._engine.stats().alive:
             raise EngineStopped("the engine stopped: the server's log says why")
-        self._arrived.clear()
-        events, self._events = self._events, []
+        events, self._events, self._due = self._events, [], False
         return events
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set_timer(self) -> None:
+        self.close()
+        self._timer = self._loop.call_at(self._until, self._ring)
+
+    def _ring(self) -> None:
+        """The timer's time has come, that of the wait under way perhaps not."""
+        self._timer = None
+        if self._waiter is not None and self._loop.time() < self._until:
+            self._set_timer()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def finish(self, request_id: str, index: int) -> None:
         """A choice needs no more tokens: it is aborted, and its slot is free from the next step on."""
@@ -51,10 +85,13 @@ class Ticket:
 
     def put(self, event: Event) -> None:
         """An event has come."""
+        self._events.append(event)
         if event.finish is not None:
             self._open[event.request_id].discard(event.index)
-        self._events.append(event)
-        self._arrived.set()
+            self._due = True
+        if self._due or len(self._events) >= self._enough:
+            self._due = True
+            self._wake()
 
     @property
     def unfinished(self) -> list[str]:
@@ -73,6 +110,7 @@ class Tickets:
     def start(self) -> None:
         """Start the engine; its events arrive in the running event loop."""
         loop = asyncio.get_running_loop()
+        sys.setswitchinterval(_SWITCH)
 
         def on_events(events: list[Event]) -> None:
             with suppress(RuntimeError):  # the loop closed while the engine ended its last step
@@ -95,9 +133,9 @@ class Tickets:
             raise Overloaded(f"the queue is full: {stats.running + stats.waiting} choices are under way")
 
     @contextmanager
-    def open(self, requests: Sequence[Request]) -> Iterator[Ticket]:
-        """Submit all of them or, where one is refused, none. Raises what Engine.submit raises."""
-        ticket = Ticket(self._engine)
+    def open(self, requests: Sequence[Request], enough: int = 1) -> Iterator[Ticket]:
+        """Submit all of them or, where one is refused, none. Raises what Engine.submit raises. enough: see Ticket."""
+        ticket = Ticket(self._engine, enough)
         try:
             for request in requests:
                 self._engine.submit(request)
@@ -105,6 +143,7 @@ class Tickets:
                 ticket.expect(request)
             yield ticket
         finally:
+            ticket.close()
             for request_id in ticket.unfinished:
                 self._engine.abort(request_id)
             for request in requests:

@@ -56,7 +56,7 @@ class EventStream(Response):
             await or_gone(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
-        with self._generation.open() as ticket:
+        with self._generation.open(streamed=True) as ticket:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with aclosing(self._generation.frames(ticket)) as frames:  # type: ignore[type-var]
                 async for frame in frames:

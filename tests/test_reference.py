@@ -300,5 +300,5 @@ def test_draws_follow_the_distribution_and_never_leave_it(params: dict[str, Any]
 
 def test_pack_and_unpack_are_inverse() -> None:
     record = step(make_inputs([{"correction": 0}] * 3, 300, alternatives=7))
-    for a, b in zip(record, unpack(pack(record)), strict=True):
+    for a, b in zip(record, unpack(pack(record), 3), strict=True):
         assert torch.equal(a, b)

@@ -8,22 +8,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trimtab.server.engine.event import Event, Receipt
+from trimtab.server.engine.pieces import Pieces
 from trimtab.server.stream import ChoiceStream, TextRules, Update
 
 RECEIPT = Receipt(1.0, True, True, 0, 1, -1.0, -1.0, -1.0, -1.0, 1.0, 0.0, 1.0)
 
 
-class Contents:
+class Contents(Pieces):
     """Token i stands for contents[i]; `special` tokens are not shown."""
 
     def __init__(self, contents: list[bytes], special: frozenset[int] = frozenset()) -> None:
-        self.contents, self._special = contents, special
+        self.contents, self._special = contents, set(special)
+        self._texts = {}
 
     def content(self, token: int) -> bytes:
         return self.contents[token]
-
-    def special(self, token: int) -> bool:
-        return token in self._special
 
 
 def play(
@@ -37,8 +36,7 @@ def follow(
     contents: list[bytes], rules: TextRules, end: str = "length", special: frozenset[int] = frozenset()
 ) -> tuple[list[Update], str | int | None]:
     """The same -> what it brought, and what stopped it."""
-    pieces: Any = Contents(contents, special)
-    stream = ChoiceStream(pieces, rules)
+    stream = ChoiceStream(Contents(contents, special), rules)
     updates: list[Update] = []
     for token in range(len(contents)):
         finish: Any = end if token == len(contents) - 1 else None
@@ -161,6 +159,22 @@ def test_what_is_out_never_holds_the_start_of_a_stop_string_that_came(
     for count in range(len(updates)):
         assert whole.startswith(text_of(updates[:count]))
     assert not any(stop in whole for stop in stops)
+
+
+@given(tokens(), st.frozensets(st.integers(0, 8)), st.booleans(), st.sampled_from(["length", "stop"]))
+def test_a_token_that_passes_at_once_is_told_as_one_that_is_taken(
+    parts: list[bytes], special: frozenset[int], skip: bool, end: str
+) -> None:
+    told = []
+    for passes in (True, False):
+        stream = ChoiceStream(Contents(parts, special), TextRules(skip_special=skip))
+        updates = []
+        for token in range(len(parts)):
+            stream._plain = stream._plain and passes
+            finish: Any = end if token == len(parts) - 1 else None
+            updates.append(stream.push(Event("r", 0, token, -1.0, (), RECEIPT, finish)))
+        told.append((updates, stream.tokens, stream.finish))
+    assert told[0] == told[1]
 
 
 def test_text_is_held_back_only_while_a_stop_string_may_come() -> None:

@@ -28,15 +28,22 @@ class Allowance:
         self._start = 0  # bytes before it belong to a span's marker that was found
         self._closing: bytes | None = None  # the marker that ends the span we are in
         self._ended = False
+        self._counts = bool(budget.cooldown) or budget.max_steps is not None or budget.max_share is not None
         self.open = self._allows()
 
     def take(self, token: int, fired: bool) -> None:
         """A step sampled `token`."""
-        self._steps += 1
-        self._fired += fired
-        self._rest = self._budget.cooldown if fired else max(0, self._rest - 1)
+        if self._counts:
+            self._steps += 1
+            self._fired += fired
+            self._rest = self._budget.cooldown if fired else max(0, self._rest - 1)
         if self.reads:
-            self._read(self._pieces.content(token))
+            content = self._pieces.content(token)
+            self._text += content
+            if not self._ends.isdisjoint(content):
+                self._find(len(self._text) - len(content))
+            elif not self._counts:
+                return  # as at most tokens of most requests: nothing can have changed
         self.open = self._allows()
 
     def _allows(self) -> bool:
@@ -47,12 +54,8 @@ class Allowance:
             return False
         return budget.max_share is None or self._fired + 1 <= budget.max_share * (self._steps + 1)
 
-    def _read(self, content: bytes) -> None:
-        """Find what `content` completes."""
-        before = len(self._text)
-        self._text += content
-        if self._ends.isdisjoint(content):
-            return
+    def _find(self, before: int) -> None:
+        """Find what the bytes from `before` on complete."""
         if self._until is not None:
             self._ended = self._text.find(self._until, max(0, before + 1 - len(self._until))) >= 0
             self.reads = not self._ended

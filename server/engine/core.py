@@ -10,11 +10,12 @@ is dead or a step fails, the sequences concerned end with an error event, what t
 
 import logging
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trimtab.kernels import philox
-from trimtab.kernels.record import DEAD, FIRED, OPEN, TOKEN, StepRecord, unpack
+from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.engine.admission import Admission
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.event import Event, Receipt
@@ -132,30 +133,32 @@ class Core:
         On a GPU, the model's next step is launched before the host knows this one's tokens, where it knows the rows: so
         it runs while their events are made.
         """
-        forward, self._ahead = self._ahead, None
-        work = self._scheduler.plan() if forward is None else self._scheduler.go_on(forward.sampling.sequences)
-        if not work:
+        ahead, self._ahead = self._ahead, None
+        work = [] if ahead else self._scheduler.plan()
+        if not (ahead or work):
             return []
+        decoding = ahead.sampling.sequences if ahead else []
         try:
-            forward = forward or self._runner.forward(work)
+            forward = ahead or self._runner.forward(work)
             scored = self._runner.score(work)
             sampled = self._runner.sample(forward)
-            if sampled is not None and self.runs_ahead and self._scheduler.settled(len(work)):
+            if sampled is not None and self.runs_ahead and self._scheduler.settled(len(work) + len(decoding)):
                 self._ahead = self._runner.forward_again(forward, sampled.token)
-            packed = sampled and sampled.wait()
-            if packed is not None and self._ahead is not None:
-                self._ahead = self._runner.settle(self._ahead, packed[:, TOKEN])
+            record = sampled and sampled.wait()
+            if record is not None and self._ahead is not None:
+                self._ahead = self._runner.settle(self._ahead, record.token)
         except Exception:  # whatever it was, the requests of this step must hear of it and the rest go on
             self._ahead = None
-            ended = list(dict.fromkeys(w.sequence for w in work))
+            ended = decoding or list(dict.fromkeys(w.sequence for w in work))
             log.exception("a step failed; its sequences end: %s", ", ".join(s.request.id for s in ended))
             return [self._fail(s, FAILED) for s in ended]
+        self._scheduler.decoded(decoding)
         for w in work:
             self._scheduler.computed(w)
         events = [event for tokens, told in scored for event in self._read(tokens, told)]
-        if packed is not None:
-            events += self._read(forward.sampling, unpack(packed))
-        ended = [w.sequence for w in work if w.sequence.limit == 0 and w.ends and self._runs(w.sequence)]
+        if record is not None:
+            events += self._read(forward.sampling, record)
+        ended = [w.sequence for w in work if w.sequence.limit == 0 and w.ends and w.sequence.running]
         return events + [self._end(sequence) for sequence in ended]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -175,9 +178,9 @@ class Core:
         opened, fired = ((columns[1] & bit != 0).tolist() for bit in (OPEN, FIRED))
         receipts = map(Receipt._make, zip(entropy, opened, fired, base, corrected, *floats, strict=True))
         rows = zip(sequences, token, status, fired, receipts, *self._tell_top(sequences, record), strict=True)
-        events = []
+        events, now = [], time.perf_counter()
         for sequence, drawn, state, acted, receipt, ids, logprobs in rows:
-            if not self._runs(sequence):
+            if not sequence.running:
                 continue  # it failed at an earlier token of its prompt
             if state & DEAD:
                 stuck = None if scored else sequence.stuck(self.base.vocab)
@@ -189,19 +192,18 @@ class Core:
             top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
             logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
             if scored:
-                events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, None, scored=True))
+                index, at = sequence.index, now
+                events.append(Event(request.id, index, drawn, logprob, top, receipt, None, at=at, scored=True))
                 continue
             cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
             if sequence.sampled == 1:
                 self._scheduler.vouch(sequence)
-            events.append(Event(request.id, sequence.index, drawn, logprob, top, receipt, finish, None, cached, queued))
+            index, error = sequence.index, None
+            events.append(Event(request.id, index, drawn, logprob, top, receipt, finish, error, cached, queued, now))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events
-
-    def _runs(self, sequence: Sequence) -> bool:
-        return self._scheduler.running.get((sequence.request.id, sequence.index)) is sequence
 
     def _end(self, sequence: Sequence) -> Event:
         """End a sequence that samples nothing. Nobody has read what its last token came to: it is cleared."""
@@ -221,7 +223,7 @@ class Core:
 
     def _leave(self, sequence: Sequence) -> None:
         """Free a sequence's slots, for reuse where a token shows that what they hold is numbers."""
-        if self._runs(sequence) and not sequence.vouched:
+        if sequence.running and not sequence.vouched:
             self._wipe(sequence)
         else:
             self._scheduler.remove(sequence)

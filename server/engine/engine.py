@@ -242,17 +242,16 @@ class Engine:
     def _deliver(self, events: list[Event]) -> None:
         if not events:
             return
-        heard = []
         with self._lock:
-            for event in events:
-                if event.index not in self._open.get(event.request_id, ()):
-                    continue  # `close` has told its end, and this step came loose after that
-                heard.append(event)
-                if self._unread:
+            if self._closed:  # `close` may have told some ends, and this step have come loose after that
+                events = [event for event in events if event.index in self._open.get(event.request_id, ())]
+            if self._unread:
+                for event in events:
                     self._unread.pop(event.request_id, None)
+            for event in events:
                 if event.finish is not None:
                     self._open[event.request_id].discard(event.index)
                     if not self._open[event.request_id]:
                         del self._open[event.request_id]
-        if heard:
-            self._on_events(heard)
+        if events:
+            self._on_events(events)

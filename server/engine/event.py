@@ -3,7 +3,8 @@
 Invariant: a choice's events end with the one event that has a finish.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -51,5 +52,6 @@ class Event:
     error: str | None = None  # set with finish "error"
     cached: int = 0  # prompt tokens whose KV was reused, on a choice's first event that is not of a scored token
     queued: float = 0.0  # seconds that it waited for its slots, on the same
+    at: float = field(default_factory=time.perf_counter, compare=False)  # when the host had it
     scored: bool = False  # the token stands in the prompt
     refused: bool = False  # the error is the request's own: what it asks for leaves no token

@@ -1,9 +1,9 @@
 """From the sequences that sample in this step to the tensors that the step kernel reads.
 
-Invariant: all row parameters of a step travel to the device in one copy.
+Invariant: what a step changes of its rows' parameters travels to the device in one copy, and where it is nothing, none.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import philox
-from trimtab.kernels.record import GATE_RANDOM, Corrections, Edits, Masks, RowParams, StepInputs
+from trimtab.kernels.record import Corrections, Edits, Masks, RowParams, StepInputs
 from trimtab.server.engine.sequence import Sequence
 from trimtab.server.engine.slate import Slate, Slots
 from trimtab.server.model.staging import stage
@@ -31,31 +31,30 @@ def build_inputs(
     sampling: Sampling, slate: Slate, logits: Tensor, hidden: Tensor, head: Tensor, corrections: Corrections | None
 ) -> StepInputs:
     """logits [rows, vocab], hidden [rows, hidden]; tensors land on logits' device."""
-    slots = sampling.slots
-    columns = slate.gather(slots)
+    standing = slate.gather(sampling.slots, logits.device)
+    positions = standing.positions(sampling.lengths)
+    steered = standing.steered
+    changed: dict[str, npt.NDArray[Any]] = {}
     mask = None
-    if sampling.forced is None:
-        mask = _mask(sampling, slate, logits)  # first: a row with one legal token is not steered
-        for row in slate.bounded[slots].nonzero()[0]:
-            columns["steered"][row] = sampling.sequences[row].steered
-        columns["forced"] = np.full(len(slots), -1, dtype=np.int32)
-    else:
-        columns["forced"] = sampling.forced
+    if sampling.forced is not None:
+        changed["forced"] = sampling.forced
         if sampling.allowed is not None:
-            columns["steered"] &= sampling.allowed
-    seeds, positions = slate.seed[slots], sampling.lengths - slate.prompt[slots]
-    columns["noise"] = philox.noise(seeds, positions)
-    if (columns["gate"] == GATE_RANDOM).any():
-        columns["chance"] = philox.uniform(seeds, positions, stream=1).astype(np.float32)
-    else:
-        columns["chance"] = np.full(len(slots), 0.5, dtype=np.float32)
-    acting = bool((columns["steered"] & (columns["correction"][:, 0] >= 0)).any())
-    tensors = stage(list(columns.values()), logits.device)
+            changed["steered"] = steered = steered & sampling.allowed
+    elif bounded := slate.bounded[sampling.slots].nonzero()[0].tolist():
+        mask = _mask(sampling, slate, logits)  # first: a row with one legal token is not steered
+        shut = [row for row in bounded if not sampling.sequences[row].steered]
+        if steered[shut].any():
+            changed["steered"] = steered = steered.copy()
+            steered[shut] = False
+    if standing.random:
+        changed["chance"] = philox.uniform(standing.seeds, positions, stream=1).astype(np.float32)
+    params = standing.params | dict(zip(changed, stage(list(changed.values()), logits.device), strict=True))
+    acting = bool((steered & standing.headed).any())
     return StepInputs(
         logits=logits,
         hidden=hidden,
         head=head,
-        params=RowParams(**dict(zip(columns, tensors, strict=True))),
+        params=RowParams(noise=standing.noise(positions), **params),
         edits=_edits(sampling, slate, logits.device) if sampling.forced is None else None,
         corrections=corrections if acting else None,
         alternatives=_alternatives(sampling, slate),

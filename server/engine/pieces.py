@@ -9,6 +9,7 @@ stream can be cut anywhere. A character may span tokens; only stream.py turns by
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -26,6 +27,7 @@ class Pieces:
         self._byte_level = "ByteLevel" in kinds
         self._spaced = bool({"Metaspace", "Replace"} & kinds)  # U+2581 stands for a space
         self._known: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     def content(self, token: int) -> bytes:
         """The token's bytes; a special token's are its name's."""
@@ -33,6 +35,18 @@ class Pieces:
         if known is None:
             known = self._known[token] = self._read(token)
         return known
+
+    def text(self, token: int) -> str | None:
+        """What the token reads where it is shown and of whole characters; None: it is special, or cuts one."""
+        try:
+            return self._texts[token]
+        except KeyError:
+            text = None
+            if not self.special(token):
+                with suppress(UnicodeDecodeError):
+                    text = self.content(token).decode()
+            self._texts[token] = text
+            return text
 
     def special(self, token: int) -> bool:
         """A control token, which answers do not show."""

@@ -45,14 +45,14 @@ class Sampled(NamedTuple):
     """What the step kernel makes of a step's rows, on its way to the host."""
 
     token: Tensor  # int32 [rows], on the device
-    packed: Tensor  # on the host: not to be read before `wait`
+    packed: Tensor  # on the host: not to be read before the device has come so far
     copied: torch.cuda.Event | None
 
-    def wait(self) -> Tensor:
-        """Until the device has come so far. -> packed, as `unpack` reads it."""
+    def wait(self) -> StepRecord:
+        """Until the device has come so far. -> the record, on the host."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.packed
+        return unpack(self.packed, len(self.token))
 
 
 class Runner:
@@ -130,10 +130,10 @@ class Runner:
         slots = np.array([choice.row.slot for choice in piece.choices])
         sampling = Sampling(piece.choices, slots, self._slate.prompt[slots] + piece.places, piece.tokens)
         logits = self.base.logits(torch.cat([piece.states, piece.companions]))
-        record = unpack(self._report(sampling, piece.states, logits).wait())
+        record = self._report(sampling, piece.states, logits).wait()
         allowed = allow(piece, record)
         if overruled(allowed, record):
-            record = unpack(self._report(sampling._replace(allowed=allowed), piece.states, logits).wait())
+            record = self._report(sampling._replace(allowed=allowed), piece.states, logits).wait()
         return sampling, record
 
     def _report(self, sampling: Sampling, hidden: Tensor, logits: Tensor) -> Sampled:
@@ -141,7 +141,9 @@ class Runner:
         own = len(sampling.sequences)
         weight, bank = self.base.head_weight, self.bank.tensors()
         inputs = build_inputs(sampling, self._slate, logits[:own], hidden[:own], weight, bank)
-        record = step_with(self._step, inputs, self._companions(sampling.sequences, logits[own:]))
+        paired = self._slate.paired[sampling.slots].any()
+        companions = self._companions(sampling.sequences, logits[own:]) if paired else None
+        record = step_with(self._step, inputs, companions)
         packed = pack(record)
         if not packed.is_cuda:
             return Sampled(record.token, packed, None)
@@ -177,11 +179,9 @@ class Runner:
         sampling = Sampling([sequences[row] for row in kept], slots[kept], lengths[kept])
         return Forward(sampling, ahead.hidden[at], ahead.logits[at], True)
 
-    def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions | None:
+    def _companions(self, sequences: list[Sequence], logits: Tensor) -> Companions:
         """logits: [companions, vocab], in the order of their sequences."""
         mixes = {row: s.rule.companion.mix for row, s in enumerate(sequences) if s.rule.companion is not None}
-        if not mixes:
-            return None
         rows, mix = stage([np.array(list(mixes)), np.array(list(mixes.values()), dtype=np.float32)], logits.device)
         capped = any(sequences[row].request.steering.budget.kl is not None for row in mixes)
         return Companions(rows, logits, mix, capped)

@@ -89,16 +89,20 @@ class Scheduler:
         admits = self._filling or self._slots.free >= self._refill
         return working == len(self.running) and not (self.waiting and self._slots.free and admits)
 
-    def go_on(self, sequences: list[Sequence]) -> list[Work]:
-        """The work of decoding sequences that go on, without a plan."""
-        return [Work(s, s.row, s.row.computed, s.row.computed + 1) for s in sequences]
-
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
         sequence, row, start, end = work
         row.computed = end
         if (end % BLOCK == 0 or end - start > 1) and sequence.vouched:
             self._tell(row)
+
+    def decoded(self, sequences: list[Sequence]) -> None:
+        """Note that a step has computed the last token of each of these, which have no companion and no plan."""
+        for sequence in sequences:
+            row = sequence.row
+            row.computed += 1
+            if row.computed % BLOCK == 0:
+                self._tell(row)
 
     def vouch(self, sequence: Sequence) -> None:
         """Its first token shows that what its slots hold is numbers: from now on others may read it."""
@@ -110,6 +114,7 @@ class Scheduler:
         key = (sequence.request.id, sequence.index)
         self.waiting.pop(key, None)
         if self.running.pop(key, None) is not None:
+            sequence.running = False
             for row in sequence.rows:
                 if reusable:
                     self._tell(row)
@@ -137,6 +142,7 @@ class Scheduler:
                 self._place(row)
             del self.waiting[key]
             self.running[key] = sequence
+            sequence.running = True
             sequence.queued = time.perf_counter() - sequence.arrived
 
     def _place(self, row: Row) -> None:

@@ -83,6 +83,7 @@ class Sequence:
     sampled: int = 0  # tokens: the position of the next draw
     arrived: float = field(default_factory=time.perf_counter)
     queued: float = 0.0  # seconds until it had its slots
+    running: bool = False  # holds its slots
     rows: tuple[Row, ...] = field(init=False)
     penalised: bool = field(init=False)  # its logits are edited by what it has seen
 
@@ -145,8 +146,9 @@ class Sequence:
 
     def append(self, token: int, fired: bool = False) -> FinishReason | None:
         """Take the sampled token. fired: a correction acted. -> why the sequence ends here, or None."""
-        for row in self.rows:
-            row.tokens.append(token)
+        self.row.tokens.append(token)
+        if self.companion is not None:
+            self.companion.tokens.append(token)
         self.sampled += 1
         if self.penalised:
             self._edits.count(token)

@@ -18,6 +18,8 @@ _TYPES = {"i8": torch.int64, "f8": torch.float64, "f4": torch.float32, "i4": tor
 
 def stage(columns: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
     """The same arrays as tensors on `device`."""
+    if not columns:
+        return []
     places: list[int] = []
     size = 0
     for column in columns:

@@ -42,9 +42,9 @@ class ResponseGeneration(Generation):
 
     async def whole(self) -> bytes:
         writer = Writer(self._settled())
-        with self.open() as ticket:
-            async for news in self._updates(ticket, streamed=False):
-                for choice, update in news:
+        with self.open(streamed=False) as ticket:
+            while self.going:
+                for choice, update in await self.next(ticket, streamed=False):
                     for chunk in self._telling.chunks(choice, update):
                         writer.take(chunk)
         return dumps(writer.end(self._usage())[-1]["response"]).encode()
@@ -54,7 +54,8 @@ class ResponseGeneration(Generation):
         writer = Writer(self._settled())
         try:
             yield encode(writer.begin())
-            async for news in self._updates(ticket, streamed=True):
+            while self.going:
+                news = await self.next(ticket, streamed=True)
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if sent := self._or_keep_alive(encode(events)):

@@ -67,7 +67,7 @@ class Receipts:
         while (step := self._steps.get()) is not None:
             if step.copied is not None:
                 step.copied.synchronize()
-            rows = list(zip(step.who, _read(unpack(step.packed)), strict=True))
+            rows = list(zip(step.who, _read(unpack(step.packed, len(step.who))), strict=True))
             for who, receipt in rows:
                 self._count(who[2], receipt)
             if self._path is not None:
