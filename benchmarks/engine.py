@@ -128,6 +128,7 @@ def decode(core: Core, asked: list[Request], steps: int) -> tuple[float, list[Ev
     while len(found := core.step()) < len(asked):
         events += found
         assert core.busy
+    events += found
     for _ in range(3):
         events += core.step()
     began = time.perf_counter()

@@ -57,6 +57,19 @@ def test_the_engines_on_random_weights() -> None:
     assert all(row["ms"][kind] > 0 for kind in ("off", "on", "on 256"))
 
 
+def test_the_hosts_work_on_a_device_that_takes_no_time() -> None:
+    found = run("host.py", "--rows", "2", "--tokens", "4", "--steps", "2", "--rounds", "1", "--step", "1")["results"]
+    alone, *served = found
+    assert all(value > 0 for value in alone.values() if isinstance(value, float))
+    assert {row["what"] for row in served} == {
+        "streamed",
+        "streamed, steered",
+        "streamed, receipts",
+        "whole, steered",
+    }
+    assert all(row["tokens/s"] > 0 for row in served)
+
+
 def test_the_kernels_benchmark_asks_for_what_a_step_takes() -> None:
     """All of it that needs no GPU."""
     code = (

@@ -74,8 +74,8 @@ class Slots:
         best, length = -1, 0
         for slot in found:  # they differ within the next block at the latest
             held = self._held[slot]
-            if best >= 0 and held.tokens[length : length + 1] != within[length - start : length - start + 1]:
-                continue  # no longer than the best: most of a rush
+            if (best >= 0 or not blocks) and not _agree(held.tokens, wanted.tokens, length):
+                continue  # no longer than the best: most of a rush, and all that begin otherwise
             size = start + _common(held.tokens[start : start + BLOCK], within)
             # Equal hashes are no proof: what would be reused is compared.
             if size > length and held.adapter == wanted.adapter and held.tokens[:start] == before:
@@ -154,6 +154,11 @@ def _links(before: int, tokens: list[int]) -> Iterator[int]:
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
         before = hash((before, tuple(tokens[start : start + BLOCK])))
         yield before
+
+
+def _agree(a: list[int], b: list[int], at: int) -> bool:
+    """Whether both have the same token there."""
+    return at < len(a) and at < len(b) and a[at] == b[at]
 
 
 def _common(a: list[int], b: list[int]) -> int:
