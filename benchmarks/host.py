@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     runner.capture_for = lambda device: lambda run: lambda: None  # graphs that compute nothing,
-    setattr(runner.Runner, "compiles", False)  # so that there is nothing to warm up
+    runner.Runner.compiles = False  # so that there is nothing to warm up
     if args.serve:
         serve(args)
         return

@@ -8,6 +8,7 @@ leaves its `open` block unfinished is aborted, however it leaves.
 """
 
 import asyncio
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from trimtab.server.engine.request import Request, Structure
 from trimtab.server.engine.structure import Grammar
 
 _SWITCH = 0.0002  # seconds until the event loop lets the engine's thread go on, whose device else stands idle
+_OBJECTS = 20_000  # new ones until the collector looks for cycles: a step of many rows makes a thousand, and no cycle
 
 
 class Ticket:
@@ -111,6 +113,7 @@ class Tickets:
         """Start the engine; its events arrive in the running event loop."""
         loop = asyncio.get_running_loop()
         sys.setswitchinterval(_SWITCH)
+        gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
 
         def on_events(events: list[Event]) -> None:
             with suppress(RuntimeError):  # the loop closed while the engine ended its last step
