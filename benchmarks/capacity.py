@@ -2,7 +2,7 @@
 
     python benchmarks/tiers.py --dtype bfloat16 ... > results/tiers-bfloat16.txt;  python benchmarks/capacity.py
 
-Measured figures come from results/tiers-bfloat16.txt and results/serve.txt, and keep their hardware; all else is
+Measured figures come from tiers-bfloat16.txt, serve.txt and host.txt in results/, and keep their hardware; all else is
 arithmetic on the shapes below.
 """
 
@@ -47,7 +47,7 @@ SHAPES = (
 
 
 def main() -> None:
-    parts = [throughput(read("tiers-bfloat16.txt"), read("serve.txt")), memory(), limits()]
+    parts = [throughput(read("tiers-bfloat16.txt"), read("serve.txt")), host(read("host.txt")), memory(), limits()]
     title = "# Capacity\n\nWritten by `benchmarks/capacity.py` from `results/`, and from the shapes of some models.\n"
     PAGE.write_text("\n".join([title, *parts]), encoding="utf-8")
 
@@ -87,6 +87,34 @@ def throughput(measured: dict[str, Any], served: dict[str, Any]) -> str:
             f" streams of the base got {share:.0%} of it ({hardware(served['machine'])}), and a replica that is always"
             f" full makes others wait. Take {1 / share:.1f} times as many at least.\n",
             table(["tier", *(f"{wanted}/s" for wanted in WANTED)], replicas),
+        ]
+    )
+
+
+def host(measured: dict[str, Any]) -> str:
+    """What one process brings out, however fast its device."""
+    rows = [r for r in measured["results"] if "tokens/s" in r]
+    most = max(r["rows"] for r in rows)
+    told = [
+        [
+            r["what"],
+            f"{r['tokens/s']:,}",
+            f"{r['of pace']:.0%}",
+            f"{r['loop, us a token']}",
+            f"{r['engine, us a token']}",
+        ]
+        for r in rows
+        if r["rows"] == most
+    ]
+    head = ["answers", "tokens/s", "of the device's pace", "us a token, event loop", "us a token, engine"]
+    return "\n".join(
+        [
+            "## What one process brings out\n",
+            "A replica speaks HTTP and runs its engine in one process, whose threads take turns. On a GPU that may be"
+            f" the limit: {most} requests at once over HTTP, their device a stand-in that takes {measured['step']:g} ms"
+            f" step and computes nothing, on {hardware(measured['machine'])}. A core's microseconds include those of"
+            f" reading prompts of {measured['prompt']}, for answers of {measured['answer']}.\n",
+            table(head, told),
         ]
     )
 

@@ -33,10 +33,10 @@ def base(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield prepare(tiny_model("llama", eos_token_id=STOPS).to("cuda"), tiny_tokenizer(), "tiny-llama")
 
 
-def make_core(base: Base, graphs: bool = True) -> Core:
+def make_core(base: Base, graphs: bool = True, pause: int | None = 0) -> Core:
     bank = Bank(base.hidden, base.device)
     bank.add(tiny_correction(base))
-    return Core(base, bank, EngineConfig(slots=4, max_model_len=40, graphs=graphs))
+    return Core(base, bank, EngineConfig(slots=4, max_model_len=40, graphs=graphs, pause=pause))
 
 
 def requests() -> list[Request]:
@@ -88,6 +88,13 @@ def test_answers_are_those_of_an_engine_that_waits(base: Base, monkeypatch: pyte
     waiting, none, _ = run(make_core(base, graphs=False))
     assert none == 0
     assert told(waiting) == told(events)
+
+
+def test_where_choices_wait_a_pause_lets_more_steps_be_launched_ahead(base: Base) -> None:
+    at_once, ahead, _ = run(make_core(base))
+    paused, more, _ = run(make_core(base, pause=None))
+    assert told(paused) == told(at_once)
+    assert more > ahead
 
 
 def test_a_row_that_dies_leaves_the_others_and_nothing_in_its_slot(base: Base) -> None:

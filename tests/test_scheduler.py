@@ -148,8 +148,8 @@ def test_who_waited_for_a_beginning_goes_before_those_who_came_later() -> None:
     assert run_step(scheduler)[:2] == [("a", 81, 82), ("b", 80, 81)]
 
 
-def test_with_a_refill_those_who_waited_for_a_beginning_are_admitted_at_once() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None, refill=4)
+def test_with_a_pause_those_who_waited_for_a_beginning_are_admitted_at_once() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None, pause=100)
     for i in range(5):
         scheduler.add(sequence(f"r{i}", [*SYSTEM, i]))
     assert run_step(scheduler) == [("r0", 0, 81)]
@@ -187,15 +187,15 @@ arrivals = st.lists(
 
 
 @settings(deadline=None)
-@given(arrivals, st.integers(2, 5), st.integers(1, 40), st.integers(1, 4))
-def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, step_tokens: int, refill: int) -> None:
+@given(arrivals, st.integers(2, 5), st.integers(1, 40), st.integers(0, 9))
+def test_whoever_stays_ends_and_reads_its_own_prompt(coming: list, slots: int, step_tokens: int, pause: int) -> None:
     """The cache as (adapter, token) lists: a slot always holds what its row would have put there alone."""
     cache: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
 
     def copy(source: int, target: int, length: int) -> None:
         cache[target] = cache[source][:length]
 
-    scheduler = Scheduler(slots, step_tokens, copy, refill)
+    scheduler = Scheduler(slots, step_tokens, copy, pause)
     sequences = {}
     for step in range(5000):
         for i, (prompt, beside, adapter, comes, leaves) in enumerate(coming):
@@ -349,19 +349,53 @@ def test_an_adapters_prefix_is_its_own() -> None:
     assert copies == []
 
 
-def test_with_a_refill_choices_are_admitted_in_batches() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None, refill=2)
-    for i in range(7):
-        scheduler.add(sequence(f"r{i}", [i + 1]))
-    first = scheduler.plan()
-    assert len(first) == 4
-    for work in first:
-        scheduler.computed(work)
-        work.row.tokens.append(9)
-    scheduler.remove(first[0].sequence)
-    assert len(scheduler.plan()) == 3  # one slot is free: not yet
-    scheduler.remove(first[1].sequence)
-    assert len(scheduler.plan()) == 4
-    for work in list(scheduler.running.values()):
-        scheduler.remove(work)
-    assert len(scheduler.plan()) == 1  # nothing runs: whoever is left is admitted
+def read_ahead(scheduler: Scheduler) -> dict[str, int]:
+    """One step, in which all that is planned is computed, and all that can, sample. -> each row's tokens, by name."""
+    work = scheduler.plan()
+    for w in work:
+        scheduler.computed(w)
+        if w.samples:
+            w.sequence.append(9)
+    return {w.sequence.request.id: w.end - w.start for w in work}
+
+
+def test_with_a_pause_prompts_are_read_together() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None, pause=3)
+    scheduler.add(sequence("a", [1] * 5))
+    assert read_ahead(scheduler) == {"a": 5}  # nothing runs: at once
+    scheduler.add(sequence("b", [2] * 5))
+    assert [read_ahead(scheduler) for _ in range(2)] == [{"a": 1}] * 2
+    scheduler.add(sequence("c", [3] * 5))
+    assert scheduler.settled(1)
+    assert [read_ahead(scheduler) for _ in range(2)] == [{"a": 1}, {"a": 1, "b": 5, "c": 5}]
+    for _ in range(5):
+        read_ahead(scheduler)
+    scheduler.add(sequence("d", [4] * 5))
+    assert read_ahead(scheduler) == {"a": 1, "b": 1, "c": 1, "d": 5}  # long after the last: at once
+
+
+def test_a_pause_ends_where_a_prompt_is_read_anyway_or_nothing_runs() -> None:
+    scheduler = Scheduler(slots=4, step_tokens=8, copy=lambda *_: None, pause=100)
+    scheduler.add(sequence("long", [1] * 14))
+    assert read_ahead(scheduler) == {"long": 8}
+    scheduler.add(sequence("b", [2]))
+    assert read_ahead(scheduler) == {"b": 1, "long": 6}
+    scheduler.add(sequence("c", [3]))
+    assert read_ahead(scheduler) == {"b": 1, "long": 1}
+    for running in list(scheduler.running.values()):
+        scheduler.remove(running)
+    assert read_ahead(scheduler) == {"c": 1}
+
+
+def test_what_is_decoded_ahead_counts_as_a_pause() -> None:
+    scheduler = Scheduler(slots=2, step_tokens=8, copy=lambda *_: None, pause=2)
+    scheduler.add(sequence("a", [1] * 5))
+    read_ahead(scheduler)
+    scheduler.add(sequence("b", [2] * 5))
+    assert scheduler.settled(1)
+    for settled in (True, False):
+        (running,) = scheduler.running.values()
+        scheduler.decoded([running])
+        running.append(9)
+        assert scheduler.settled(1) is settled
+    assert read_ahead(scheduler) == {"a": 1, "b": 5}

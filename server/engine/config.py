@@ -12,16 +12,18 @@ class EngineConfig:
     slots: int = 32  # sequences that run at once
     max_model_len: int | None = None  # tokens a sequence may hold; None: the model's own, at most 4096
     step_tokens: int = 512  # tokens computed a step: decode rows first, then prompt chunks
-    refill: int = 1  # free slots it takes to admit waiting choices; more: fewer steps mix prompts with decoding
+    pause: int | None = None  # steps that decode alone between two that read prompts; None: 8 with graphs, else 0
     max_queue: int = 512  # choices that may wait; beyond it, Overloaded
     max_queue_tokens: int | None = None  # tokens of prompts that may wait to be read; beyond it, Overloaded
     graphs: bool = True  # on CUDA, decode steps are captured at start and replayed; without, they are far slower
     threads: int = 1  # torch threads: more than the free cores is far slower than one
 
     def __post_init__(self) -> None:
-        for name in ("slots", "step_tokens", "refill", "max_queue", "threads"):
+        for name in ("slots", "step_tokens", "max_queue", "threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}", name)
+        if self.pause is not None and self.pause < 0:
+            raise InvalidRequest(f"pause must be at least 0, not {self.pause}", "pause")
         if self.max_queue_tokens is not None and self.max_queue_tokens < 1:
             message = f"max_queue_tokens must be at least 1, not {self.max_queue_tokens}"
             raise InvalidRequest(message, "max_queue_tokens")

@@ -35,6 +35,7 @@ from trimtab.steering.correction import CONTRAST, ContrastCorrection
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_LEN = 4096
+PAUSE = 8  # steps, some 10 to 40 ms, that a first token may wait so that most steps are a graph's
 FAILED = "the engine failed: its log says why"  # which callers are told, and no more
 
 
@@ -60,7 +61,8 @@ class Core:
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
-        return Scheduler(config.slots, config.step_tokens, self._runner.cache.copy, config.refill)
+        pause = config.pause if config.pause is not None else PAUSE if self._runner.graphed else 0
+        return Scheduler(config.slots, config.step_tokens, self._runner.cache.copy, pause)
 
     @property
     def busy(self) -> bool:

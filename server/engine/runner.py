@@ -74,6 +74,11 @@ class Runner:
             gc.freeze()  # what is loaded stays: the collector need not look at it again between steps
 
     @property
+    def graphed(self) -> bool:
+        """Whether a step that decodes alone is replayed from a graph."""
+        return self._graphs is not None
+
+    @property
     def compiles(self) -> bool:
         """Whether the first steps take long: they compile kernels, and allocate what the next ones use again."""
         return self._graphs is not None or self.base.device.type == "cuda"

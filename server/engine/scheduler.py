@@ -7,8 +7,9 @@ common beginning is there and starts from a copy of it: the other samples of a r
 where that spares WORTH tokens or more, in whole blocks. As many slots as it has rows are kept free for it meanwhile.
 Whose prompt begins as what a free slot holds takes that slot, unless more than WORTH other tokens would be forgotten
 with it: then it copies the beginning to the slot that was freed first, as it does where the holder is not free.
-With a refill of more than 1, who waits is admitted in batches: from when so many slots are free, or nothing runs, until
-the slots are taken. Nothing here touches a tensor but the row copy it asks the cache for.
+A step that reads prompts is far slower where decoding alone would be a graph's: with a pause, who waits is admitted so
+many steps after the last of those, or when there is one anyway, or nothing runs. Nothing here touches a tensor but the
+row copy it asks the cache for.
 """
 
 import time
@@ -43,15 +44,16 @@ class Work(NamedTuple):
 class Scheduler:
     """Waiting and running sequences over the slots."""
 
-    def __init__(self, slots: int, step_tokens: int, copy: Callable[[int, int, int], None], refill: int = 1) -> None:
-        """copy(source slot, target slot, length) copies KV rows."""
+    def __init__(self, slots: int, step_tokens: int, copy: Callable[[int, int, int], None], pause: int = 0) -> None:
+        """copy(source slot, target slot, length) copies KV rows; pause: in steps."""
         self.waiting: dict[tuple[str, int], Sequence] = {}  # by (request id, choice), in order of arrival
         self.running: dict[tuple[str, int], Sequence] = {}
         self._slots = Slots(slots)
         self._step_tokens = max(step_tokens, slots)
         self._copy = copy
-        self._refill = min(refill, slots)
-        self._filling = False  # a batch is being admitted
+        self._pause = pause
+        self._since = 0  # steps that decoded alone, since one that read prompts
+        self._open = False  # more are admitted at the next step: a prompt is read on, or a beginning is awaited
 
     @property
     def free_slots(self) -> int:
@@ -73,12 +75,14 @@ class Scheduler:
                 singles += [Work(s, row, row.computed, row.computed + 1) for row in s.rows]
             else:
                 filling.append(s)
+        self._since = 0 if filling else self._since + 1
         budget = self._step_tokens - len(singles)
         chunks: list[Work] = []
         for s in sorted(filling, key=lambda s: s.arrived):  # who waited for a beginning was overtaken
             alone = len(s.rows) == 1 or sum(row.left for row in s.rows) <= budget
             for row in s.rows:
                 size = min(row.left - (not alone), budget)
+                self._open = self._open or row.left - size > 1
                 if size > 0:
                     (singles if size == 1 else chunks).append(Work(s, row, row.computed, row.computed + size))
                     budget -= size
@@ -86,8 +90,7 @@ class Scheduler:
 
     def settled(self, working: int) -> bool:
         """Whether the next step will be the same rows, less those that end: all are at work, and no other may come."""
-        admits = self._filling or self._slots.free >= self._refill
-        return working == len(self.running) and not (self.waiting and self._slots.free and admits)
+        return working == len(self.running) and not (self.waiting and self._slots.free and self._admits)
 
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
@@ -98,6 +101,7 @@ class Scheduler:
 
     def decoded(self, sequences: list[Sequence]) -> None:
         """Note that a step has computed the last token of each of these, which have no companion and no plan."""
+        self._since += bool(sequences)
         for sequence in sequences:
             row = sequence.row
             row.computed += 1
@@ -126,15 +130,18 @@ class Scheduler:
         """A choice, wherever it is; None: it has ended."""
         return self.waiting.get((request_id, index)) or self.running.get((request_id, index))
 
+    @property
+    def _admits(self) -> bool:
+        """Whether who waits is admitted at the next step, where there is room."""
+        return self._open or self._since >= self._pause or not self.running
+
     def _admit(self) -> None:
-        self._filling = self._filling or self._slots.free >= self._refill or not self.running
-        if not self._filling:
+        if not self._admits:
             return
         kept = 0  # slots, for those whose beginning is being computed
         for key, sequence in list(self.waiting.items()):
             if self._slots.free - kept < len(sequence.rows):
-                self._filling = kept > 0
-                return
+                break
             if self._awaits_its_first(sequence) or any(map(self._awaits, sequence.rows)):
                 kept += len(sequence.rows)
                 continue
@@ -144,6 +151,7 @@ class Scheduler:
             self.running[key] = sequence
             sequence.running = True
             sequence.queued = time.perf_counter() - sequence.arrived
+        self._open = kept > 0
 
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""

@@ -35,6 +35,7 @@ from trimtab.steering.training.progress import Progress
 # full step takes no longer than an empty one; on a CPU it is 3 % (lengths of 256 completions of the demo's).
 FILE_ROUNDS = 16
 STEP_TOKENS = {"cpu": 512, "cuda": 16384}  # computed at once, by the device's type
+PAUSE = {"cpu": 0, "cuda": 32}  # nobody waits for a first token here: see EngineConfig
 
 
 class Sampling(NamedTuple):
@@ -141,12 +142,11 @@ def open_core(base: Base, bank: Bank, problems: Sequence[Problem], max_tokens: i
     if longest >= base.max_len:
         raise TaskError(f"{label} has {longest} tokens; {base.name} takes {base.max_len}: shorten it")
     length = max(2, min(base.max_len, longest + max_tokens))
-    on_gpu = base.device.type == "cuda"
     config = EngineConfig(
         slots=slots,
         max_model_len=length,
         step_tokens=STEP_TOKENS[base.device.type],
-        refill=max(1, slots // 4) if on_gpu else 1,  # a step that mixes prompts with decoding runs without a graph
+        pause=PAUSE[base.device.type],
         threads=threads,
         max_queue=slots + MAX_SAMPLES,
     )
