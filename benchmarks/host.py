@@ -5,8 +5,9 @@
 The first table is the engine alone: microseconds of a decode step, the best of the rounds, for the kinds of requests of
 engine.py, in turns. The second is a whole server, in a process of its own, whose device takes `--step` milliseconds a
 step: tokens a second, that as a share of the device's pace, and the microseconds of a core that a token took of the
-event loop and of the engine's thread, prompts and the requests' own overhead included. Nothing is computed on the
-device: forwards and the step kernel give back what was made before. The client reads bytes and parses nothing.
+event loop's thread and of all others, of which the engine's is the busy one; prompts and the requests' own overhead
+included. Nothing is computed on the device: forwards and the step kernel give back what was made before. The client
+reads bytes and parses nothing.
 """
 
 import argparse
@@ -57,9 +58,9 @@ class Device:
         self._records: dict[tuple[int, bool], StepRecord] = {}
         sample, forward = engine.sample, engine.forward
 
-        def run(*rows: Any) -> Any:
+        def run(ids: Any, slots: Any, positions: Any) -> Any:
             self._launch()
-            return hidden[: len(rows[1])], logits[: len(rows[1])]
+            return hidden[: len(slots)], logits[: len(slots)]
 
         def plan(work: Any) -> Any:
             self._launch()
@@ -133,7 +134,7 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
             wait(port, server)
             for rows in args.rows:
@@ -174,11 +175,11 @@ def serve(args: argparse.Namespace) -> None:
     base, bank = load(args)
     engine = Engine(base, bank, make_config(args, max(args.rows)))
     Device(engine._core, args.step / 1000)
-    uvicorn.run(create_app(engine, base, bank), port=args.serve, log_config=None, access_log=False)
+    uvicorn.run(create_app(engine, base, bank), port=args.serve, http="h11", log_config=None, access_log=False)
 
 
 def wait(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Until it answers."""
+    """Until it listens."""
     while server.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return
@@ -226,8 +227,10 @@ async def ask(port: int, args: argparse.Namespace, row: int, more: dict[str, Any
 
 def cores(pid: int) -> tuple[float, float]:
     """Seconds that a process' first thread, and all its others, have run."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    times = {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
+    times = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            times[int(task.name)] = int((task / "schedstat").read_text().split()[0])
     first = times.pop(pid)
     return first / 1e9, sum(times.values()) / 1e9
 

@@ -45,7 +45,7 @@ HALVINGS = 20  # of the strength's share, where kl_cap bounds it: to one in a mi
 GATE_ENTROPY, GATE_VARENTROPY, GATE_MARGIN, GATE_RANDOM, GATE_ALWAYS = range(5)
 OPEN, FIRED, DEAD = 1, 2, 4  # bits of a status
 
-FIELDS = 12  # of a record, that have a number a row: 4 integers, then floats
+FIELDS = 12  # of a record, before its alternatives: 4 integers a row, then floats
 
 
 class RowParams(NamedTuple):

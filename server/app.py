@@ -36,7 +36,7 @@ from trimtab.server.responses.body import ResponseBody
 from trimtab.server.schema import Body, ChatBody, CompletionBody
 from trimtab.server.service import Service
 from trimtab.server.swap import Swap
-from trimtab.server.tickets import Tickets
+from trimtab.server.tickets import Tickets, tune_interpreter
 from trimtab.server.visit import Observer
 from trimtab.server.wire import EventStream, or_gone
 from trimtab.steering.bank import Bank
@@ -95,6 +95,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tune_interpreter()
         service.tickets.start()
         yield
         await asyncio.to_thread(engine.close)  # its last events still reach their callers

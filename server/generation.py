@@ -4,7 +4,7 @@ Invariant: both ways read the same updates, so a stream's pieces add up to the w
 told with a status is raised before the first byte; later failures are an event, then `[DONE]`.
 
     generation = Generation(service, body, chosen, shape, prompts, negatives);  await generation.whole()
-    with generation.open() as ticket:
+    with generation.open(streamed=True) as ticket:
         async for frame in generation.frames(ticket): ...
 """
 
@@ -12,13 +12,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from trimtab.errors import ContextOverflow, TrimtabError
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import Choice, outcome
+from trimtab.server.engine.event import Event
 from trimtab.server.engine.request import Request, Structure
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import REFUSED
@@ -88,6 +89,7 @@ class Generation:
             service.check_scores(prompts, 1 if shape.one_prompt else body.choices, told, field)
         self._choices: dict[tuple[str, int], Choice] = {}
         self._ended = 0  # choices
+        self._streamed = False
         self._rules = rules
         self._error: TrimtabError | None = None  # what is told once all that came before it is
         for request in self._requests:
@@ -131,8 +133,11 @@ class Generation:
 
     @contextmanager
     def open(self, streamed: bool) -> Iterator[Ticket]:
-        """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises."""
-        reason = REFUSED
+        """Submit; on leaving, what is unfinished is aborted. Raises what Engine.submit raises.
+
+        streamed: the caller hears of every step.
+        """
+        reason, self._streamed = REFUSED, streamed
         enough = 1 if streamed or self._rules.stop else _ENOUGH  # a stop string frees a slot
         try:
             with self._service.tickets.open(self._requests, enough) as ticket:
@@ -141,7 +146,10 @@ class Generation:
                 self._service.metrics.accept(lengths, self._body.choices)
                 for choice in self._choices.values():
                     choice.watch.submitted()
-                yield ticket
+                try:
+                    yield ticket
+                finally:
+                    self._count(ticket.close())
         finally:
             for choice in self._choices.values():
                 choice.end(reason)
@@ -151,7 +159,7 @@ class Generation:
         """The answer, once it is complete."""
         with self.open(streamed=False) as ticket:
             while self.going:
-                for choice, update in await self.next(ticket, streamed=False):
+                for choice, update in await self.next(ticket):
                     choice.keep(update)
         choices = []
         for choice in self._choices.values():
@@ -168,7 +176,7 @@ class Generation:
         once = "".join(f',"{key}":{dumps(told)}' for key, told in of_prompt.items())
         try:
             while self.going:
-                news = await self.next(ticket, streamed=True)
+                news = await self.next(ticket)
                 tail = self._tail()
                 events = []
                 for choice, update in news:
@@ -203,17 +211,18 @@ class Generation:
 
     @property
     def going(self) -> bool:
-        """Whether a choice has not ended."""
+        """Whether there is more to tell: a choice that has not ended, or an error."""
         return self._error is not None or self._ended < len(self._choices)
 
-    async def next(self, ticket: Ticket, streamed: bool) -> list[tuple[Choice, Update]]:
+    async def next(self, ticket: Ticket) -> list[tuple[Choice, Update]]:
         """What is new, of one step or more; nothing, if none came for `keep_alive` seconds. Raises what went wrong.
 
-        streamed: these seconds count from when the caller last heard.
+        In a stream these seconds count from when the caller last heard.
         """
         if self._error is not None:
-            raise self._error
-        silent = time.monotonic() - self._heard if streamed else 0.0
+            error, self._error = self._error, None
+            raise error
+        silent = time.monotonic() - self._heard if self._streamed else 0.0
         news: list[tuple[Choice, Update]] = []
         events = await ticket.next(max(0.0, self._service.keep_alive - silent))
         now = time.perf_counter()
@@ -225,7 +234,7 @@ class Generation:
             if choice.stream.finish is not None:
                 continue  # a step that was under way when its stop string came
             try:
-                update = choice.take(event, now if streamed else event.at)
+                update = choice.take(event, now if self._streamed else event.at)
             except TrimtabError as error:
                 self._error = error
                 break
@@ -234,6 +243,14 @@ class Generation:
                 ticket.finish(event.request_id, event.index)
                 self._ended += 1
         return news
+
+    def _count(self, events: Sequence[Event]) -> None:
+        """What came and is told nobody, as the caller has left: metrics and the log count it all the same."""
+        for event in events:
+            choice = self._choices[event.request_id, event.index]
+            if not event.scored and choice.stream.finish is None:
+                with suppress(TrimtabError):
+                    choice.take(event, event.at)
 
     def _tail(self) -> str:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""

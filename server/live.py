@@ -1,7 +1,8 @@
 """The series that move with every token: plain numbers while tokens come, told when somebody looks.
 
 Invariant: one thread counts and tells, the event loop's, so nothing is locked. What nobody tells any more may still be
-counted by choices that are under way.
+counted by choices that are under way. The text is that of prometheus_client's own counters and histograms, but that it
+has no `_created`.
 
     live = Live("tiny", registry);  counts = live.counts("brief", "apply");  live.between.observe(0.01)
 """

@@ -103,6 +103,7 @@ def serve(args: argparse.Namespace) -> None:
         app,
         args.host,
         args.port,
+        http="h11",  # which alone bounds the head of a request: httptools, where it is installed, reads one of any size
         log_config=None,
         access_log=False,
         server_header=False,

@@ -24,6 +24,12 @@ _SWITCH = 0.0002  # seconds until the event loop lets the engine's thread go on,
 _OBJECTS = 20_000  # new ones until the collector looks for cycles: a step of many rows makes a thousand, and no cycle
 
 
+def tune_interpreter() -> None:
+    """For the process: the event loop and an engine's thread take turns in it, thousands of times a second."""
+    sys.setswitchinterval(_SWITCH)
+    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
+
+
 class Ticket:
     """The events of the requests of one caller. Used by one task."""
 
@@ -37,13 +43,14 @@ class Ticket:
         self._waiter: asyncio.Future[None] | None = None  # of who waits for the next
         self._until = 0.0  # when the wait ends, in the loop's time
         self._timer: asyncio.TimerHandle | None = None  # it outlasts a wait: thousands of them begin a second
+        self._rings = 0.0  # when; uvloop's handles, some of which are of no timer, do not tell
 
     async def next(self, timeout: float) -> list[Event]:
         """All events since the last call; what there is, or none, after `timeout` seconds. Raises EngineStopped."""
         if not self._due:
             self._waiter = self._loop.create_future()
             self._until = self._loop.time() + timeout
-            if self._timer is None or self._timer.when() > self._until:
+            if self._timer is None or self._rings > self._until:
                 self._set_timer()
             try:
                 await self._waiter
@@ -54,17 +61,24 @@ class Ticket:
         events, self._events, self._due = self._events, [], False
         return events
 
-    def close(self) -> None:
-        """Nobody waits any more."""
+    def close(self) -> list[Event]:
+        """Nobody waits any more. -> the events that nobody has been told."""
+        self._cancel_timer()
+        events, self._events = self._events, []
+        return events
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _set_timer(self) -> None:
-        self.close()
-        self._timer = self._loop.call_at(self._until, self._ring)
+        self._cancel_timer()
+        self._rings = self._until
+        self._timer = self._loop.call_at(self._rings, self._ring)
 
     def _ring(self) -> None:
-        """The timer's time has come, that of the wait under way perhaps not."""
+        """The timer's time has come, or nearly, as uvloop rounds it; that of the wait under way perhaps not."""
         self._timer = None
         if self._waiter is not None and self._loop.time() < self._until:
             self._set_timer()
@@ -90,9 +104,8 @@ class Ticket:
         self._events.append(event)
         if event.finish is not None:
             self._open[event.request_id].discard(event.index)
-            self._due = True
-        if self._due or len(self._events) >= self._enough:
-            self._due = True
+        self._due = self._due or event.finish is not None or len(self._events) >= self._enough
+        if self._due:
             self._wake()
 
     @property
@@ -112,8 +125,6 @@ class Tickets:
     def start(self) -> None:
         """Start the engine; its events arrive in the running event loop."""
         loop = asyncio.get_running_loop()
-        sys.setswitchinterval(_SWITCH)
-        gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
 
         def on_events(events: list[Event]) -> None:
             with suppress(RuntimeError):  # the loop closed while the engine ended its last step

@@ -1,13 +1,15 @@
 """The metrics: Prometheus' own parser reads them, they count what happened, and no caller can make a series."""
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scripted import ScriptedEngine, event, ids, in_memory, say, scripted_bank
+from scripted import ScriptedEngine, event, ids, in_memory, loopback, say, scripted_app, scripted_bank
 from trimtab.errors import Overloaded
 from trimtab.server import metrics
 from trimtab.server.engine.engine import EngineStats
@@ -85,6 +87,39 @@ def test_metrics_count_what_happened() -> None:
     }
     assert {key: samples.get(key) for key in expected} == expected
     assert not any({("correction", "polite"), ("mode", "apply")} <= labels for _, labels in samples)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_came_until_the_caller_left_is_counted(stream: bool) -> None:
+    class Slow(ScriptedEngine):
+        """A token every 5 ms, and no end."""
+
+        def submit(self, request: Request) -> None:
+            self.requests.append(request)
+            threading.Thread(target=self._play, args=[request], daemon=True).start()
+
+        def _play(self, request: Request) -> None:
+            for number in range(20):
+                self.on_events([event(request, 0, 65, cached=0 if number else 3)])
+                time.sleep(0.005)
+
+    engine = Slow(say("x"))
+    with loopback(scripted_app(engine), engine) as url:
+        body = {"prompt": "abc", "stream": stream}
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=0.5) as answer,
+        ):
+            answer.read()
+        deadline = time.monotonic() + 10
+        samples: dict[Series, float] = {}
+        while not samples.get(series("request_success_total", finished_reason="abort")):
+            assert time.monotonic() < deadline
+            samples = read(httpx.get(f"{url}/metrics").text)
+    assert samples[series("generation_tokens_total")] == 20.0
+    assert samples[series("time_to_first_token_seconds_count")] == 1.0
+    assert samples[series("prefix_cache_hits_total")] == 3.0
+    assert samples[series("request_generation_tokens_sum")] == 20.0
 
 
 def test_what_is_scored_has_hits_and_no_length() -> None:

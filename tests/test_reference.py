@@ -19,6 +19,7 @@ from trimtab.kernels.record import (
     OPEN,
     StepInputs,
     StepRecord,
+    new_record,
     pack,
     unpack,
 )
@@ -296,6 +297,21 @@ def test_draws_follow_the_distribution_and_never_leave_it(params: dict[str, Any]
     assert counts[probabilities == 0].sum() == 0
     deviation = (draws * probabilities * (1 - probabilities)).sqrt()
     assert ((counts - draws * probabilities).abs() <= 4 * deviation + 2).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("alternatives", [0, 5])
+def test_a_record_of_one_piece_is_packed_without_a_copy(rows: int, alternatives: int) -> None:
+    record = new_record(rows, alternatives, torch.device("cpu"))
+    for i, field in enumerate(record):
+        field.copy_(torch.arange(field.numel()).reshape(field.shape) + 100 * i)
+    packed = pack(record)
+    assert packed.data_ptr() == record.token.data_ptr()
+    apart = StepRecord._make(field.clone() for field in record)
+    assert torch.equal(pack(apart), packed)
+    assert torch.equal(pack(record._replace(kl=apart.kl)), packed)
+    for a, b in zip(record, unpack(packed.clone(), rows), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_pack_and_unpack_are_inverse() -> None:

@@ -161,6 +161,9 @@ def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
         assert "no API key is in force" not in served.told
         assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
         assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "tiny"
+        with socket.create_connection((httpx.URL(served.url).host, httpx.URL(served.url).port or 0), 10) as endless:
+            endless.sendall(b"GET /health HTTP/1.1\r\nX-Long: " + b"a" * 100_000)
+            assert endless.recv(100).startswith(b"HTTP/1.1 400"), "nobody's head is kept, however long it gets"
 
 
 def test_a_server_that_is_open_to_the_network_says_so(tmp_path: Path) -> None:

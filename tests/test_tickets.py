@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import uvloop
 from starlette.requests import ClientDisconnect
 
 from scripted import ScriptedEngine, event, say
@@ -13,6 +14,13 @@ from trimtab.server.engine.event import Event
 from trimtab.server.engine.request import Request
 from trimtab.server.tickets import Ticket, Tickets
 from trimtab.server.wire import or_gone
+
+
+@pytest.fixture(autouse=True, params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either of those that a server may run in: uvloop's timers ring up to half a millisecond early."""
+    if request.param == "uvloop":
+        monkeypatch.setattr(asyncio.events, "new_event_loop", uvloop.new_event_loop)
 
 
 def silence(request: Request, index: int) -> list[Any]:
@@ -161,6 +169,55 @@ def test_silence_returns_nothing_while_the_engine_lives() -> None:
                 await ticket.next(0.001)
 
     run(engine, use)
+
+
+def token(number: int, finish: Any = None) -> Event:
+    return Event("a", 0, number, 0.0, (), None, finish)
+
+
+def test_no_event_is_lost_that_comes_as_a_wait_ends() -> None:
+    async def use(tickets: Tickets) -> None:
+        loop, seen = asyncio.get_running_loop(), []
+        with tickets.open([Request("a", (1,))]) as ticket:
+            for number in range(300):
+                timeout = 0.0005 + number % 20 * 0.00013
+                loop.call_later(timeout + (number % 7 - 3) * 0.0001, ticket.put, token(number))
+                while len(seen) <= number:
+                    seen += [event.token for event in await ticket.next(timeout)]
+        assert seen == list(range(300))
+
+    run(ScriptedEngine(silence), use)
+
+
+def test_a_wait_may_end_before_the_one_before_it_would_have() -> None:
+    async def use(tickets: Tickets) -> None:
+        loop = asyncio.get_running_loop()
+        with tickets.open([Request("a", (1,))]) as ticket:
+            loop.call_soon(ticket.put, token(1))
+            assert len(await ticket.next(60)) == 1
+            async with asyncio.timeout(5):
+                assert await ticket.next(0.01) == []
+
+    run(ScriptedEngine(silence), use)
+
+
+def test_who_wants_many_events_hears_of_them_together_or_at_the_end() -> None:
+    async def use(tickets: Tickets) -> None:
+        loop = asyncio.get_running_loop()
+        with tickets.open([Request("a", (1,))], enough=3) as ticket:
+            ticket.put(token(1))
+            ticket.put(token(2))
+            loop.call_later(0.01, ticket.put, token(3))
+            assert [event.token for event in await ticket.next(5)] == [1, 2, 3]
+            ticket.put(token(4))
+            assert [event.token for event in await ticket.next(0.01)] == [4], "its time was over"
+            ticket.put(token(5))
+            loop.call_later(0.01, ticket.put, token(6, "stop"))
+            assert [event.token for event in await ticket.next(5)] == [5, 6]
+            ticket.put(token(7))
+            assert [event.token for event in ticket.close()] == [7], "nobody was told"
+
+    run(ScriptedEngine(silence), use)
 
 
 def test_events_for_nobody_are_dropped() -> None:

@@ -43,7 +43,7 @@ class Allowance:
             if not self._ends.isdisjoint(content):
                 self._find(len(self._text) - len(content))
             elif not self._counts:
-                return  # as at most tokens of most requests: nothing can have changed
+                return  # nothing that `open` follows from has changed: so it is at nearly every token
         self.open = self._allows()
 
     def _allows(self) -> bool:

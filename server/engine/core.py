@@ -194,15 +194,15 @@ class Core:
             top = tuple(zip(ids[:wanted], logprobs[:wanted], strict=True)) if wanted else ()
             logprob = receipt.base_logprob if request.steering.mode == "shadow" else receipt.steered_logprob
             if scored:
-                index, at = sequence.index, now
-                events.append(Event(request.id, index, drawn, logprob, top, receipt, None, at=at, scored=True))
+                told = (request.id, sequence.index, drawn, logprob, top, receipt, None)
+                events.append(Event(*told, at=now, scored=True))
                 continue
             cached, queued = (0, 0.0) if sequence.sampled else (sequence.row.cached, sequence.queued)
             finish = sequence.append(drawn, acted)
             if sequence.sampled == 1:
                 self._scheduler.vouch(sequence)
-            index, error = sequence.index, None
-            events.append(Event(request.id, index, drawn, logprob, top, receipt, finish, error, cached, queued, now))
+            told = (request.id, sequence.index, drawn, logprob, top, receipt, finish)
+            events.append(Event(*told, cached=cached, queued=queued, at=now))
             if finish is not None:
                 self._scheduler.remove(sequence)
         return events

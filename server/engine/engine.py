@@ -248,7 +248,7 @@ class Engine:
             if self._unread:
                 for event in events:
                     self._unread.pop(event.request_id, None)
-            for event in events:
+            for event in events:  # all are open: whatever ends a choice also takes it from the core
                 if event.finish is not None:
                     self._open[event.request_id].discard(event.index)
                     if not self._open[event.request_id]:

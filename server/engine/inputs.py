@@ -1,6 +1,7 @@
 """From the sequences that sample in this step to the tensors that the step kernel reads.
 
-Invariant: what a step changes of its rows' parameters travels to the device in one copy, and where it is nothing, none.
+Invariant: of its rows' parameters only what a step changes travels to the device, in one copy; the keys of its draws go
+with those of some steps to come (slate.py), and edits and masks where there are any.
 """
 
 from typing import Any, NamedTuple

@@ -100,7 +100,7 @@ class Scheduler:
             self._tell(row)
 
     def decoded(self, sequences: list[Sequence]) -> None:
-        """Note that a step has computed the last token of each of these, which have no companion and no plan."""
+        """Note that a step without a plan has computed the last token of each. All have sampled, and no companion."""
         self._since += bool(sequences)
         for sequence in sequences:
             row = sequence.row

@@ -108,7 +108,7 @@ class Slate:
         return more
 
     def gather(self, slots: Slots, device: torch.device) -> Standing:
-        """Of the choices in `slots`."""
+        """Of the choices in `slots`: those of the last call, where they are the same. device: always the same."""
         if self._standing is None or not np.array_equal(self._standing.slots, slots):
             mix = int((self._correction[slots] >= 0).sum(axis=1).max(initial=1))  # the most that act together
             columns = {

@@ -44,7 +44,7 @@ class ResponseGeneration(Generation):
         writer = Writer(self._settled())
         with self.open(streamed=False) as ticket:
             while self.going:
-                for choice, update in await self.next(ticket, streamed=False):
+                for choice, update in await self.next(ticket):
                     for chunk in self._telling.chunks(choice, update):
                         writer.take(chunk)
         return dumps(writer.end(self._usage())[-1]["response"]).encode()
@@ -55,7 +55,7 @@ class ResponseGeneration(Generation):
         try:
             yield encode(writer.begin())
             while self.going:
-                news = await self.next(ticket, streamed=True)
+                news = await self.next(ticket)
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if sent := self._or_keep_alive(encode(events)):
