@@ -112,7 +112,7 @@ def host(measured: dict[str, Any]) -> str:
             "## What one process brings out\n",
             "A replica speaks HTTP and runs its engine in one process, whose threads take turns. On a GPU that may be"
             f" the limit: {most} requests at once over HTTP, their device a stand-in that takes {measured['step']:g} ms"
-            f" step and computes nothing, on {hardware(measured['machine'])}. A core's microseconds include those of"
+            f" a step and computes nothing, on {hardware(measured['machine'])}. A core's microseconds include those of"
             f" reading prompts of {measured['prompt']}, for answers of {measured['answer']}.\n",
             table(head, told),
         ]
