@@ -9,10 +9,11 @@ told with a status is raised before the first byte; later failures are an event,
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,8 @@ from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
 from trimtab.server.visit import current, note
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -226,7 +229,7 @@ class Generation:
         news: list[tuple[Choice, Update]] = []
         events = await ticket.next(max(0.0, self._service.keep_alive - silent))
         now = time.perf_counter()
-        for event in events:
+        for number, event in enumerate(events):
             if event.scored:
                 self._scores[event.request_id].add(event)
                 continue
@@ -237,6 +240,7 @@ class Generation:
                 update = choice.take(event, now if self._streamed else event.at)
             except TrimtabError as error:
                 self._error = error
+                self._count(events[number + 1 :])
                 break
             news.append((choice, update))
             if update.finish is not None:
@@ -245,12 +249,18 @@ class Generation:
         return news
 
     def _count(self, events: Sequence[Event]) -> None:
-        """What came and is told nobody, as the caller has left: metrics and the log count it all the same."""
+        """What came and is told nobody, as the caller has left, or one choice failed: metrics and the log count it."""
+        now = time.perf_counter()
         for event in events:
             choice = self._choices[event.request_id, event.index]
-            if not event.scored and choice.stream.finish is None:
-                with suppress(TrimtabError):
-                    choice.take(event, event.at)
+            if event.scored or choice.stream.finish is not None:
+                continue
+            try:
+                choice.take(event, now if self._streamed else event.at)
+            except TrimtabError:
+                pass  # it counts as what it is
+            except Exception:  # whatever it was, it must not take the place of why nobody listens
+                log.exception("a token that nobody waits for could not be counted")
 
     def _tail(self) -> str:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""

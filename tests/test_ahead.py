@@ -90,11 +90,22 @@ def test_answers_are_those_of_an_engine_that_waits(base: Base, monkeypatch: pyte
     assert told(waiting) == told(events)
 
 
-def test_where_choices_wait_a_pause_lets_more_steps_be_launched_ahead(base: Base) -> None:
-    at_once, ahead, _ = run(make_core(base))
-    paused, more, _ = run(make_core(base, pause=None))
-    assert told(paused) == told(at_once)
-    assert more > ahead
+@pytest.mark.parametrize("pause", [2, 3, 4])
+def test_where_choices_wait_prompts_are_read_after_so_many_steps(base: Base, pause: int) -> None:
+    core, gaps, alone = make_core(base, pause=pause), [], 0
+    core._scheduler._roomy = 4  # it pauses as long as anything runs
+    for request in requests():
+        core.submit(request)
+    events: list[Event] = []
+    while core.busy:
+        events += core.step()
+        if core._scheduler._since:
+            alone += 1
+        else:
+            gaps.append(alone)
+            alone = 0
+    assert min(gaps[1:]) == pause
+    assert told(events) == told(run(make_core(base))[0])
 
 
 def test_a_row_that_dies_leaves_the_others_and_nothing_in_its_slot(base: Base) -> None:

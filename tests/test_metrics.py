@@ -122,6 +122,23 @@ def test_what_came_until_the_caller_left_is_counted(stream: bool) -> None:
     assert samples[series("request_generation_tokens_sum")] == 20.0
 
 
+def test_what_came_beside_an_error_is_counted() -> None:
+    class Failing(ScriptedEngine):
+        """The first choice fails in the step that gives the others a token."""
+
+        def submit(self, request: Request) -> None:
+            self.requests.append(request)
+            failed = event(request, 0, None, finish="error", error="it broke")
+            self.on_events([failed, event(request, 1, 65), event(request, 2, 65, finish="length")])
+
+    with in_memory(Failing(say("x"))) as ask:
+        assert ask("POST", "/v1/completions", json={"prompt": "abc", "n": 3}).status_code == 500
+        samples = read(ask("GET", "/metrics").text)
+    assert samples[series("generation_tokens_total")] == 2.0
+    ends = dict.fromkeys(("error", "abort", "length"), 1.0)
+    assert {reason: samples[series("request_success_total", finished_reason=reason)] for reason in ends} == ends
+
+
 def test_what_is_scored_has_hits_and_no_length() -> None:
     def script(request: Request, index: int) -> list[Event]:
         scored = [event(request, index, 98, scored=True)] if request.score_from is not None else []

@@ -148,12 +148,20 @@ def test_who_waited_for_a_beginning_goes_before_those_who_came_later() -> None:
     assert run_step(scheduler)[:2] == [("a", 81, 82), ("b", 80, 81)]
 
 
+def nearly_full(scheduler: Scheduler) -> Scheduler:
+    """It pauses whatever room it has, unless nothing runs."""
+    scheduler._roomy = scheduler.free_slots
+    return scheduler
+
+
 def test_with_a_pause_those_who_waited_for_a_beginning_are_admitted_at_once() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=256, copy=lambda *_: None, pause=100)
-    for i in range(5):
+    scheduler = nearly_full(Scheduler(slots=5, step_tokens=256, copy=lambda *_: None, pause=100))
+    for i in range(3):
         scheduler.add(sequence(f"r{i}", [*SYSTEM, i]))
     assert run_step(scheduler) == [("r0", 0, 81)]
-    assert [name for name, _, _ in run_step(scheduler)] == ["r0", "r1", "r2", "r3"]
+    scheduler.add(sequence("new", [1, 2]))
+    assert [name for name, _, _ in run_step(scheduler)] == ["r0", "r1", "r2"]
+    assert [name for name, _, _ in run_step(scheduler)] == ["r0", "r1", "r2"]
 
 
 @pytest.mark.parametrize("computed", [16, 64])
@@ -360,13 +368,13 @@ def read_ahead(scheduler: Scheduler) -> dict[str, int]:
 
 
 def test_with_a_pause_prompts_are_read_together() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=64, copy=lambda *_: None, pause=3)
+    scheduler = nearly_full(Scheduler(slots=4, step_tokens=64, copy=lambda *_: None, pause=3))
     scheduler.add(sequence("a", [1] * 5))
     assert read_ahead(scheduler) == {"a": 5}  # nothing runs: at once
     scheduler.add(sequence("b", [2] * 5))
     assert [read_ahead(scheduler) for _ in range(2)] == [{"a": 1}] * 2
     scheduler.add(sequence("c", [3] * 5))
-    assert scheduler.settled(1)
+    assert scheduler.settled(1, 0)
     assert [read_ahead(scheduler) for _ in range(2)] == [{"a": 1}, {"a": 1, "b": 5, "c": 5}]
     for _ in range(5):
         read_ahead(scheduler)
@@ -375,7 +383,7 @@ def test_with_a_pause_prompts_are_read_together() -> None:
 
 
 def test_a_pause_ends_where_a_prompt_is_read_anyway_or_nothing_runs() -> None:
-    scheduler = Scheduler(slots=4, step_tokens=8, copy=lambda *_: None, pause=100)
+    scheduler = nearly_full(Scheduler(slots=4, step_tokens=8, copy=lambda *_: None, pause=100))
     scheduler.add(sequence("long", [1] * 14))
     assert read_ahead(scheduler) == {"long": 8}
     scheduler.add(sequence("b", [2]))
@@ -388,14 +396,27 @@ def test_a_pause_ends_where_a_prompt_is_read_anyway_or_nothing_runs() -> None:
 
 
 def test_what_is_decoded_ahead_counts_as_a_pause() -> None:
-    scheduler = Scheduler(slots=2, step_tokens=8, copy=lambda *_: None, pause=2)
+    """Asked as the engine does: a step is told of once it is over, and what follows it is asked before."""
+    scheduler = nearly_full(Scheduler(slots=3, step_tokens=8, copy=lambda *_: None, pause=3))
     scheduler.add(sequence("a", [1] * 5))
     read_ahead(scheduler)
     scheduler.add(sequence("b", [2] * 5))
-    assert scheduler.settled(1)
-    for settled in (True, False):
-        (running,) = scheduler.running.values()
+    assert scheduler.settled(1, 0)
+    (running,) = scheduler.running.values()
+    for settled in (True, True, False):
+        assert scheduler.settled(0, 1) is settled
         scheduler.decoded([running])
         running.append(9)
-        assert scheduler.settled(1) is settled
     assert read_ahead(scheduler) == {"a": 1, "b": 5}
+
+
+def test_a_pause_ends_where_an_eighth_of_the_slots_is_free() -> None:
+    scheduler = Scheduler(slots=16, step_tokens=64, copy=lambda *_: None, pause=100)
+    for i in range(17):
+        scheduler.add(sequence(f"r{i}", [i + 1]))
+    assert len(read_ahead(scheduler)) == 16
+    running = list(scheduler.running.values())
+    scheduler.remove(running[0])
+    assert len(read_ahead(scheduler)) == 15  # one is free: not yet
+    scheduler.remove(running[1])
+    assert "r16" in read_ahead(scheduler)

@@ -12,7 +12,7 @@ class EngineConfig:
     slots: int = 32  # sequences that run at once
     max_model_len: int | None = None  # tokens a sequence may hold; None: the model's own, at most 4096
     step_tokens: int = 512  # tokens computed a step: decode rows first, then prompt chunks
-    pause: int | None = None  # steps that decode alone between two that read prompts; None: 8 with graphs, else 0
+    pause: int | None = None  # steps between two that read prompts, where most slots are taken; None: 8 with graphs
     max_queue: int = 512  # choices that may wait; beyond it, Overloaded
     max_queue_tokens: int | None = None  # tokens of prompts that may wait to be read; beyond it, Overloaded
     graphs: bool = True  # on CUDA, decode steps are captured at start and replayed; without, they are far slower

@@ -144,7 +144,7 @@ class Core:
             forward = ahead or self._runner.forward(work)
             scored = self._runner.score(work)
             sampled = self._runner.sample(forward)
-            if sampled is not None and self.runs_ahead and self._scheduler.settled(len(work) + len(decoding)):
+            if sampled is not None and self.runs_ahead and self._scheduler.settled(len(work), len(decoding)):
                 self._ahead = self._runner.forward_again(forward, sampled.token)
             record = sampled and sampled.wait()
             if record is not None and self._ahead is not None:

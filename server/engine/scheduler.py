@@ -8,8 +8,8 @@ where that spares WORTH tokens or more, in whole blocks. As many slots as it has
 Whose prompt begins as what a free slot holds takes that slot, unless more than WORTH other tokens would be forgotten
 with it: then it copies the beginning to the slot that was freed first, as it does where the holder is not free.
 A step that reads prompts is far slower where decoding alone would be a graph's: with a pause, who waits is admitted so
-many steps after the last of those, or when there is one anyway, or nothing runs. Nothing here touches a tensor but the
-row copy it asks the cache for.
+many steps after the last of those, or when a prompt is read on anyway, or where ROOMY of the slots or more are free.
+Who waited for a beginning follows it at once. Nothing here touches a tensor but the row copy it asks the cache for.
 """
 
 import time
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from trimtab.server.engine.sequence import Row, Sequence
 from trimtab.server.engine.slots import BLOCK, Slots
 
+ROOMY = 1 / 8  # of the slots: more of them idle would cost more than a pause saves
 WORTH = 4 * BLOCK  # tokens: computing fewer takes no longer than a step more does, on a GPU
 
 
@@ -49,11 +50,13 @@ class Scheduler:
         self.waiting: dict[tuple[str, int], Sequence] = {}  # by (request id, choice), in order of arrival
         self.running: dict[tuple[str, int], Sequence] = {}
         self._slots = Slots(slots)
+        self._roomy = max(1, int(slots * ROOMY))
         self._step_tokens = max(step_tokens, slots)
         self._copy = copy
         self._pause = pause
         self._since = 0  # steps that decoded alone, since one that read prompts
-        self._open = False  # more are admitted at the next step: a prompt is read on, or a beginning is awaited
+        self._reads_on = False  # the next step reads prompts in any case
+        self._awaited = False  # a beginning is: somebody will follow it
 
     @property
     def free_slots(self) -> int:
@@ -76,21 +79,26 @@ class Scheduler:
             else:
                 filling.append(s)
         self._since = 0 if filling else self._since + 1
+        self._reads_on = False
         budget = self._step_tokens - len(singles)
         chunks: list[Work] = []
         for s in sorted(filling, key=lambda s: s.arrived):  # who waited for a beginning was overtaken
             alone = len(s.rows) == 1 or sum(row.left for row in s.rows) <= budget
             for row in s.rows:
                 size = min(row.left - (not alone), budget)
-                self._open = self._open or row.left - size > 1
+                self._reads_on = self._reads_on or row.left - size > 1
                 if size > 0:
                     (singles if size == 1 else chunks).append(Work(s, row, row.computed, row.computed + size))
                     budget -= size
         return sorted(singles, key=lambda w: w.row.slot) + chunks
 
-    def settled(self, working: int) -> bool:
-        """Whether the next step will be the same rows, less those that end: all are at work, and no other may come."""
-        return working == len(self.running) and not (self.waiting and self._slots.free and self._admits)
+    def settled(self, planned: int, ahead: int) -> bool:
+        """Whether the next step will be the same rows, less those that end: all are at work, and no other may come.
+
+        They are the `planned` of a plan, or the `ahead` of a step without one, which `decoded` has not been told of.
+        """
+        comes = self._awaited or self._admits(self._since + bool(ahead))
+        return planned + ahead == len(self.running) and not (self.waiting and self._slots.free and comes)
 
     def computed(self, work: Work) -> None:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
@@ -130,20 +138,23 @@ class Scheduler:
         """A choice, wherever it is; None: it has ended."""
         return self.waiting.get((request_id, index)) or self.running.get((request_id, index))
 
-    @property
-    def _admits(self) -> bool:
-        """Whether who waits is admitted at the next step, where there is room."""
-        return self._open or self._since >= self._pause or not self.running
+    def _admits(self, since: int) -> bool:
+        """Whether anybody is admitted where there is room, `since` steps after one that read prompts."""
+        return since >= self._pause or self._reads_on or self._slots.free >= self._roomy
 
     def _admit(self) -> None:
-        if not self._admits:
+        anybody = self._admits(self._since)
+        if not (anybody or self._awaited):
             return
         kept = 0  # slots, for those whose beginning is being computed
         for key, sequence in list(self.waiting.items()):
+            if not (anybody or sequence.follows):
+                continue
             if self._slots.free - kept < len(sequence.rows):
                 break
             if self._awaits_its_first(sequence) or any(map(self._awaits, sequence.rows)):
                 kept += len(sequence.rows)
+                sequence.follows = True
                 continue
             for row in sequence.rows:
                 self._place(row)
@@ -151,7 +162,7 @@ class Scheduler:
             self.running[key] = sequence
             sequence.running = True
             sequence.queued = time.perf_counter() - sequence.arrived
-        self._open = kept > 0
+        self._awaited = kept > 0
 
     def _place(self, row: Row) -> None:
         """Give a row a slot, and what some slot holds of its prompt already."""

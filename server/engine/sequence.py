@@ -83,6 +83,7 @@ class Sequence:
     sampled: int = 0  # tokens: the position of the next draw
     arrived: float = field(default_factory=time.perf_counter)
     queued: float = 0.0  # seconds until it had its slots
+    follows: bool = False  # it waits for a beginning that another computes, or did
     running: bool = False  # holds its slots
     rows: tuple[Row, ...] = field(init=False)
     penalised: bool = field(init=False)  # its logits are edited by what it has seen
