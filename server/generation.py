@@ -9,7 +9,6 @@ told with a status is raised before the first byte; later failures are an event,
 """
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -17,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from trimtab.errors import ContextOverflow, TrimtabError
+from trimtab.errors import ContextOverflow
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import Choice, outcome
-from trimtab.server.engine.event import Event
+from trimtab.server.choices import Choices
 from trimtab.server.engine.request import Request, Structure
 from trimtab.server.http_errors import error_event
 from trimtab.server.metrics import REFUSED
@@ -33,8 +32,6 @@ from trimtab.server.telling import Shape, Telling, dumps
 from trimtab.server.tickets import Ticket
 from trimtab.server.tools.calls import ToolUse
 from trimtab.server.visit import current, note
-
-log = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -82,7 +79,6 @@ class Generation:
             )
             for i, prompt in enumerate(prompts)
         ]
-        self._scores = {request.id: PromptScores(request.prompt, service.pieces) for request in self._requests}
         if negatives:
             self._requests = list(map(self._with_companion, self._requests, negatives))
         service.check_room(len(prompts), body.choices)
@@ -90,18 +86,16 @@ class Generation:
         if first is not None:
             field = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
             service.check_scores(prompts, 1 if shape.one_prompt else body.choices, told, field)
-        self._choices: dict[tuple[str, int], Choice] = {}
-        self._ended = 0  # choices
-        self._streamed = False
+        self._choices = Choices()
         self._rules = rules
-        self._error: TrimtabError | None = None  # what is told once all that came before it is
         for request in self._requests:
+            scores = PromptScores(request.prompt, service.pieces)
             for k in range(request.n):
                 watch = service.metrics.watch(self._chosen.steering)
                 reader = None if tools is None else tools.reader()
                 choice = Choice(len(self._choices), service.pieces, rules, chosen, watch, reader)
-                choice.prompt, choice.scores = request.prompt, self._scores[request.id]
-                self._choices[request.id, k] = choice
+                choice.prompt, choice.scores = request.prompt, scores
+                self._choices.add(request.id, k, choice)
         if (visit := current()) is not None:
             visit.prompt = getattr(body, shape.subject, None)
         kind = {"kind": shape.whole_object, "answer_id": self._id, "stream": bool(body.stream)}
@@ -132,7 +126,7 @@ class Generation:
         """Let every choice begin with the text of its prompt."""
         for request, text in zip(self._requests, texts, strict=True):
             for k in range(request.n):
-                self._choices[request.id, k].echo = text
+                self._choices.get(request.id, k).echo = text
 
     @contextmanager
     def open(self, streamed: bool) -> Iterator[Ticket]:
@@ -140,46 +134,46 @@ class Generation:
 
         streamed: the caller hears of every step.
         """
-        reason, self._streamed = REFUSED, streamed
+        reason, self._choices.streamed = REFUSED, streamed
         enough = 1 if streamed or self._rules.stop else _ENOUGH  # a stop string frees a slot
         try:
             with self._service.tickets.open(self._requests, enough) as ticket:
                 reason = "abort"
                 lengths = [len(request.prompt) for request in self._requests]
                 self._service.metrics.accept(lengths, self._body.choices)
-                for choice in self._choices.values():
+                for choice in self._choices:
                     choice.watch.submitted()
                 try:
                     yield ticket
                 finally:
-                    self._count(ticket.close())
+                    self._choices.count(ticket.close())
         finally:
-            for choice in self._choices.values():
+            for choice in self._choices:
                 choice.end(reason)
-            note(**outcome(self._choices.values()), cached_tokens=self._cached)
+            note(**outcome(list(self._choices)), cached_tokens=self._choices.cached)
 
     async def whole(self) -> bytes:
         """The answer, once it is complete."""
         with self.open(streamed=False) as ticket:
-            while self.going:
-                for choice, update in await self.next(ticket):
+            while self._choices.going:
+                for choice, update in await self._next(ticket):
                     choice.keep(update)
         choices = []
-        for choice in self._choices.values():
+        for choice in self._choices:
             choices.append(dumps(self._telling.whole(choice)))
             await self._give_way(choice)
         head = dumps(self._head(self._shape.whole_object))[:-1]
-        after = {"usage": self._usage()} | self._telling.of_prompt(self._first, beside=True)
+        after = {"usage": self._usage()} | self._telling.of_prompt(self._choices.first, beside=True)
         return f'{head},"choices":[{",".join(choices)}],{dumps(after)[1:]}'.encode()
 
     async def frames(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """The answer as server-sent events, one send for all that a step brought. Ends with `[DONE]`."""
         head = dumps(self._head(self._shape.chunk_object))[:-1]
-        of_prompt = self._telling.of_prompt(self._first, beside=True)
+        of_prompt = self._telling.of_prompt(self._choices.first, beside=True)
         once = "".join(f',"{key}":{dumps(told)}' for key, told in of_prompt.items())
         try:
-            while self.going:
-                news = await self.next(ticket)
+            while self._choices.going:
+                news = await self._next(ticket)
                 tail = self._tail()
                 events = []
                 for choice, update in news:
@@ -212,55 +206,10 @@ class Generation:
             self._heard = now
         return sent
 
-    @property
-    def going(self) -> bool:
-        """Whether there is more to tell: a choice that has not ended, or an error."""
-        return self._error is not None or self._ended < len(self._choices)
-
-    async def next(self, ticket: Ticket) -> list[tuple[Choice, Update]]:
-        """What is new, of one step or more; nothing, if none came for `keep_alive` seconds. Raises what went wrong.
-
-        In a stream these seconds count from when the caller last heard.
-        """
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        silent = time.monotonic() - self._heard if self._streamed else 0.0
-        news: list[tuple[Choice, Update]] = []
-        events = await ticket.next(max(0.0, self._service.keep_alive - silent))
-        now = time.perf_counter()
-        for number, event in enumerate(events):
-            if event.scored:
-                self._scores[event.request_id].add(event)
-                continue
-            choice = self._choices[event.request_id, event.index]
-            if choice.stream.finish is not None:
-                continue  # a step that was under way when its stop string came
-            try:
-                update = choice.take(event, now if self._streamed else event.at)
-            except TrimtabError as error:
-                self._error = error
-                self._count(events[number + 1 :])
-                break
-            news.append((choice, update))
-            if update.finish is not None:
-                ticket.finish(event.request_id, event.index)
-                self._ended += 1
-        return news
-
-    def _count(self, events: Sequence[Event]) -> None:
-        """What came and is told nobody, as the caller has left, or one choice failed: metrics and the log count it."""
-        now = time.perf_counter()
-        for event in events:
-            choice = self._choices[event.request_id, event.index]
-            if event.scored or choice.stream.finish is not None:
-                continue
-            try:
-                choice.take(event, now if self._streamed else event.at)
-            except TrimtabError:
-                pass  # it counts as what it is
-            except Exception:  # whatever it was, it must not take the place of why nobody listens
-                log.exception("a token that nobody waits for could not be counted")
+    async def _next(self, ticket: Ticket) -> list[tuple[Choice, Update]]:
+        """What is new; nothing after `keep_alive` seconds, which in a stream count from when the caller last heard."""
+        silent = time.monotonic() - self._heard if self._choices.streamed else 0.0
+        return await self._choices.next(ticket, max(0.0, self._service.keep_alive - silent))
 
     def _tail(self) -> str:
         """How a chunk ends: without usage, with the place for it, or with what was sampled so far."""
@@ -277,20 +226,12 @@ class Generation:
             "system_fingerprint": self._service.fingerprint,
         }
 
-    @property
-    def _first(self) -> Choice:
-        return next(iter(self._choices.values()))
-
-    @property
-    def _cached(self) -> int:
-        return sum(choice.cached for (_, k), choice in self._choices.items() if k == 0)
-
     def _usage(self) -> dict[str, Any]:
         """Prompts count once, whatever n; what was sampled counts, shown or not."""
-        completion = sum(choice.stream.tokens for choice in self._choices.values())
+        completion = self._choices.tokens
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": self._cached},
+            "prompt_tokens_details": {"cached_tokens": self._choices.cached},
         }

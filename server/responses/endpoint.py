@@ -43,8 +43,8 @@ class ResponseGeneration(Generation):
     async def whole(self) -> bytes:
         writer = Writer(self._settled())
         with self.open(streamed=False) as ticket:
-            while self.going:
-                for choice, update in await self.next(ticket):
+            while self._choices.going:
+                for choice, update in await self._next(ticket):
                     for chunk in self._telling.chunks(choice, update):
                         writer.take(chunk)
         return dumps(writer.end(self._usage())[-1]["response"]).encode()
@@ -54,8 +54,8 @@ class ResponseGeneration(Generation):
         writer = Writer(self._settled())
         try:
             yield encode(writer.begin())
-            while self.going:
-                news = await self.next(ticket)
+            while self._choices.going:
+                news = await self._next(ticket)
                 chunks = [chunk for choice, update in news for chunk in self._telling.chunks(choice, update)]
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if sent := self._or_keep_alive(encode(events)):
