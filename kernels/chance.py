@@ -118,3 +118,11 @@ def draw_within(mass, group, noise):
     """The token of this group that wins; mass float64 [GROUP], of its tokens."""
     token = group * GROUP + tl.arange(0, GROUP)
     return win(mass, noise, token, token)
+
+
+@triton.jit
+def count_own(candidates, ranks, limit, vocab, SLOTS: tl.constexpr):
+    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn from these."""
+    own = tl.where(candidates > 0, candidates + 1, 1)
+    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, FEW)), own)
+    return tl.minimum(tl.minimum(own, vocab), SLOTS)

@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, stream, tilt
+from trimtab.kernels import chunk_attention, decode_attention, finish, layer, resolve, stats, stream, tasks, tilt
 
 TARGETS = (80, 90)
 _GROUPS = 2048  # of 128 tokens: a vocabulary of up to 262144
@@ -105,8 +105,8 @@ def builds() -> list[Build]:
     result = []
     for d, itemsize in (("bf16", 2), ("fp32", 4)):
         result.append(Build(f"stats {d}", stats.stats_kernel, d, chunk, stats.LAUNCH))
-        for most in (32, finish.MAX_CANDIDATES):
-            slots = finish.slots_for(most)
+        for most in (32, tasks.MAX_CANDIDATES):
+            slots = tasks.slots_for(most)
             shape = {"HAS_EDITS": True, "HAS_MASKS": True, "SLOTS": slots}
             sizes = shape | {"GROUPS": _GROUPS, "SHIFT": 32 - 8 * itemsize, "ROWS": finish.ROWS}
             result.append(Build(f"finish {d}, {slots} slots", finish.finish_kernel, d, sizes, finish.LAUNCH))

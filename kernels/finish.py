@@ -9,15 +9,14 @@ Its parts: the gate (gate.py), the best tokens (selection.py), the draws (chance
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import FEW, draw_best, draw_group, draw_within
+from trimtab.kernels.chance import count_own, draw_best, draw_group, draw_within
 from trimtab.kernels.delta import count_candidates
 from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
@@ -35,36 +34,16 @@ from trimtab.kernels.keys import (
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.selection import NOTHING, WORST, best_groups, best_token, best_tokens, from_rank, to_rank
 from trimtab.kernels.stats import Groups
+from trimtab.kernels.tasks import DEAD, FIRED, OPEN, PENDING, State, Tasks, new_tasks, slots_for
 
-OPEN, FIRED, DEAD = tl.constexpr(rules.OPEN), tl.constexpr(rules.FIRED), tl.constexpr(rules.DEAD)
-PENDING = tl.constexpr(1)  # task bits: the row has no token yet
-APPLIED = tl.constexpr(2)  # ... and its draw starts from the corrected logits
 LAUNCH: dict[str, Any] = {
     "num_warps": 8,
     "maxnreg": 255,  # all that there are: for sm_80 the compiler would rather spill
     "enable_fp_fusion": False,  # bits must not hang on what is contracted
 }
-MAX_CANDIDATES = 64  # of a correction: more would not fit the registers
 ROWS = 16  # groups that are read at once: Triton 3.6 spills with more
 FIRST = tl.constexpr(16)  # tokens that are looked at first where a nucleus may close
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that such a logit leaves 0
-
-
-class Tasks(NamedTuple):
-    """What `resolve` must know of each row."""
-
-    task: Tensor  # int32 [rows, 2]: bits, and how many candidates were corrected
-    steered: Tensor  # int64 [rows, slots]: keys of the corrected candidates
-    norms: Tensor  # float32 [rows, 4]: best logit and log-mass above it, of z and of z'
-
-
-class State(NamedTuple):
-    """What `finish` leaves for `tilt` of each row."""
-
-    state: Tensor  # int32 [rows, 4]: candidates (none: it is done), groups read, tokens ranked, rank of the best other
-    chosen: Tensor  # int32 [rows, slots]: the groups that were read, ascending
-    pool: Tensor  # int64 [rows, 2 * slots]: scratch
-    ranked: Tensor  # int64 [rows, 2 * slots]: keys of the best tokens, descending
 
 
 @triton.jit(do_not_specialize=["mix", "alternatives"], do_not_specialize_on_alignment=COLUMNS)
@@ -254,40 +233,14 @@ def finish_kernel(
     tl.store(top_logprobs_out + top, key_value(keys) - best - log_mass, mask=slot < alternatives)
 
 
-@triton.jit
-def count_own(candidates, ranks, limit, vocab, SLOTS: tl.constexpr):
-    """How many of the best tokens settle a row: the candidates and one more, and those that may be drawn from these."""
-    own = tl.where(candidates > 0, candidates + 1, 1)
-    own = tl.where(ranks, tl.maximum(own, tl.minimum(candidates + limit, FEW)), own)
-    return tl.minimum(tl.minimum(own, vocab), SLOTS)
-
-
-def slots_for(most: int) -> int:
-    """How many best tokens a row may need: its candidates and the alternatives, which may all be others."""
-    assert most <= MAX_CANDIDATES
-    return int(triton.next_power_of_2(max(most + rules.MAX_ALTERNATIVES, FEW.value)))
-
-
 def finish_rows(inputs: StepInputs, groups: Groups, record: StepRecord) -> tuple[Tasks, State]:
     """Fill the record of every row, as if no correction had fired; -> what is left to do."""
     rows, vocab = inputs.logits.shape
     params, bank = inputs.params, inputs.corrections
     assert inputs.alternatives <= rules.MAX_ALTERNATIVES
-    device = inputs.logits.device
     slots = slots_for(bank.max_top_k if bank else 0)
     stride = groups.peak.stride(0)
-    tasks = Tasks(
-        torch.empty(rows, 2, dtype=torch.int32, device=device),
-        torch.empty(rows, slots, dtype=torch.int64, device=device),
-        torch.empty(rows, 4, dtype=torch.float32, device=device),
-    )
-    pool, ranked = torch.empty(2, rows, 2 * slots, dtype=torch.int64, device=device).unbind(0)
-    state = State(
-        torch.empty(rows, 4, dtype=torch.int32, device=device),
-        torch.empty(rows, slots, dtype=torch.int32, device=device),
-        pool,
-        ranked,
-    )
+    tasks, state = new_tasks(rows, slots, inputs.logits.device)
     finish_kernel[rows,](
         inputs.logits, inputs.logits.stride(0), vocab, *groups, stride,
         params.temperature, params.top_k, params.top_p, params.min_p, params.noise,

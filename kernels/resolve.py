@@ -14,7 +14,6 @@ import triton.language as tl
 
 from trimtab.kernels.chance import FIRST_GROUP, draw_bits, draw_within, first_of, speeds
 from trimtab.kernels.cut import HIGHEST, NO_LOGIT, count_and_weigh, cut, cut_listed, list_likely, row_keys, tempered
-from trimtab.kernels.finish import APPLIED, DEAD, Tasks
 from trimtab.kernels.keys import (
     COLUMNS,
     GROUP,
@@ -27,6 +26,7 @@ from trimtab.kernels.keys import (
     load_logits,
 )
 from trimtab.kernels.record import StepInputs, StepRecord
+from trimtab.kernels.tasks import APPLIED, DEAD, Tasks
 
 BLOCK = 8192  # tokens a pass reads at once: its loads in flight hide their latency
 RACE = tl.constexpr(2048)  # ... but for a draw, whose float64 would not fit the registers

@@ -10,10 +10,11 @@ Invariant: no word from the device is needed between the launches, so a step nev
 
 import torch
 
-from trimtab.kernels.finish import Tasks, finish_rows
+from trimtab.kernels.finish import finish_rows
 from trimtab.kernels.record import StepInputs, StepRecord, new_record
 from trimtab.kernels.resolve import resolve_rows
 from trimtab.kernels.stats import measure_groups
+from trimtab.kernels.tasks import Tasks
 from trimtab.kernels.tilt import tilt_rows
 
 

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.chance import draw_best, draw_group, draw_within
+from trimtab.kernels.chance import count_own, draw_best, draw_group, draw_within
 from trimtab.kernels.delta import bound, compose
-from trimtab.kernels.finish import APPLIED, PENDING, State, Tasks, count_own
 from trimtab.kernels.keys import (
     COLUMNS,
     GROUP,
@@ -29,6 +28,7 @@ from trimtab.kernels.keys import (
 from trimtab.kernels.record import StepInputs, StepRecord
 from trimtab.kernels.selection import TURN, from_rank, places, weigh_rest
 from trimtab.kernels.stats import Groups
+from trimtab.kernels.tasks import APPLIED, PENDING, State, Tasks
 
 LAUNCH: dict[str, Any] = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}  # two programs a multiprocessor
 ROWS = 16  # groups that are read at once
