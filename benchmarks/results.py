@@ -1,4 +1,4 @@
-"""Writes RESULTS.md, and the table between the README's markers, from what was measured. Nobody writes them by hand.
+"""Writes RESULTS.md, and the tables between the markers of README.md and results/README.md, from what was measured.
 
     python benchmarks/tiers.py | tee results/tiers.txt
     trimtab eval --correction corrections/smollm2-135m-instructions --skip 200 --ladder --out results/demo
@@ -13,12 +13,14 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from headline import fill_readme, headline
+from evidence import evidence
+from headline import fill, headline
 from tables import plain_table, serve_table, table, tiers_table
 
 from trimtab.steering.evaluation import analyze_report, ladder_report, text
@@ -31,12 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Results
 
 Written by `benchmarks/results.py` from what the commands below printed; no figure here was typed. Compare rows of one
-table with one another: machines differ, and so do their moments.
+table with one another: machines differ, and so do their moments. results/README.md says what they show.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write RESULTS.md and the README's table.")
+    parser = argparse.ArgumentParser(description="Write RESULTS.md, and the tables of README.md and results/README.md.")
     parser.add_argument("outputs", nargs="*", type=Path, help="what was measured (default: all in results/)")
     parser.add_argument("--correction", action="append", default=[], type=Path, metavar="DIR")
     args = parser.parse_args()
@@ -53,8 +55,10 @@ def main() -> None:
         for run, path in zip(runs, paths, strict=True):
             if run["benchmark"] == kind:
                 sections.append(RENDERERS.get(kind, write_plain)(run, path))
+    sections.insert(1, _contents(sections[1:]))
     (ROOT / "RESULTS.md").write_text("\n".join(sections))
-    fill_readme(ROOT / "README.md", headline(fits, runs))
+    fill(ROOT / "README.md", headline(fits, runs))
+    fill(ROOT / "results" / "README.md", evidence(fits, runs))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -159,6 +163,13 @@ RENDERERS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "capitals": write_data,
     "math500": write_data,
 }
+
+
+def _contents(sections: Iterable[str]) -> str:
+    """A link to each, by the anchor that a reader of Markdown makes of its title."""
+    titles = [section.partition("\n")[0].removeprefix("## ") for section in sections]
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    return "".join(f"- [{title}](#{anchor})\n" for title, anchor in zip(titles, anchors, strict=True))
 
 
 def _section(title: str, path: Path, facts: Mapping[str, Any], run: Mapping[str, Any], body: str) -> str:

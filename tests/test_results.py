@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ REPORT: dict[str, Any] = {
     "verdict": {"ship": True, "beats": {}, "summary": "+0.100 over the base"},
 }
 MACHINE = describe() | {"cpu": "Abacus 3000", "architecture": "wood64", "cores": 2, "gpu": None}
+PAGES = ("README.md", "results/README.md")
 MARKERS = "<!-- figures: written by benchmarks/results.py -->\n<!-- end of figures -->"
 
 
@@ -48,7 +50,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/results.py, writing to a folder of the test's."""
     module = read_benchmark("results", monkeypatch)
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"Before\n{MARKERS}\nAfter\n")
+    (tmp_path / "results").mkdir()
+    for page in PAGES:
+        (tmp_path / page).write_text(f"Before\n{MARKERS}\nAfter\n")
     return module
 
 
@@ -62,11 +66,12 @@ def write(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str)
 def test_what_the_repository_holds_is_what_its_results_say(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("results", "corrections"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "results", tmp_path / "results", dirs_exist_ok=True)
+    (tmp_path / "corrections").symlink_to(ROOT / "corrections")
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     assert write(results, monkeypatch) == (ROOT / "RESULTS.md").read_text()
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    for page in PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
     capacity = read_benchmark("capacity", monkeypatch)
     monkeypatch.setattr(capacity, "PAGE", tmp_path / "CAPACITY.md")
     capacity.main()
@@ -88,7 +93,7 @@ def test_an_eval_is_a_table_of_its_own(
     for words in ("`trimtab eval --correction mine --json`", "hardware: Abacus 3000, wood64, 2 cores", "seed: 7"):
         assert f"- {words}\n" in text or f": {words}\n" in text
     assert "| correction - base | +0.100 | [+0.050, +0.150] |" in text
-    readme = (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "results" / "README.md").read_text()
     assert "- `mine`, 200 held-out problems of `sums`; gate entropy > 0.5 nats; a box" in readme
     assert "(cpu, float32, 1 threads): +10.0 [5.0, 15.0] over the base\n" in readme
 
@@ -115,7 +120,7 @@ def test_a_fit_states_its_device_and_hardware(
     assert "--rank 4 --seed 7 --threads 2`\n" in text
     assert "- device: cuda, bfloat16, 2 threads\n- hardware: Abacus 3000, wood64, 2 cores\n" in text
     assert f"torch {MACHINE['versions']['torch']}" in text
-    readme = (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "results" / "README.md").read_text()
     assert "| tiny | A |\n|---|---|\n| base: % of answers right | 60.0 |\n| head: acts at % of steps | 50 |\n" in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "- A: `mine`, 200 held-out problems of `sums`; gate entropy > 0.5 nats; a box" in readme
@@ -221,13 +226,35 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
     ):
         assert words in shown
     assert shown.count("- command: `trimtab something`") == 6
-    readme = (results.ROOT / "README.md").read_text()
+    readme = (results.ROOT / "results" / "README.md").read_text()
     for only_in_results in ("head-greedy", "oracle"):
         assert only_in_results in shown
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
-    assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |\n\n- on a box\n" in readme
+    assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |  |  |\n\n- on a box\n" in readme
     assert "- A: `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
     assert "| head | 97.0 [90.0, 100.0] |\n" in readme
+
+
+def test_the_readme_shows_the_ladders_that_have_every_tier_by_the_same_letters(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"command": "trimtab eval --ladder", "when": "2020-01-01T00:00:00+00:00", **MACHINE}
+    tiers = ("base-greedy", "contrast", "head", "lora-gated", "lora-always", "shuffled-rewards")
+    whole = LADDER | {"differences": [GAIN | {"policy": policy} for policy in tiers], "machine": run}
+    part = LADDER | {"problems_sha256": "ef", "machine": run}
+    names = [str(tmp_path / f"{name}.json") for name in ("first", "second")]
+    for name, found in zip(names, (part, whole), strict=True):
+        Path(name).write_text(json.dumps(found))
+    shown = write(results, monkeypatch, *names)
+    (readme, evidence) = ((tmp_path / page).read_text() for page in PAGES)
+    assert "| tiny | A | B |\n" in evidence
+    assert "|  | B |\n|---|---|\n| base: % of answers right | 60.0 |\n| head: acts at % of steps | 50 |\n" in readme
+    assert "| LoRA, always on | +10.0 [5.0, 15.0] |\n" in readme
+    assert "| control: a head from shuffled rewards | +10.0 [5.0, 15.0] |\n" in readme
+    assert "- B: tiny; `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
+    for name in ("first", "second"):
+        assert f"- [The ladder: mine, 300 problems of sums ({name}.json)]" in shown
+        assert f"(#the-ladder-mine-300-problems-of-sums-{name}json)\n" in shown
