@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Each command's `func` takes the parsed arguments."""
-    parser = argparse.ArgumentParser(prog="trimtab", description="Serve a language model with tiny corrections.")
+    parser = argparse.ArgumentParser(
+        prog="trimtab",
+        description="Serve a language model with tiny corrections, and fit them.",
+        epilog="To begin: trimtab serve demo, and in a second terminal trimtab chat --compare.",
+    )
     parser.add_argument("--version", action="version", version=f"trimtab {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_serve, add_chat, add_fit, add_distill, add_calibrate, add_eval, add_analyze, add_inspect):

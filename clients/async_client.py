@@ -4,7 +4,7 @@ Invariant: it mirrors Client method by method, and they differ in `await` alone;
 raised is decided in requests.py, connection.py, retry.py, types.py and errors.py, which know nothing of either.
 
     async with AsyncClient("http://127.0.0.1:8000") as client:
-        answer = await client.chat("Why is the sky blue?", steering="brief", max_tokens=60)
+        answer = await client.chat("Why is the sky blue?", steering="smollm2-135m-instructions", max_tokens=60)
         print(answer.text, answer.steering)
 """
 
@@ -30,7 +30,7 @@ from trimtab.clients.types import ChatChunk, ChatCompletion, Completion
 
 
 class AsyncClient:
-    """base_url: the server with its /v1, which a bare host needs not. timeout: seconds between two signs of life of the
+    """base_url: the server, with /v1 or without. timeout: seconds between two signs of life of the
     server; None: for ever. headers: sent with every request.
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
@@ -71,7 +71,8 @@ class AsyncClient:
     async def chat(
         self, messages: Messages, *, model: str | None = None, steering: Steer = None, **options: Unpack[Options]
     ) -> ChatCompletion:
-        """One answer (or n) to a string or a list of {role, content}. steering: a correction's name, or a Steering."""
+        """One answer (or n) to a string or a list of {role, content}. steering: a correction's name, or a Steering.
+        options: those of `Options`, which has OpenAI's and vLLM's names (max_tokens, temperature, stop, tools ...)."""
         return await self._get(requests.chat(messages, model, steering, options, stream=False), ChatCompletion)
 
     def stream_chat(

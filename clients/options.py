@@ -21,32 +21,54 @@ Format = Mapping[str, Any] | type[BaseModel]  # a pydantic class stands for its 
 
 @dataclass(frozen=True)
 class Budget:
-    """How often a correction may act, and where. None leaves a value to the server."""
+    """How often a correction may act, and where. None leaves a value to the server.
 
-    max_steps: int | None = None  # steps at which it may act
-    max_share: float | None = None  # of the steps so far
-    cooldown: int | None = None  # steps it rests after it acted
-    kl: float | None = None  # nats: the most that one step may move the distribution
-    until: str | None = None  # it ends with this marker in the answer's text
-    structured: bool | None = None  # it may act inside a structure too
-    spans: Sequence[tuple[str, str]] | None = None  # never inside: (opening, closing) markers; by default tool calls
+    max_steps    steps at which it may act
+    max_share    at most this share of the steps so far
+    cooldown     steps it rests after it acted
+    kl           nats: the most that one step may move the distribution
+    until        it ends with this marker in the answer's text
+    structured   it may act inside text that a grammar holds too
+    spans        never inside these (opening, closing) markers; by default tool calls
+    """
+
+    max_steps: int | None = None
+    max_share: float | None = None
+    cooldown: int | None = None
+    kl: float | None = None
+    until: str | None = None
+    structured: bool | None = None
+    spans: Sequence[tuple[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction."""
+    """Which correction acts, how, and what is told about it. None leaves a value to the server or the correction.
+
+    correction       its name
+    corrections      instead of that: several heads that act together, by weight
+    strength         0 is the base, bit for bit
+    gate             what decides where it may act: entropy, varentropy, margin, random or always
+    tau              it may act where the gate's statistic is above: nats, for the entropy
+    ceiling          and not above this
+    rate             instead of tau: the share of steps, by the correction's calibration
+    budget           how often, and where not
+    mode             apply; shadow, which reports what apply would do, and changes nothing; or off
+    report           none, summary, or tokens: a receipt for each step
+    negative_prompt  contrast: what its companion reads in place of the user's words
+    """
 
     correction: str | None = None
-    strength: float | None = None  # 0 is the base, bit for bit
-    tau: float | None = None  # it may act where the gate's statistic is above: nats, for the entropy
-    mode: Literal["apply", "shadow", "off"] | None = None  # shadow reports what apply would do, and changes nothing
-    report: Literal["none", "summary", "tokens"] | None = None  # tokens: a receipt for each step
-    corrections: Mapping[str, float] | None = None  # instead of `correction`: several, by weight
+    strength: float | None = None
+    tau: float | None = None
+    mode: Literal["apply", "shadow", "off"] | None = None
+    report: Literal["none", "summary", "tokens"] | None = None
+    corrections: Mapping[str, float] | None = None
     gate: Gate | None = None
-    ceiling: float | None = None  # and not above this
-    rate: float | None = None  # instead of tau: the share of steps, by the correction's calibration
+    ceiling: float | None = None
+    rate: float | None = None
     budget: Budget | None = None
-    negative_prompt: str | None = None  # contrast: what its companion reads in place of the user's words
+    negative_prompt: str | None = None
 
 
 Steer = str | Steering | None  # a string is a correction's name

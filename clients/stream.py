@@ -4,7 +4,7 @@ Invariant: a stream that iterates to its end was whole: it saw [DONE], or the ev
 that breaks, or an error event, raises StreamFailed; what is not this API's, BadAnswer. Stream and AsyncStream differ in
 `for` and `async for` alone.
 
-    with client.stream_chat("Why is the sky blue?", steering="brief") as stream:
+    with client.stream_chat("Why is the sky blue?", steering="smollm2-135m-instructions") as stream:
         for chunk in stream:
             print(chunk.text, end="")
     stream.text, stream.receipts, stream.steering, stream.usage

@@ -37,6 +37,7 @@ def add_serve(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a model and its corrections over HTTP",
+        usage="%(prog)s [MODEL] [--correction [NAME=]DIR] [options]",
         formatter_class=HelpFormatter,
     )
     add_flags(parser)

@@ -25,6 +25,7 @@ def add_fit(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "fit",
         help="fit a correction to a base and a task, and report what it does on held-out problems",
+        usage="%(prog)s --out DIR [--model MODEL] [--task FILE --verifier VERIFIER] [options]",
         description="Fit a correction. A killed run continues when started again with the same options. Most fits need "
         "--out, --model, --task, --verifier and --max-tokens, and perhaps --via lora.",
         formatter_class=HelpFormatter,
@@ -38,6 +39,7 @@ def add_distill(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "distill",
         help="fit a head, or a LoRA, that makes a base act like a tuned model, and report what it does",
+        usage="%(prog)s BASE TEACHER --out DIR [--task FILE --verifier VERIFIER] [options]",
         description="Distil a tuned model into a correction of its base. A killed run continues when started again.",
         formatter_class=HelpFormatter,
     )
@@ -51,7 +53,10 @@ def _add_fields(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
     """--out, and an option for every field of FitConfig."""
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the correction's folder")
     hints = typing.get_type_hints(FitConfig)
+    group: Any = parser
     for field in dataclasses.fields(FitConfig):
+        if field.metadata["begins"]:
+            group = parser.add_argument_group(field.metadata["begins"])
         if field.name in leave_out:
             continue
         flag = f"--{field.name.replace('_', '-')}"
@@ -59,12 +64,12 @@ def _add_fields(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
         many = typing.get_origin(kind) is tuple
         if many or isinstance(kind, types.UnionType):
             kind = typing.get_args(kind)[0]
-        parser.add_argument(
+        group.add_argument(
             flag,
             type=kind,
             default=field.default,
             nargs="+" if many else None,
-            metavar=kind.__name__.upper(),
+            metavar=None if kind is str else kind.__name__.upper(),
             help=field.metadata["help"].replace("%", "%%"),
         )
 

@@ -67,9 +67,9 @@ MAX_SAMPLES = 128  # that one request to the engine may ask for
 STRENGTH_LIMIT = 32.0  # cap * tanh saturates long before
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with a default and its line of documentation."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, begins: str = "") -> Any:
+    """A field with a default and its line of documentation. begins: the heading that `--help` puts above it."""
+    return dataclasses.field(default=default, metadata={"help": help, "begins": begins})
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,13 @@ class FitConfig:
 
     Fields that are None at first take their value from ROUTES, PRESETS or GATES."""
 
-    tier: str = option("head", "head, a function of the last hidden state; or lora, an adapter inside the network")
+    tier: str = option(
+        "head", "head, a function of the last hidden state; or lora, an adapter inside the network", "what is made"
+    )
     via: str = option("direct", "direct, from rewards; lora, a head distilled from a LoRA made of them; or teacher")
     teacher: str | None = option(None, "via teacher: the tuned model, or a PEFT folder made for the base")
 
-    model: str = option("demo", "the base: demo, a folder, a GGUF file or a model's id")
+    model: str = option("demo", "the base: demo, a folder, a GGUF file or a model's id", "the base and the task")
     task: str = option("instructions", "instructions, or a JSONL file's path")
     verifier: str | None = option(None, "for a file: math, final, exact, regex or module:function")
     held_out: str | None = option(None, "for a file: a second JSONL file to judge on; default: a hash picks lines")
@@ -91,13 +93,19 @@ class FitConfig:
     dtype: str = option("auto", "of the base: auto, float32, bfloat16, float16")
     device: str = option("auto", "auto, cpu or cuda")
 
-    problems: int = option(None, "training problems to sample; by default 256, for a head fitted directly 128")
+    problems: int = option(
+        None, "training problems to sample; by default 256, for a head fitted directly 128", "completions to learn from"
+    )
     samples: int = option(8, "completions sampled a training problem")
     temperature: float = option(0.6, "of sampling, in fitting and in judging; the fit's likelihood ratio uses it too")
     top_p: float = option(0.95, "nucleus of sampling")
     max_tokens: int = option(96, "most tokens a completion may have")
 
-    gate: str = option("entropy", "where it acts: entropy, varentropy, margin (of the two best tokens) or always")
+    gate: str = option(
+        "entropy",
+        "where it acts: entropy, varentropy, margin (of the two best tokens) or always",
+        "where it acts, and which positions it learns from",
+    )
     tau: float = option(
         None, "the gate opens above; by default 0.5 (margin: -0.8). With always: learned where entropy is above"
     )
@@ -105,7 +113,9 @@ class FitConfig:
     drop_longest: float = option(0.2, "share of each problem's completions to leave out, the longest")
     advantage_clip: float = option(2.5, "largest absolute advantage")
 
-    rank: int = option(None, "of a head, 0 a constant vector; by default 8, distilled 16. With --tier lora, the LoRA's")
+    rank: int = option(
+        None, "of a head, 0 a constant vector; by default 8, distilled 16. With --tier lora, the LoRA's", "a head"
+    )
     top_k: int = option(None, f"the base's best tokens it may move, 1 to {CANDIDATES}; by default 20, distilled 32")
     activation: str = option("none", "between a head's two matrices: none or silu")
     cap: float = option(3.0, "largest change of a logit")
@@ -120,7 +130,7 @@ class FitConfig:
         "most held-out KL(base || corrected) of what is kept, in nats; 0: any. By default 0.25, a LoRA any",
     )
 
-    lora_preset: str = option("small", "defaults of the next six: small, or paper")
+    lora_preset: str = option("small", "defaults of the next six: small, or paper", "a LoRA")
     lora_targets: tuple[str, ...] = option(None, "linear layers that the LoRA adapts: small o_proj, paper q,k,v,o_proj")
     lora_rank: int = option(None, "of the LoRA: small 8, paper 32")
     lora_alpha: int = option(None, "the LoRA's update is scaled by this over its rank: small 16, paper 64")
@@ -133,7 +143,9 @@ class FitConfig:
         None,
         "end the LoRA where it is further than this from the base there; 0: never. By default 0.03, imitating 0.3",
     )
-    teacher_samples: int = option(4, "completions of the teacher to distil from, a problem")
+    teacher_samples: int = option(
+        4, "completions of the teacher to distil from, a problem", "distilling, choosing and judging"
+    )
     strengths: tuple[float, ...] = option(
         None,
         "a distilled correction is tried at each; the best within the limit is kept; default 0.5 0.7 1 1.4, a LoRA 1",
@@ -144,7 +156,7 @@ class FitConfig:
     test_problems: int = option(200, "held-out problems to judge on")
     test_samples: int = option(2, "completions sampled a held-out problem, for each policy")
 
-    slots: int = option(32, "completions sampled at once; in bfloat16 it changes their rounding too")
+    slots: int = option(32, "completions sampled at once; in bfloat16 it changes their rounding too", "speed")
     threads: int = option(1, "torch threads: speed, and how sums are rounded")
 
     def __post_init__(self) -> None:
