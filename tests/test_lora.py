@@ -255,6 +255,24 @@ def test_parts_of_a_step_add_up(base: Base, tmp_path: Path, monkeypatch: pytest.
     assert torch.allclose(one, other, atol=1e-3)
 
 
+def test_layers_computed_again_give_the_same_bytes_and_keep_less(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught, kept = random_lessons(12), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for name, longest in (("whole", 1024), ("again", 0)):
+        monkeypatch.setattr(lora, "KEPT_WHOLE", longest)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            lora.train(base, taught, CONFIG, tmp_path / name)
+    assert digest(tmp_path / "again") == digest(tmp_path / "whole")
+    assert kept[1] < 0.7 * kept[0]
+
+
 def test_lessons_come_by_what_they_say_and_without_the_held_out(base: Base, tmp_path: Path) -> None:
     problems = {str(i): Problem(str(i), None, prompt=f"{i}: ") for i in range(4)}
     tokens = [[65 + i] * 6 for i in range(4)]
