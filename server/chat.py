@@ -105,10 +105,10 @@ class ChatShape:
     def closing(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
-    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, answer: Update) -> dict[str, Any]:
         message = {"role": "assistant", "content": self._content(answer.text), "refusal": None}
         calls = {"tool_calls": _whole_calls(answer.calls)} if answer.calls else {}
-        return {"message": message | calls, "logprobs": logprobs}
+        return {"message": message | calls, "logprobs": None}
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
         return {"content": [self._entry(token) for token in tokens], "refusal": None}

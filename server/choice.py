@@ -41,7 +41,6 @@ class Choice:
         self.opened = False  # its first chunk is out
         self.watch = watch
         self._reader = reader
-        self._updates: list[Update] = []
 
     def take(self, event: Event, now: float) -> Update:
         """Count an event and bring out its text. Raises what `check_event` does. now: the time of its token."""
@@ -60,25 +59,9 @@ class Choice:
             self.end(update.finish)
         return update if self._reader is None else self._read(update, self._reader)
 
-    def keep(self, update: Update) -> None:
-        """Gather an update for the whole answer."""
-        self._updates.append(update)
-
     def end(self, reason: str) -> None:
         """It is over, if it was not yet."""
         self.watch.end(reason)
-
-    @property
-    def whole(self) -> Update:
-        """All that was kept, as one update."""
-        updates = self._updates
-        return Update(
-            self.echo + "".join(update.text for update in updates),
-            tuple(token for update in updates for token in update.tokens),
-            tuple(step for update in updates for step in update.steps),
-            updates[-1].finish if updates else None,
-            tuple(piece for update in updates for piece in update.calls),
-        )
 
     @staticmethod
     def _read(update: Update, reader: CallReader) -> Update:

@@ -56,8 +56,8 @@ class CompletionShape:
     def closing(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
-    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"text": answer.text, "logprobs": logprobs}
+    def whole(self, answer: Update) -> dict[str, Any]:
+        return {"text": answer.text, "logprobs": None}
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
         return {

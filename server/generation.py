@@ -156,12 +156,14 @@ class Generation:
         """The answer, once it is complete."""
         with self.open(streamed=False) as ticket:
             while self._choices.going:
-                for choice, update in await self._next(ticket):
-                    choice.keep(update)
+                for number, (choice, update) in enumerate(await self._next(ticket), 1):
+                    self._telling.keep(choice, update)
+                    if number % _ENOUGH == 0:
+                        await asyncio.sleep(0)  # other answers go on
         choices = []
         for choice in self._choices:
-            choices.append(dumps(self._telling.whole(choice)))
-            await self._give_way(choice)
+            choices.append(self._telling.whole(choice))
+            await asyncio.sleep(0)
         head = dumps(self._head(self._shape.whole_object))[:-1]
         after = {"usage": self._usage()} | self._telling.of_prompt(self._choices.first, beside=True)
         return f'{head},"choices":[{",".join(choices)}],{dumps(after)[1:]}'.encode()
@@ -181,8 +183,8 @@ class Generation:
                     for chunk in self._telling.chunks(choice, update):
                         events.append(f'data: {head},"choices":[{dumps(chunk)}]{once}{tail}')
                         once = ""
-                    if opens:
-                        await self._give_way(choice)
+                    if opens and choice.scores.told:
+                        await asyncio.sleep(0)  # they take a while to write: other answers go on
                 if sent := self._or_keep_alive("".join(events).encode()):
                     yield sent
             if self._body.include_usage:
@@ -190,12 +192,6 @@ class Generation:
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             yield error_event(error)
         yield DONE
-
-    @staticmethod
-    async def _give_way(choice: Choice) -> None:
-        """A long prompt's log-probabilities take a while to write: other answers go on between two choices."""
-        if choice.scores.told:
-            await asyncio.sleep(0)
 
     def _or_keep_alive(self, sent: bytes) -> bytes:
         """What goes out after a step; where that is nothing, a comment, once `keep_alive` seconds were silent."""

@@ -1,12 +1,15 @@
 """How a choice is told in JSON: in chunks as it grows, or whole; and what a shape adds to make it an endpoint's.
 
-Invariant: both ways tell the same updates in the same words, so that chunks add up to the whole.
+Invariant: both ways tell the same updates in the same words, so that chunks add up to the whole. What is told of a
+token is written when its update comes: written at the end, all of it would hold up every other answer.
 
-    telling = Telling(body, shape, pieces);  telling.chunks(choice, update);  telling.whole(choice)
+    telling = Telling(body, shape, pieces);  telling.chunks(choice, update)
+    telling.keep(choice, update);  telling.whole(choice)
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from trimtab.server.choice import Choice
@@ -37,10 +40,48 @@ class Shape(Protocol):
     def closing(self) -> dict[str, Any]:
         """The last chunk."""
 
-    def whole(self, answer: Update, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A whole choice."""
+    def whole(self, answer: Update) -> dict[str, Any]:
+        """A whole choice, with null for `logprobs`."""
 
     def write_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]: ...
+
+
+class _Kept:
+    """A choice until it is told whole."""
+
+    def __init__(self) -> None:
+        self._updates: list[Update] = []  # without their tokens
+        self._lists: dict[str, list[str]] = {}  # by name, the JSON of parts of a list, without brackets
+
+    def add(self, update: Update) -> None:
+        self._updates.append(update._replace(tokens=(), steps=()))
+
+    def answer(self, echo: str) -> Update:
+        """All of them as one."""
+        updates = self._updates
+        return updates[-1]._replace(
+            text=echo + "".join(update.text for update in updates),
+            calls=tuple(piece for update in updates for piece in update.calls),
+        )
+
+    def extend(self, name: str, entries: Sequence[Any]) -> None:
+        """More entries of a list."""
+        if entries:
+            self._lists.setdefault(name, []).append(_inside(entries))
+
+    def list(self, name: str, before: Sequence[Any] = ()) -> str:
+        """All of its entries, after others: JSON."""
+        parts = [_inside(before)] if before else []
+        return f"[{','.join(parts + self._lists.get(name, []))}]"
+
+
+def _inside(entries: Sequence[Any]) -> str:
+    return dumps(entries)[1:-1]
+
+
+def _object(fields: Mapping[str, str]) -> str:
+    """An object of fields that are JSON already."""
+    return f"{{{','.join(f'{dumps(name)}:{value}' for name, value in fields.items())}}}"
 
 
 class Telling:
@@ -48,6 +89,7 @@ class Telling:
 
     def __init__(self, body: Body, shape: Shape, pieces: Pieces) -> None:
         self._body, self._shape, self._pieces = body, shape, pieces
+        self._kept: dict[int, _Kept] = defaultdict(_Kept)  # by the choice's index
 
     def chunks(self, choice: Choice, update: Update) -> Iterator[dict[str, Any]]:
         """The chunks of one update: often one, none while text is held back."""
@@ -72,23 +114,43 @@ class Telling:
     def _chunk(self, choice: Choice, content: dict[str, Any]) -> dict[str, Any]:
         return {"index": choice.index, **content, "finish_reason": None}
 
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        """A choice that has ended, as a whole answer holds it."""
-        answer = choice.whole
-        logprobs, echoed = self._logprobs(choice, answer.tokens), self._echo_logprobs(choice)
-        if logprobs is not None and echoed is not None:
-            logprobs = {key: echoed[key] + values for key, values in logprobs.items()}
-        content = self._shape.whole(answer, logprobs)
-        steering = self._summary(choice)
-        if self._body.report == "tokens":
-            steering["steering"]["tokens"] = self._receipts(answer.steps)
-        return {
+    def keep(self, choice: Choice, update: Update) -> None:
+        """One update of a choice that is to be told whole."""
+        kept = self._kept[choice.index]
+        kept.add(update)
+        if update.tokens and (logprobs := self._logprobs(choice, update.tokens)) is not None:
+            for name, told in logprobs.items():
+                kept.extend(name, told or ())
+        kept.extend("receipts", self._receipts(update.steps))
+        for name, ids in self._token_ids(update.steps).items():
+            kept.extend(name, ids)
+
+    def whole(self, choice: Choice) -> str:
+        """A choice that has ended, as a whole answer holds it: JSON."""
+        kept = self._kept.pop(choice.index)
+        answer = kept.answer(choice.echo)
+        fields = {
             "index": choice.index,
-            **content,
+            **self._shape.whole(answer),
             **self._ended(choice, answer),
             **self.of_prompt(choice, beside=False),
-            **self._token_ids(answer.steps),
-            **steering,
+            **self._token_ids(()),
+            **self._summary(choice),
+        }
+        written = {name: dumps(value) for name, value in fields.items()}
+        if self._shape.logprobs:
+            written["logprobs"] = _object(self._whole_logprobs(choice, kept))
+        if self._body.return_token_ids:
+            written["token_ids"] = kept.list("token_ids")
+        if self._body.report == "tokens":
+            written["steering"] = f'{written["steering"][:-1]},"tokens":{kept.list("receipts")}}}'
+        return _object(written)
+
+    def _whole_logprobs(self, choice: Choice, kept: _Kept) -> dict[str, str]:
+        echoed = self._echo_logprobs(choice) or {}
+        return {
+            name: kept.list(name, echoed.get(name, ())) if isinstance(empty, list) else dumps(empty)
+            for name, empty in self._shape.write_logprobs(()).items()
         }
 
     @staticmethod

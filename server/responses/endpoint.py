@@ -4,6 +4,7 @@ Invariant: the answer is made from the same chunks as a chat's stream, whole or 
 that a stream's last event holds. A failure after the first byte is `response.failed`.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -60,7 +61,9 @@ class ResponseGeneration(Generation):
                 events = [event for chunk in chunks for event in writer.take(chunk)]
                 if sent := self._or_keep_alive(encode(events)):
                     yield sent
-            yield encode(writer.end(self._usage()))
+            for event in writer.end(self._usage()):  # each may repeat all log-probabilities
+                yield encode([event])
+                await asyncio.sleep(0)  # other answers go on
         except Exception as error:  # the status is gone: whatever it was, the stream must say so
             told = failure(error)
             yield encode(writer.fail(told.message, refused=told.status < 500))
