@@ -57,7 +57,11 @@ class Choice:
         update = self.stream.push(event)
         if update.finish is not None:
             self.end(update.finish)
-        return update if self._reader is None else self._read(update, self._reader)
+        if self._reader is None:
+            return update
+        read = self._read(update, self._reader)
+        self.stream.spared = self._reader.inside
+        return read
 
     def end(self, reason: str) -> None:
         """It is over, if it was not yet."""

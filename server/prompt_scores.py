@@ -105,8 +105,13 @@ def find_offsets(tokens: tuple[int, ...], text: str, pieces: Pieces) -> list[int
     found: list[int] = []
     at = 0
     for token in tokens:
+        content = pieces.content(token)
+        piece = utf8.decode(content[:1])  # apart: it may show that what came before is no character
+        broken = max(0, len(piece) - (not utf8.getstate()[0]))  # of the piece, what belongs to tokens before
+        if broken and text.startswith(piece[:broken], at):
+            at, piece = at + broken, piece[broken:]
         found.append(at)
-        piece = utf8.decode(pieces.content(token))
+        piece += utf8.decode(content[1:])
         if text.startswith(piece, at):
             at += len(piece)
         elif text.startswith(piece.lstrip(" "), at):

@@ -73,8 +73,9 @@ class ChoiceStream:
         self._out = 0  # characters that are out
         self._pending: deque[_Pending] = deque()
         self._bytes = bytearray()
-        self._exempt = 0  # characters in the first min_tokens tokens: a stop string must end after them
+        self._exempt = 0  # characters in the first min_tokens tokens, or spared: a stop string must end after them
         self._plain = not rules.stop  # nothing is held, so that a token of whole characters is out when it comes
+        self.spared = False  # what comes now is no text in which a stop string counts
         self.tokens = 0
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None  # the stop string, or the token of stop_tokens, that ended it
@@ -111,7 +112,7 @@ class ChoiceStream:
         self._held += self._utf8.decode(content[:1])  # apart: it may show that what came before is no character
         before = self._characters - 1 if content else self._out + len(self._held)
         self._held += self._utf8.decode(content[1:], event.finish is not None)
-        if self.tokens <= self._rules.min_tokens:
+        if self.spared or self.tokens <= self._rules.min_tokens:
             self._exempt = self._out + len(self._held)
         self._pending.append(_Pending(event, content, before, self._characters, len(self._bytes)))
         found = self._find_stop()

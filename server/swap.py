@@ -20,7 +20,6 @@ from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank, Draft, Entry
 from trimtab.steering.correction import (
     CONTRAST,
-    ContrastCorrection,
     Correction,
     HeadCorrection,
     LoraCorrection,
@@ -53,7 +52,7 @@ class Swap:
     def remove(self, name: str) -> None:
         """No new request finds it. Blocks. Raises NotFound, and InvalidRequest for the built-in contrast."""
         with self._lock:
-            if name == CONTRAST and isinstance(self._bank.get(name), ContrastCorrection):
+            if name == CONTRAST:
                 raise InvalidRequest(
                     f"{name} is built in: it comes with every model, and cannot be removed", "correction"
                 )

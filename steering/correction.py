@@ -150,9 +150,11 @@ _ROUNDED = ". Weights that were rounded to float16 are others too: there is bflo
 
 
 def check(correction: Correction, identity: BaseIdentity) -> None:
-    """Raise CorrectionError, naming both bases and what differs, unless the correction was fitted to this base."""
+    """Raise CorrectionError, naming both bases and what differs, unless the correction was fitted to this base; and
+    where it has the name of the built-in contrast without being one."""
     if isinstance(correction, ContrastCorrection):
         return
+    require(correction.name != CONTRAST, f"{CONTRAST} is the built-in correction's name: give this one another")
     made_for = correction.base
     parts = {"weights": "fingerprint", "tokenizer": "tokenizer", "chat template": "chat_template"}
     known = {words: name for words, name in parts.items() if getattr(made_for, name)}  # PEFT's folders tell none

@@ -273,3 +273,6 @@ def test_offsets_where_the_text_is_not_the_tokens(base: Base) -> None:
     assert find_offsets((begin, *read("a")), "<|im_start|>a", pieces) == [0, 12]
     assert find_offsets(read(" ab"), "ab", pieces) == [0, 0, 1]
     assert find_offsets(read("AbC"), "abc", pieces) == [0, 1, 2]
+    lead, middle, last = (base.tokenizer.encode("€")[i] for i in range(3))
+    broken = (lead, *read("#"), lead, lead, middle, last, *read("$"))
+    assert find_offsets(broken, "\ufffd#\ufffd€$", pieces) == [0, 1, 2, 3, 3, 3, 4]

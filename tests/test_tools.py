@@ -172,9 +172,29 @@ def test_a_call_that_is_cut_off() -> None:
     choice = choice_of(say(cut, end="length"))
     assert choice["finish_reason"] == "length"
     assert calls_in(choice["message"]) == [("get_weather", cut[cut.index('{"city') :])]
-    stopped = choice_of(call(), stop="Troms")
-    assert stopped["finish_reason"] == "stop"
-    assert calls_in(stopped["message"]) == [("get_weather", '{"city": "')]
+
+
+@pytest.mark.parametrize("stop", ["Troms", "\n", "call>", ["city", "</tool_call>"], "}}"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_counts_in_text_and_not_in_calls(stop: Any, streamed: bool) -> None:
+    def read(script: str, **body: Any) -> tuple[str, list[tuple[str, str]], str]:
+        if not streamed:
+            choice = choice_of(script, stop=stop, **body)
+            return choice["message"]["content"] or "", calls_in(choice["message"]), choice["finish_reason"]
+        chunks = chunks_of(script, stop=stop, **body)
+        pieces = [p for chunk in chunks for p in chunk["delta"].get("tool_calls", [])]
+        whole = [
+            (piece["function"]["name"], "".join(p["function"]["arguments"] for p in pieces if p["index"] == i))
+            for i, piece in enumerate(p for p in pieces if "id" in p)
+        ]
+        text = "".join(chunk["delta"].get("content") or "" for chunk in chunks)
+        return text, whole, chunks[-1]["finish_reason"]
+
+    assert read(call(), tool_choice="required") == ("", [("get_weather", CITY)], "tool_calls")
+    if stop != "call>":  # the marker itself may be text
+        assert read(call()) == ("", [("get_weather", CITY)], "tool_calls")
+    first = stop if isinstance(stop, str) else stop[0]
+    assert read(f"Let me see{first} and more") == ("Let me see", [], "stop")
 
 
 # What the engine is asked

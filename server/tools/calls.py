@@ -84,8 +84,10 @@ class ToolUse:
         return CallReader(self.form, names, eager=self._held, several=self.several)
 
     def show(self, rules: TextRules) -> TextRules:
-        """Let the special tokens in a call be text, as the reader must see them."""
-        return replace(rules, keep=frozenset(self.tokens.values())) if self.tokens else rules
+        """Let the special tokens in a call be text, as the reader must see them. Where nothing but calls may come, no
+        stop string counts: it would only break them."""
+        stop = () if self.must else rules.stop
+        return replace(rules, keep=frozenset(self.tokens.values()), stop=stop)
 
     def spare(self, chosen: Chosen) -> Chosen:
         """Let no call be steered, as the budget has it by default, though its words for calls are another format's.

@@ -74,6 +74,11 @@ class CallReader:
         self._content, self._pieces = [], []
         return said
 
+    @property
+    def inside(self) -> bool:
+        """Whether what comes next belongs to a call, as far as one can tell."""
+        return self._state != self._seek
+
     # The states. Each takes one step, and tells whether another can be taken before more text comes.
 
     def _seek(self) -> bool:
