@@ -89,6 +89,10 @@ class NotFound(TrimtabError):
         super().__init__(message)
         self.field = field
 
+    def rename(self, field: str) -> None:
+        """Tell it of the same field by the name that the caller wrote."""
+        self.field = field
+
 
 class RateLimited(TrimtabError):
     """The key has as many requests under way as it may."""

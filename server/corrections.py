@@ -8,6 +8,8 @@ asked for the admin key before any of a body was read (`changes` says which), an
 """
 
 import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from trimtab.clients import facts
-from trimtab.errors import CorrectionError, InvalidRequest
+from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.server import openapi
 from trimtab.server.http_errors import parse
 from trimtab.server.service import Service
@@ -85,6 +87,17 @@ def _put(service: Service, correction: Correction) -> tuple[Entry, bool]:
         raise InvalidRequest(str(error), "correction") from error
 
 
+@contextmanager
+def _told_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name the field that the caller wrote."""
+    try:
+        yield
+    except (InvalidRequest, NotFound) as error:
+        if error.field in names:
+            error.rename(names[error.field])
+        raise
+
+
 def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
     """root: where folders must lie; None: anywhere."""
     catalogue = service.catalogue
@@ -119,11 +132,13 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
     @app.post(LOAD, response_model=None)
     async def load_lora_adapter(body: _Load) -> PlainTextResponse:
         """vLLM's word for loading one from a folder."""
-        await install(service, body.lora_path, body.lora_name, root)
+        with _told_as({"path": "lora_path", "name": "lora_name"}):
+            await install(service, body.lora_path, body.lora_name, root)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post(UNLOAD, response_model=None)
     async def unload_lora_adapter(body: _Unload) -> PlainTextResponse:
         """vLLM's word for taking one away."""
-        await remove(service, body.lora_name)
+        with _told_as({"correction": "lora_name"}):
+            await remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -31,6 +31,7 @@ _IGNORED = {
     "service_tier",
     "store",
     "user",
+    "verbosity",
 }
 # Not done here. The values that ask for nothing stand with each. What one endpoint knows is refused at the other.
 _REFUSED: dict[str, tuple[object, ...]] = {
@@ -49,6 +50,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "modalities": ([], ["text"]),
     "moderation": ({},),
+    "prediction": (),
     "prompt_embeds": (),
     "repetition_detection": ({},),
     "suffix": ("",),

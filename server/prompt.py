@@ -45,7 +45,8 @@ class Prompter:
         self._one_whole = asyncio.Semaphore()  # a generation waits for one such text at most
         self._known = frozenset(tokenizer.get_vocab().values())
         self._longest = max(len(pieces.content(token)) for token in self._known)  # bytes
-        self._ours = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        # what transformers calls its own arguments, and what it hands to the template itself
+        self._ours = frozenset({*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"})
         self._thread = ThreadPoolExecutor(1, "trimtab-prompt")
         self._tools = ToolTemplate(tokenizer)
         self.tool_format = self._tools.format  # in which the model is told to write the calls of tools

@@ -474,6 +474,8 @@ def test_report_none_says_nothing_and_the_base_alone_reports_its_entropy() -> No
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"steering": {"strength": 1000, "correction": "brief"}}, "steering.strength"),
         ({"steering": {"strength": 1}}, "steering.strength"),

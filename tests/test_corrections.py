@@ -166,7 +166,10 @@ def test_vllms_verbs_do_the_same(server: Server) -> None:
     assert server.ask("GET", "/v1/models/verb").status_code == 200
     unloaded = server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "verb"})
     assert (unloaded.status_code, "removed successfully" in unloaded.text) == (200, True)
-    assert server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "verb"}).status_code == 404
+    assert error_of(server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "verb"}))[:2] == (404, "lora_name")
+    for body, field in (({"lora_path": "no/where/at/all"}, "lora_path"), ({"lora_name": "a/b"}, "lora_name")):
+        wrong = server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "lora-0"} | body)
+        assert error_of(wrong)[:2] == (400, field)
     assert error_of(server.ask("POST", "/v1/load_lora_adapter", json={}))[:2] == (400, "lora_name")
 
 
