@@ -93,7 +93,7 @@ def _told_as(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (InvalidRequest, NotFound) as error:
-        if error.field in names:
+        if error.field is not None and error.field in names:
             error.rename(names[error.field])
         raise
 
