@@ -125,5 +125,13 @@ class TaskError(TrimtabError):
     """A task cannot be used: the message names the file, the line and the fix."""
 
 
+class TooFew(TaskError):
+    """A task has not as many problems as were asked for. there: how many it has."""
+
+    def __init__(self, message: str, there: int) -> None:
+        super().__init__(message)
+        self.there = there
+
+
 class Diverged(TaskError):
     """What was learned went astray: its loss is no number, or it ran away from the base. The message names the fix."""

@@ -14,6 +14,7 @@ done. So a killed run, started again, continues; and `correction.json` exists on
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -162,20 +163,29 @@ def _choose(
 
 
 def _fit_controls(work: Path, route: Route, chosen: Correction) -> tuple[list[Correction], dict[str, str]]:
-    """And why each of those that could not be made was not: the correction is judged without it."""
-    found, lacking = [], {}
+    """And why each of those that could not be made was not: the correction is judged without it.
+
+    One that an earlier run made for another candidate, when validation was scored otherwise, is made anew."""
+    found, lacking, kl = [], {}, chosen.provenance["kl"]
     for kind in route.controls:
         folder, failed = work / "controls" / kind, work / "controls" / f"{kind}.json"
-        if not is_saved(folder) and not failed.exists():
+        made = load(folder) if is_saved(folder) else None
+        if made is not None and made.provenance["kl_wanted"] != kl:
+            made = None
+        told = read_json(failed) if made is None and failed.exists() else {}
+        if made is None and told.get("kl_wanted") != kl:
             try:
-                save(route.control(kind, chosen.provenance["kl"]), folder)
+                made = route.control(kind, kl)
+                save(made, folder)
             except Diverged as error:  # the correction is none the worse for it
                 say(kind, f"the control could not be made: {error}")
-                write_json(failed, str(error))
-        if is_saved(folder):
-            found.append(load(folder))
+                shutil.rmtree(folder, ignore_errors=True)
+                told = {"kl_wanted": kl, "why": str(error)}
+                write_json(failed, told)
+        if made is None:
+            lacking[kind] = told["why"]
         else:
-            lacking[kind] = read_json(failed)
+            found.append(made)
     return found, lacking
 
 
@@ -204,7 +214,7 @@ def _provenance(
         "judged": sorted(map(digest_of, problems.test)),
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),
-        "mixed_problems": len(set(features.problem.tolist())),
+        **({} if config.via == "teacher" else {"mixed_problems": len(set(features.problem.tolist()))}),
         "positions": len(training.h),
         "fit": dict(chosen.provenance),
         **place(base),

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.arguments import Subparsers, at_least
-from trimtab.errors import InvalidRequest
+from trimtab.errors import InvalidRequest, TooFew
 from trimtab.steering.commands.setting import SEVERAL, add_what, keep_in, refuse_learned, settle
 from trimtab.steering.training.config import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from trimtab.steering.correction import Correction
+    from trimtab.steering.tasks.problem import Problem
+    from trimtab.steering.tasks.tasks import Task
 
 CALIBRATION_PROBLEMS = 64
 
@@ -62,9 +64,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             raise InvalidRequest(f"{name} must be above 0 and below 1, not {rates}", name)
     prompts = read_prompts(args.prompts) if args.prompts else None
     setting = settle(args, correction, needs_task=prompts is None)
-    learned = correction.provenance.get("config", {}).get("problems", CALIBRATION_PROBLEMS)  # the task has so many
-    count = args.problems or (len(prompts) if prompts else min(CALIBRATION_PROBLEMS, learned))
-    problems = prompts[:count] if prompts else setting.task.problems("train", count)
+    problems = prompts[: args.problems] if prompts else _sample(setting.task, args.problems)
     sampling = setting.sampling._replace(samples=args.samples)
     seen = watch(setting.base, gate, problems, sampling, args.slots, args.threads)
     facts = {"problems_sha256": fingerprint(problems), "prompts": len(problems), "sampling": sampling._asdict()}
@@ -73,6 +73,16 @@ def run_calibrate(args: argparse.Namespace) -> None:
     if correction.report is not None and made.report is None:
         (args.correction / "report.md").unlink(missing_ok=True)  # it says the same, of the gate before
     print(to_text(made, seen, correction))
+
+
+def _sample(task: "Task", asked: int | None) -> "list[Problem]":
+    """So many training problems, or CALIBRATION_PROBLEMS, or all there are."""
+    try:
+        return task.problems("train", asked or CALIBRATION_PROBLEMS)
+    except TooFew as short:
+        if asked is not None or not short.there:
+            raise
+        return task.problems("train", short.there)
 
 
 def add_analyze(subparsers: Subparsers) -> None:
@@ -114,7 +124,9 @@ def run_analyze(args: argparse.Namespace) -> None:
     if correction is None:
         tuned = Tuned(args.tuned, load_teacher(args.tuned, setting.base, args.dtype, args.device, args.threads))
     else:
-        tuned = Tuned(correction.name, setting.base, correction)
+        plain = correction.tier != "lora" or correction.strength == 1
+        name = correction.name if plain else f"{correction.name} at strength 1, always on"
+        tuned = Tuned(name, setting.base, correction)
         refuse_learned(correction, exam.problems)
     with keep_in(args.out) as folder:
         study = analyze(exam, setting.base, tuned, Gate(args.gate), args.taus or TAUS.get(args.gate, ()), folder)

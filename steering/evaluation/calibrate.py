@@ -60,8 +60,11 @@ def tabulate(seen: Values, rates: Sequence[float], ceiling: float) -> tuple[tupl
     for rate in sorted(rates):
         count = round(rate * len(seen))
         if 0 < count < len(within):
-            tau = float(within[count])  # the gate opens above it
-            table[measure(seen, tau, ceiling)] = tau
+            above = within[count]  # the gate opens above it
+            taus = (float(tau) for tau in (above, *within[within < above][:1]))
+            found = {measure(seen, tau, ceiling): tau for tau in taus}
+            nearest = min(found, key=lambda open_at: abs(open_at - rate))
+            table[nearest] = found[nearest]
     return tuple((rate, tau) for rate, tau in sorted(table.items()) if rate > 0)
 
 

@@ -36,6 +36,8 @@ SHIP_MEANS = (
 ENOUGH = 20  # problems: the bootstrap's intervals of fewer hold the truth less often than they say
 NEAR = 0.05  # relative: a control whose held-out KL is further below its correction's pushes less, and controls nothing
 
+_BESIDE_THE_BASE = ("flips", "kl_fired", "kl_token")  # figures that are told by comparing with it
+
 _PAIRS = (
     (CORRECTION, BASE),
     (CORRECTION, ALWAYS),
@@ -121,6 +123,7 @@ def make(base: Base, exam: Exam, judged: Judged, folder: Path) -> dict[str, Any]
 def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], where: str) -> dict[str, Any]:
     """The report as JSON values."""
     differences = [compare(found, one, other) for one, other in _PAIRS if one in found and other in found]
+    alone = _alone(judged)
     return {
         "task": exam.task.name,
         "split": "held-out",
@@ -133,11 +136,19 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], wh
         "tau": judged.gate.tau,
         "gate": str(judged.gate),
         "policies": [
-            summarise(name, exam.problems, rollouts, exam.task.extract)._asdict() for name, rollouts in found.items()
+            summarise(name, exam.problems, rollouts, exam.task.extract)._asdict()
+            | (dict.fromkeys(_BESIDE_THE_BASE) if name in alone else {})
+            for name, rollouts in found.items()
         ],
         "differences": [difference._asdict() for difference in differences],
         "verdict": judge(differences, found[CORRECTION], weak(judged.controls), judged.lacking),
     }
+
+
+def _alone(judged: Judged) -> set[str]:
+    """Policies beside which no base row runs: their receipts cannot say how far they are from it."""
+    adapted = policies(judged) if isinstance(judged.correction, LoraCorrection) else []
+    return {TEACHER, *(one.name for one in adapted if one.correction and one.gate == "always" and one.strength == 1)}
 
 
 def weak(controls: Sequence[Correction]) -> dict[str, str]:
@@ -202,7 +213,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines += [_row(head), _row(["---"] * len(head))]
     for policy in report["policies"]:
         figures = [f"{policy['pass_at_1']:.3f}", *(f"{policy['by_kind'][kind]:.2f}" for kind in kinds)]
-        shares = [f"{policy[name]:.1%}" for name in ("truncated", "fired", "flips")]
+        shares = ["" if policy[n] is None else f"{policy[n]:.1%}" for n in ("truncated", "fired", "flips")]
         lines.append(_row([policy["policy"], *figures, f"{policy['length']:.1f}", *shares]))
     lines += ["", _row(["difference", "pass@1", "95 % interval"]), _row(["---"] * 3)]
     for d in report["differences"]:

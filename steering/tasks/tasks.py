@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.errors import TaskError
+from trimtab.errors import TaskError, TooFew
 from trimtab.steering.tasks.instructions import Instructions
 from trimtab.steering.tasks.problem import Problem, Split
 from trimtab.steering.tasks.verifiers import Extract, Verifier, check_answer, load_extractor, load_verifier
@@ -78,9 +78,10 @@ class FileTask:
         """In the file's order; for validation, from its end."""
         found = self._splits[split]
         if count > len(found):
-            raise TaskError(
+            raise TooFew(
                 f"{self.name} has {len(found)} {split} problems; {count} are needed: ask for {len(found)} or fewer, "
-                "or add lines"
+                "or add lines",
+                len(found),
             )
         return found[:count]
 

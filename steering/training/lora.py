@@ -7,7 +7,7 @@ For a completion of advantage A, with pi the adapted model and p the base at tem
 For a lesson of a teacher's, the first part is the mean over open positions of KL(teacher || pi), where tokens beyond
 the base's CANDIDATES best ones count as one. A step takes the mean over `lora_batch` completions: accumulation over
 batches of one. Those that say most come first: by |A| * share of open positions. -A log pi has no lower bound where
-A < 0, so a LoRA may run away from its base: it then ends as it was at its last checkpoint.
+A < 0, so a LoRA may run away from its base: it then ends as it was at its last calm checkpoint.
 
 What the authors' code does and we do not: after the warm-up their rate falls, to 0 at the end of a whole pass, with
 which the demo's LoRA learned far less; a prompt's positions are anchored too; the longest completions are dropped of
@@ -53,7 +53,7 @@ from trimtab.steering.training.teacher import without_peft_warnings
 
 RECENT = 8  # steps whose mean distance from the base is watched: one step says little
 CHECKPOINT_EVERY = 10  # steps
-CALM = 1 / 3  # of the limit of that distance: a LoRA that runs away goes back to a checkpoint within so much
+CALM = 1 / 3  # of the limit of that distance: a LoRA that runs away goes back to the last checkpoint within so much
 GRADIENT_LIMIT = 1.0  # norm of a step's gradient
 # Padded tokens a forward pass; a step of more takes several: what is kept for the backward pass grows with them.
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}
@@ -104,9 +104,10 @@ def _lessons(
 def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path, stage: str = "lora") -> None:
     """Make the PEFT folder, unless it is there; go on from its checkpoint. Raises Diverged when the loss is no number,
     or the LoRA runs away before there is a checkpoint to go back to."""
-    path = folder / "checkpoint.safetensors"
+    path, calm = folder / "checkpoint.safetensors", folder / "calm.safetensors"
     if (folder / CONFIG_FILE).exists():
         path.unlink(missing_ok=True)
+        calm.unlink(missing_ok=True)
         return
     tuned = put_on(base, config)
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
@@ -140,18 +141,20 @@ def train(base: Base, taught: Sequence[Lesson], config: FitConfig, folder: Path,
                     f"the LoRA runs away: away from open positions it is {distance:.2f} nats from the base at step "
                     f"{step + 1} of {steps} (at most {config.lora_kl_limit:g}, --lora-kl-limit)"
                 )
-                if not path.exists():
+                if not calm.exists():
                     raise Diverged(f"{away}: lower --lora-rate or --lora-epochs, or give more problems")
-                kept, _ = checkpoint.resume(path, named, optimizer)
+                kept, _ = checkpoint.resume(calm, named, optimizer)
                 say(stage, f"{away}: it ends as it was after step {kept}")
                 break
             optimizer.step()
             progress.add(1, f"loss {first:+.3f}, KL elsewhere {anchor:.4f}, gradient {float(norm):.2f}")
-            calm = not config.lora_kl_limit or distance <= CALM * config.lora_kl_limit
-            if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps and calm:
+            if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+                if distance <= CALM * config.lora_kl_limit:
+                    checkpoint.save(calm, step + 1, named, optimizer, recent)
                 checkpoint.save(path, step + 1, named, optimizer, recent)
     write(tuned, base, folder)
     path.unlink(missing_ok=True)
+    calm.unlink(missing_ok=True)
 
 
 def put_on(base: Base, config: FitConfig) -> Any:

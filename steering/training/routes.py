@@ -25,6 +25,7 @@ from trimtab.steering.training.distil import Distilled, Watched, distil, merge
 from trimtab.steering.training.features import gate_of
 from trimtab.steering.training.fit import divergence_of, fit
 from trimtab.steering.training.head import Head
+from trimtab.steering.training.progress import say
 from trimtab.steering.training.selection import Item, select, take_all
 from trimtab.steering.training.strength import within_limit
 from trimtab.steering.training.study import Study, shuffled, watch
@@ -87,6 +88,8 @@ class Direct:
         """One at each budget within the limit; budgets that the fit never reached share one."""
         config, base, limit = self._study.config, self._study.base, self._study.config.kl_limit
         budgets = [budget for budget in config.kl_budgets if not limit or budget <= limit] or [limit]
+        if beyond := sorted(set(config.kl_budgets) - set(budgets)):
+            say("fit", f"no budget of {', '.join(f'{b:g}' for b in beyond)}: beyond --kl-limit {limit:g}")
         with self._study.clock.time("fit"):
             snapshots = fit(self._study.features, base.head_weight, budgets, config)
         found: list[Correction] = []
