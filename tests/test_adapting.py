@@ -11,6 +11,7 @@ from tiny import read_states
 from trimtab.server.model.base import Base
 from trimtab.steering.commands import pipeline
 from trimtab.steering.correction import LoraCorrection, check
+from trimtab.steering.evaluation.report import to_markdown
 from trimtab.steering.folder import load
 from trimtab.steering.gate import Gate
 from trimtab.steering.training.adapting import mixed_kl
@@ -60,6 +61,9 @@ def test_always_on_it_answers_as_the_adapted_model_does(base: Base, finished: Pa
     assert correction.report is not None
     of = {policy["policy"]: policy for policy in correction.report["policies"]}
     assert of["correction"]["fired"] == 1
+    assert of["correction"]["flips"] is of["correction"]["kl_token"] is None, "no base row runs beside it"
+    assert of["base"]["flips"] == 0
+    assert "| 100.0% |  |" in to_markdown(correction.report)
     assert "correction-always" not in of, "it is the correction"
     gated = load(finished).report
     assert gated is not None

@@ -1,6 +1,7 @@
 """Calibration: a table's thresholds open the gate at its rates, on the very steps that were seen and on served ones."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from trimtab.errors import TaskError
 from trimtab.server.engine.request import Steering
 from trimtab.server.model.base import Base
 from trimtab.steering.bank import Bank
+from trimtab.steering.commands import studies
 from trimtab.steering.correction import BaseIdentity
 from trimtab.steering.evaluation.calibrate import RATES, calibrate, measure, read_prompts, tabulate, to_text, watch
 from trimtab.steering.folder import load, save
 from trimtab.steering.gate import Gate
 from trimtab.steering.tasks.problem import Problem
+from trimtab.steering.tasks.tasks import load_task
 from trimtab.steering.training.rollouts import Sampling, open_core, request_for
 
 PROBLEMS = [Problem(str(i), None, prompt=f"Prompt {i}:") for i in range(6)]
@@ -40,6 +43,10 @@ def test_without_ties_the_rates_are_those_asked_for() -> None:
     seen = np.random.default_rng(0).permutation(1000) / 1000
     assert [rate for rate, _ in tabulate(seen, RATES, math.inf)] == pytest.approx(RATES)
     assert [rate for rate, _ in tabulate(seen, (0.1, 0.4, 0.6), 0.5)] == pytest.approx([0.1, 0.4])
+
+
+def test_with_ties_the_nearest_rate_may_be_the_one_below_them() -> None:
+    assert tabulate(np.array([5.0, 1, 1, 1, 1, 1, 1, 0]), [0.8], math.inf) == ((0.875, 0.0),)
 
 
 def test_with_ties_the_rate_is_the_one_that_is_reached() -> None:
@@ -98,6 +105,17 @@ def test_too_few_steps_and_rates_beyond_the_ceiling_are_refused(base: Base) -> N
     seen = np.arange(100) / 100
     with pytest.raises(TaskError, match=r"at a rate of 0\.9: ask for less"):
         calibrate(correction, Gate(tau=0.1, ceiling=0.5), seen, RATES, 0.9, base.identity, {})
+
+
+def test_of_a_small_task_all_problems_are_run_unless_more_are_asked_for(tmp_path: Path) -> None:
+    lines = [{"id": i, "prompt": f"a{i}", "answer": "1"} for i in range(40)]
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = load_task(str(tmp_path / "small.jsonl"), "exact")
+    few = studies._sample(task, None)
+    assert 0 < len(few) < 40
+    assert studies._sample(task, len(few) - 1) == few[:-1]
+    with pytest.raises(TaskError, match=f"small.jsonl has {len(few)} train problems; 41 are needed"):
+        studies._sample(task, 41)
 
 
 def test_prompts_are_texts_or_json(tmp_path: Path) -> None:

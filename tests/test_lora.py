@@ -340,6 +340,29 @@ def test_a_lora_that_runs_away_late_ends_as_it_was_at_the_last_checkpoint(
     assert digest(tmp_path / "away") == digest(tmp_path / "short"), "ten steps, and no checkpoint left behind"
 
 
+def test_a_lora_that_is_not_calm_loses_no_steps_to_a_kill(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, made = lora_loss.objective, []
+
+    def objective_of_the_uneasy(tuned: PeftModel, batch: Sequence[Lesson]) -> lora_loss.Objective:
+        made.append(batch)
+        if len(made) == 23:
+            raise Killed
+        found = objective(tuned, batch)
+        return found._replace(anchor=found.anchor + 2.0 * len(batch))  # over a third of the limit, and below it
+
+    monkeypatch.setattr(lora, "objective", objective_of_the_uneasy)
+    config = dataclasses.replace(CONFIG, lora_kl_limit=4.0)
+    with pytest.raises(Killed):
+        train(base, tmp_path / "killed", config)
+    train(base, tmp_path / "killed", config)
+    assert len(made) == 23 + 5, "it went on from step 20 of 25"
+    made.append([])
+    train(base, tmp_path / "undisturbed", config)
+    assert digest(tmp_path / "killed") == digest(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("closed", [0, 1])
 def test_a_lora_that_nothing_holds_near_its_base_says_so(
     base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], closed: int

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,30 @@ def test_a_control_that_cannot_be_learned_ends_no_fit(
         assert not report["verdict"]["ship"]
         (tmp_path / "correction.json").unlink()
     assert tried == ["shuffled-rewards", "random-positions"], "what cannot be made is not tried again"
+
+
+def test_controls_of_another_candidate_are_made_anew(
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation scored otherwise, as by a verifier that was changed, may choose another one."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    first = load(tmp_path)
+    for name in ("correction.json", "correction.safetensors", "report.md"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "report")
+
+    def choose_the_other(*choices: Any) -> Correction:
+        (other,) = (one for one in choices[-1] if one.provenance["kl"] != first.provenance["fit"]["kl"])
+        return dataclasses.replace(other, provenance=dict(other.provenance))
+
+    monkeypatch.setattr(pipeline, "_choose", choose_the_other)
+    second = pipeline.run(CONFIG, tmp_path, base, Odd())
+    assert second.provenance["fit"]["kl"] != first.provenance["fit"]["kl"]
+    for kind in ("shuffled-rewards", "random-positions"):
+        control = load(tmp_path / "controls" / kind)
+        assert control.provenance["kl_wanted"] == second.provenance["fit"]["kl"]
+        assert second.report is not None
+        assert second.report["strengths"][kind] == control.strength
 
 
 def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finished: Path) -> None:
