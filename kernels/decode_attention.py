@@ -127,7 +127,8 @@ def attend_kernel(
     else:
         at_split = target * SPLITS + split
         tl.store(partial + at_split[:, None] * SIZE + d[None, :], mixed, mask=tile)
-        tl.store(peak_out + at_split, peak, mask=g < GROUP)
+        # A maximum passes over what is no number, and without a peak this would count as empty.
+        tl.store(peak_out + at_split, tl.where(mass == mass, peak, float("inf")), mask=g < GROUP)
         tl.store(mass_out + at_split, mass, mask=g < GROUP)
 
 

@@ -90,6 +90,34 @@ def test_answers_are_those_of_an_engine_that_waits(base: Base, monkeypatch: pyte
     assert told(waiting) == told(events)
 
 
+def test_who_is_given_up_is_left_out_of_what_runs_ahead(base: Base) -> None:
+    """At a step's end, as when a stop string came or a caller left; also one that waits, and one that is gone."""
+    given_up = {3: "1", 5: "2", 6: "11", 8: "0"}
+
+    def run_and_leave(core: Core) -> tuple[list[Event], list[bool]]:
+        events: list[Event] = []
+        kept, steps = [], 0
+        for request in requests():
+            core.submit(request)
+        while core.busy:
+            events += core.step()
+            steps += 1
+            if (name := given_up.get(steps)) is not None:
+                ran = core._ahead is not None
+                core.abort(name, 0)
+                if ran:
+                    kept.append(core._ahead is not None)
+        return events, kept
+
+    events, kept = run_and_leave(make_core(base))
+    assert len(kept) > 1
+    assert all(kept), "nobody else is computed again"
+    waiting, _ = run_and_leave(make_core(base, graphs=False))
+    ended = {event.request_id for event in waiting if event.finish}
+    assert ended >= {"3", "4", "5", "6", "7"}
+    assert told([e for e in events if e.request_id in ended]) == told([e for e in waiting if e.request_id in ended])
+
+
 @pytest.mark.parametrize("pause", [2, 3, 4])
 def test_where_choices_wait_prompts_are_read_after_so_many_steps(base: Base, pause: int) -> None:
     core, gaps, alone = make_core(base, pause=pause), [], 0

@@ -95,6 +95,27 @@ def test_bfloat16_agrees_on_a_gpu(heads: tuple[int, int, int], chunks: list[tupl
         check(Native(), case, 3e-2)
 
 
+@pytest.mark.parametrize("what", ["query", "keys", "one key", "infinite key"])
+@pytest.mark.parametrize("position", [960, 992, 1000, 1024])
+def test_no_number_stays_no_number_however_a_row_is_split(machine: Any, what: str, position: int) -> None:
+    """So that the step finds it and fails the request. A maximum passes over it, and a split without a peak is none."""
+    case = make_case(1, [], length=1200)
+    case = case._replace(places=case.places._replace(position=torch.tensor([position])))
+    home = int(case.places.slot[0])
+    query, keys, values = (t.nan_to_num(0.1) for t in (case.query, case.keys, case.values))
+    match what:
+        case "query":
+            query[:] = torch.nan
+        case "keys":
+            keys[home, :position] = torch.nan
+        case "one key":
+            keys[home, 7] = torch.nan
+        case "infinite key":
+            keys[home, 7] = torch.inf
+    found, *_ = machine.call("attending", "run", KERNELS, case._replace(query=query, keys=keys, values=values))
+    assert found.isnan().all()
+
+
 def test_a_row_alone_and_among_others_is_the_same(machine: Any) -> None:
     """Split as finely either way, so bit for bit."""
     case = make_case(4, [], length=300, rotates=True)

@@ -101,9 +101,10 @@ class Core:
 
     def abort(self, request_id: str, index: int) -> None:
         """Free whatever a choice holds. Unknown ones are ignored: it may just have ended."""
-        self._ahead = None
         sequence = self._scheduler.find(request_id, index)
         if sequence is not None:
+            if self._ahead is not None:
+                self._ahead = self._runner.leave_out(self._ahead, sequence)
             self._leave(sequence)
 
     def publish(self, draft: Draft, placed: Placed | None) -> bool:

@@ -174,8 +174,16 @@ class Runner:
 
     def settle(self, ahead: Forward, tokens: Tensor) -> Forward | None:
         """What was launched ahead, without the rows that ended with these tokens, int32 [rows] on the host."""
+        _, slots, lengths = ahead.sampling[:3]
+        return self._only(ahead, self._slate.go_on(slots, lengths, tokens.numpy()).nonzero()[0].tolist())
+
+    def leave_out(self, ahead: Forward, sequence: Sequence) -> Forward | None:
+        """What was launched ahead, without one that nobody waits for any more."""
+        return self._only(ahead, [row for row, one in enumerate(ahead.sampling.sequences) if one is not sequence])
+
+    def _only(self, ahead: Forward, kept: list[int]) -> Forward | None:
+        """These rows of it; None where there are none."""
         sequences, slots, lengths = ahead.sampling[:3]
-        kept = self._slate.go_on(slots, lengths, tokens.numpy()).nonzero()[0].tolist()
         if len(kept) == len(slots):
             return ahead
         if not kept:
