@@ -1,7 +1,8 @@
 """AsyncClient: talk to a Trimtab server, or to any OpenAI-compatible one.
 
-Invariant: it mirrors Client method by method, and they differ in `await` alone; what is sent, retried, read and
-raised is decided in requests.py, connection.py, retry.py, types.py and errors.py, which know nothing of either.
+Invariant: it mirrors Client method by method, and they differ in `await` and in the event loop alone; what is sent,
+retried, read and raised is decided in requests.py, connection.py, retry.py, types.py and errors.py, which know nothing
+of either.
 
     async with AsyncClient("http://127.0.0.1:8000") as client:
         answer = await client.chat("Why is the sky blue?", steering="smollm2-135m-instructions", max_tokens=60)
@@ -10,17 +11,18 @@ raised is decided in requests.py, connection.py, retry.py, types.py and errors.p
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Literal, Self, Unpack
 
 import httpx
 
 from trimtab.clients import requests
 from trimtab.clients.connection import LIMITS, R, connection, open_http, read
+from trimtab.clients.errors import ClientError
 from trimtab.clients.facts import Correction, CorrectionList, Deleted, Detokenized, Model, ModelList, Score, Tokens
 from trimtab.clients.options import Extra, Messages, Options, Prompt, ResponseOptions, Steer, Text
 from trimtab.clients.requests import Call
@@ -31,7 +33,7 @@ from trimtab.clients.types import ChatChunk, ChatCompletion, Completion
 
 class AsyncClient:
     """base_url: the server, with /v1 or without. timeout: seconds between two signs of life of the
-    server; None: for ever. headers: sent with every request.
+    server; None: for ever. headers: sent with every request, though not where a redirect leads to another origin.
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
     admin_key: for changing the server's corrections; the api_key, unless given. An address or a key that is left out
@@ -51,17 +53,17 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
-        self._http = open_http(lambda: httpx.AsyncClient(transport=transport, limits=LIMITS, follow_redirects=True))
+        self._http = open_http(lambda: httpx.AsyncClient(transport=transport, limits=LIMITS))
 
     def with_options(
         self,
         *,
-        timeout: float | None = None,
+        timeout: float | Literal["same"] | None = "same",
         max_retries: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Self:
-        """This client with another timeout, other retries or further headers, over the same connections: they are
-        closed together."""
+        """This client with another timeout (None: for ever), other retries or further headers, over the same
+        connections: they are closed together."""
         other = copy.copy(self)
         other._connection = self._connection.changed(timeout, max_retries, headers)
         return other
@@ -71,7 +73,9 @@ class AsyncClient:
     async def chat(
         self, messages: Messages, *, model: str | None = None, steering: Steer = None, **options: Unpack[Options]
     ) -> ChatCompletion:
-        """One answer (or n) to a string or a list of {role, content}. steering: a correction's name, or a Steering.
+        """One answer (or n) to a string or a list of {role, content}, or of an earlier answer's messages.
+
+        steering: a correction's name, or a Steering.
         options: those of `Options`, which has OpenAI's and vLLM's names (max_tokens, temperature, stop, tools ...)."""
         return await self._get(requests.chat(messages, model, steering, options, stream=False), ChatCompletion)
 
@@ -96,7 +100,7 @@ class AsyncClient:
     async def respond(
         self, asked: Messages, *, model: str | None = None, steering: Steer = None, **options: Unpack[ResponseOptions]
     ) -> Response:
-        """An answer by /v1/responses, to a string or a list of input items."""
+        """An answer by /v1/responses, to a string or a list of input items, or of an earlier answer's."""
         return await self._get(requests.respond(asked, model, steering, options, stream=False), Response)
 
     def stream_respond(
@@ -181,7 +185,8 @@ class AsyncClient:
         return (await self._get(requests.delete_correction(name), Deleted)).deleted
 
     async def close(self) -> None:
-        await self._http.aclose()
+        with _one_loop():
+            await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -197,18 +202,19 @@ class AsyncClient:
     @asynccontextmanager
     async def _open(self, call: Call, kind: type[C]) -> AsyncIterator[AsyncStream[C]]:
         response = await self._send(call, stream=True)
+        stream = AsyncStream(response, kind)
         try:
-            yield AsyncStream(response, kind)
+            yield stream
         finally:
-            await response.aclose()
+            await stream.close()
 
     async def _send(self, call: Call, stream: bool) -> httpx.Response:
         """-> a successful response (read, unless streamed), after as many attempts as are allowed."""
         for attempt in count():
-            request = self._connection.request(self._http, call)
             cause: httpx.RequestError | None = None
             try:
-                response = await self._http.send(request, stream=stream)
+                with _one_loop():
+                    response = await self._follow(call, stream)
                 if response.is_success:
                     return response
                 await response.aread()
@@ -219,3 +225,26 @@ class AsyncClient:
                 raise verdict.error from cause
             await asyncio.sleep(verdict.wait)
         raise AssertionError("count() does not end")
+
+    async def _follow(self, call: Call, stream: bool) -> httpx.Response:
+        """-> what answers, where redirects lead. Raises BadAnswer for one that cannot be followed."""
+        request = self._connection.request(self._http, call)
+        for followed in count():
+            response = await self._http.send(request, stream=stream)
+            if not response.has_redirect_location:
+                return response
+            await response.aread()
+            request = self._connection.onward(call, response, followed)
+        raise AssertionError("count() does not end")
+
+
+@contextmanager
+def _one_loop() -> Iterator[None]:
+    """Connections belong to the event loop that opened them. Raises ClientError where it was another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "loop" not in str(error):  # "Event loop is closed", "... attached to a different loop"
+            raise
+        told = "this client belongs to the event loop in which it was used first: make another for this one"
+        raise ClientError(told) from error

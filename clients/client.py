@@ -1,7 +1,8 @@
 """Client: talk to a Trimtab server, or to any OpenAI-compatible one.
 
-Invariant: it mirrors AsyncClient method by method, and they differ in `await` alone; what is sent, retried, read and
-raised is decided in requests.py, connection.py, retry.py, types.py and errors.py, which know nothing of either.
+Invariant: it mirrors AsyncClient method by method, and they differ in `await` and in the event loop alone; what is
+sent, retried, read and raised is decided in requests.py, connection.py, retry.py, types.py and errors.py, which know
+nothing of either.
 
     with Client("http://127.0.0.1:8000") as client:
         answer = client.chat("Why is the sky blue?", steering="smollm2-135m-instructions", max_tokens=60)
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Literal, Self, Unpack
 
 import httpx
 
@@ -31,7 +32,7 @@ from trimtab.clients.types import ChatChunk, ChatCompletion, Completion
 
 class Client:
     """base_url: the server, with /v1 or without. timeout: seconds between two signs of life of the
-    server; None: for ever. headers: sent with every request.
+    server; None: for ever. headers: sent with every request, though not where a redirect leads to another origin.
 
     max_retries: further attempts after 408, 409, 429, 5xx and broken connections. transport: any httpx transport.
     admin_key: for changing the server's corrections; the api_key, unless given. An address or a key that is left out
@@ -51,17 +52,17 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._connection = connection(base_url, api_key, admin_key, timeout, max_retries, headers)
-        self._http = open_http(lambda: httpx.Client(transport=transport, limits=LIMITS, follow_redirects=True))
+        self._http = open_http(lambda: httpx.Client(transport=transport, limits=LIMITS))
 
     def with_options(
         self,
         *,
-        timeout: float | None = None,
+        timeout: float | Literal["same"] | None = "same",
         max_retries: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Self:
-        """This client with another timeout, other retries or further headers, over the same connections: they are
-        closed together."""
+        """This client with another timeout (None: for ever), other retries or further headers, over the same
+        connections: they are closed together."""
         other = copy.copy(self)
         other._connection = self._connection.changed(timeout, max_retries, headers)
         return other
@@ -71,7 +72,9 @@ class Client:
     def chat(
         self, messages: Messages, *, model: str | None = None, steering: Steer = None, **options: Unpack[Options]
     ) -> ChatCompletion:
-        """One answer (or n) to a string or a list of {role, content}. steering: a correction's name, or a Steering.
+        """One answer (or n) to a string or a list of {role, content}, or of an earlier answer's messages.
+
+        steering: a correction's name, or a Steering.
         options: those of `Options`, which has OpenAI's and vLLM's names (max_tokens, temperature, stop, tools ...)."""
         return self._get(requests.chat(messages, model, steering, options, stream=False), ChatCompletion)
 
@@ -96,7 +99,7 @@ class Client:
     def respond(
         self, asked: Messages, *, model: str | None = None, steering: Steer = None, **options: Unpack[ResponseOptions]
     ) -> Response:
-        """An answer by /v1/responses, to a string or a list of input items."""
+        """An answer by /v1/responses, to a string or a list of input items, or of an earlier answer's."""
         return self._get(requests.respond(asked, model, steering, options, stream=False), Response)
 
     def stream_respond(
@@ -195,18 +198,18 @@ class Client:
     @contextmanager
     def _open(self, call: Call, kind: type[C]) -> Iterator[Stream[C]]:
         response = self._send(call, stream=True)
+        stream = Stream(response, kind)
         try:
-            yield Stream(response, kind)
+            yield stream
         finally:
-            response.close()
+            stream.close()
 
     def _send(self, call: Call, stream: bool) -> httpx.Response:
         """-> a successful response (read, unless streamed), after as many attempts as are allowed."""
         for attempt in count():
-            request = self._connection.request(self._http, call)
             cause: httpx.RequestError | None = None
             try:
-                response = self._http.send(request, stream=stream)
+                response = self._follow(call, stream)
                 if response.is_success:
                     return response
                 response.read()
@@ -216,4 +219,15 @@ class Client:
             if verdict.wait is None:
                 raise verdict.error from cause
             time.sleep(verdict.wait)
+        raise AssertionError("count() does not end")
+
+    def _follow(self, call: Call, stream: bool) -> httpx.Response:
+        """-> what answers, where redirects lead. Raises BadAnswer for one that cannot be followed."""
+        request = self._connection.request(self._http, call)
+        for followed in count():
+            response = self._http.send(request, stream=stream)
+            if not response.has_redirect_location:
+                return response
+            response.read()
+            request = self._connection.onward(call, response, followed)
         raise AssertionError("count() does not end")

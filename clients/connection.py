@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +25,8 @@ _VERSION = "/v1"
 _LONGEST = 1e6  # seconds: a socket counts its milliseconds in 31 bits
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _FRAMING = ("content-length", "transfer-encoding")
+_NEEDED = ("host", "content-type")  # of every request, though the caller may have worded them
+_REDIRECTS = 20  # that are followed in a row
 R = TypeVar("R")
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
@@ -69,15 +71,33 @@ class Connection:
         return http.build_request(call.method, server + call.path, **options)
 
     def changed(
-        self, timeout: float | None, max_retries: int | None, headers: Mapping[str, str] | None
+        self, timeout: float | Literal["same"] | None, max_retries: int | None, headers: Mapping[str, str] | None
     ) -> "Connection":
-        """The same server, with what is not None; headers: in addition. Raises InvalidRequest."""
+        """The same server, with a timeout that is not "same" and retries that are not None; headers: in addition.
+
+        Raises InvalidRequest."""
         return replace(
             self,
-            timeout=self.timeout if timeout is None else _seconds(timeout),
+            timeout=self.timeout if timeout == "same" else _seconds(timeout),
             retries=self.retries if max_retries is None else Retries(max_retries),
             headers={**self.headers, **_checked(headers)},
         )
+
+    def onward(self, call: Call, response: httpx.Response, followed: int) -> httpx.Request:
+        """What a redirect asks for, after so many that were followed. Raises BadAnswer for one that cannot be."""
+        here, there = response.url, response.headers["location"]
+        if response.status_code not in (307, 308) or response.next_request is None:
+            raise BadAnswer(
+                f"{here} answered with a redirect (HTTP {response.status_code}) to {there}, and only 307 and "
+                f"308 are followed: if that is the server, use it as base_url, without {call.path}"
+            )
+        if followed == _REDIRECTS:
+            raise BadAnswer(f"{self.base_url} answers with one redirect after another: is base_url right?")
+        request = response.next_request  # httpx has left the key out where another origin would see it
+        if not _is_trusted(request.url, here):
+            for name in self.headers.keys() - _NEEDED:
+                request.headers.pop(name, None)
+        return request
 
     def after_error(self, attempt: int, error: httpx.RequestError) -> Verdict:
         """On a failure of the transport in attempt 0, 1, ..."""
@@ -116,8 +136,7 @@ def connection(
         url = url.copy_with(path=_VERSION)
     api_key = _key("api_key", api_key, "TRIMTAB_API_KEY")
     admin_key = _key("admin_key", admin_key, "TRIMTAB_ADMIN_KEY")
-    seconds = None if timeout is None else _seconds(timeout)
-    return Connection(url, api_key, admin_key, seconds, Retries(max_retries), _checked(headers))
+    return Connection(url, api_key, admin_key, _seconds(timeout), Retries(max_retries), _checked(headers))
 
 
 def open_http(make: Callable[[], H]) -> H:
@@ -137,8 +156,13 @@ def read(response: httpx.Response, kind: type[R]) -> R:
         raise BadAnswer(f"{response.url} did not answer in this API's shape: is base_url right? ({error})") from error
 
 
-def _seconds(timeout: float) -> float:
-    if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
+def _is_trusted(there: httpx.URL, here: httpx.URL) -> bool:
+    """Whether what was meant for one address may be seen at another: at its own origin, or that by https."""
+    return (there.host, there.port) == (here.host, here.port) and there.scheme in (here.scheme, "https")
+
+
+def _seconds(timeout: float | None) -> float | None:
+    if timeout is not None and (not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST):
         told = f"timeout must be seconds above 0, at most a million (None waits for ever), not {timeout!r}"
         raise InvalidRequest(told, "timeout")
     return timeout

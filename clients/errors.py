@@ -1,7 +1,7 @@
 """What can go wrong between the client and a server: status to class, transport failure to class.
 
     TrimtabError
-    `-- ClientError              itself: the client was closed
+    `-- ClientError              itself: the client was closed, or is of another event loop
         |-- ConnectionFailed     the server could not be reached, or hung up
         |   `-- TimedOut         it did not answer in time
         |-- StreamFailed         an answer broke off, or the server reported a failure in its middle: code, type, param,
@@ -123,7 +123,7 @@ def status_error(response: httpx.Response, retry_after: float | None) -> StatusE
     kind = _CLASSES.get(response.status_code, ServerError if response.status_code >= 500 else StatusError)
     try:
         fields = read_envelope(response.json())
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = read_envelope(None)
     return kind(
         fields.pop("message") or f"HTTP {response.status_code}: {response.text[:200] or response.reason_phrase}",
@@ -138,8 +138,6 @@ def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFaile
     """httpx's error as ours, naming the server."""
     if isinstance(error, httpx.DecodingError):
         return BadAnswer(f"{base_url} sent what cannot be decompressed ({error}): is base_url right?")
-    if isinstance(error, httpx.TooManyRedirects):
-        return BadAnswer(f"{base_url} answers with one redirect after another: is base_url right?")
     if isinstance(error, httpx.PoolTimeout):
         return TimedOut("this client has as many requests under way as it has connections, and none came free in time")
     if isinstance(error, httpx.ConnectTimeout):
@@ -157,7 +155,8 @@ def _is_proxied(url: httpx.URL) -> bool:
 
 
 def read_envelope(body: object) -> dict[str, str | None]:
-    """The four keys of a parsed {"error": {...}}; None for each that is missing."""
-    error = body.get("error") if isinstance(body, dict) else None
+    """The four keys of a parsed {"error": {...}}, or {"object": "error", ...}; None for each that is missing."""
+    told = body if isinstance(body, dict) else {}
+    error = told.get("error") or (told if told.get("object") == "error" else None)
     error = error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
     return {key: None if error.get(key) is None else str(error[key]) for key in ("message", "code", "type", "param")}

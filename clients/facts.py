@@ -4,16 +4,16 @@ from typing import Any
 
 from pydantic import Field
 
-from trimtab.clients.types import Answer, Receipt, SteeringReport
+from trimtab.clients.types import Answer, OrNull, Receipt, SteeringReport
 
 
 class Model(Answer):
     """One entry of /v1/models: the base, or the base with a correction."""
 
     id: str
-    object: str = "model"
-    created: int = 0
-    owned_by: str = ""
+    object: OrNull[str] = "model"
+    created: OrNull[int] = 0
+    owned_by: OrNull[str] = ""
     parent: str | None = None  # of a correction: the base it steers
     tier: str | None = None  # of a correction: head, lora, or contrast, which nothing was learned for
     max_model_len: int | None = None

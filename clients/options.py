@@ -10,7 +10,8 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
 
-Messages = str | Sequence[Mapping[str, Any]]  # a string is one message of the user
+# A string is one message of the user; an answer's own messages, calls and items are pydantic models.
+Messages = str | Sequence[Mapping[str, Any] | BaseModel]
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 Text = str | Sequence[int]  # one text, or its token ids
 Extra = Mapping[str, Any] | None  # further keys of the body
@@ -92,6 +93,7 @@ class Options(_Drawing, total=False):
     """Of chats and completions. Tools are for chats."""
 
     max_tokens: int | None
+    max_completion_tokens: int | None  # of chats: OpenAI's newer name for max_tokens
     min_tokens: int | None
     top_k: int | None
     min_p: float | None

@@ -103,6 +103,9 @@ def add_correction(name: str, path: str) -> Call:
 def upload_correction(folder: str | Path, name: str | None) -> Call:
     """The files of a folder on this machine. name: the folder's own, unless given."""
     folder = Path(folder).resolve()
+    name = folder.name if name is None else name
+    if not name:
+        raise InvalidRequest("name is empty: give the correction one, or None for its folder's", "name")
     for names in CORRECTION_FILES:
         try:
             files = {file: (folder / file).read_bytes() for file in names}
@@ -110,7 +113,7 @@ def upload_correction(folder: str | Path, name: str | None) -> Call:
             continue
         except OSError as error:
             raise InvalidRequest(f"{folder} cannot be read: {error}", "folder") from error
-        return Call("POST", "/corrections", {"name": name or folder.name}, files, admin=True)
+        return Call("POST", "/corrections", {"name": name}, files, admin=True)
     wanted = ", nor ".join(" and ".join(names) for names in CORRECTION_FILES)
     raise InvalidRequest(f"{folder} holds no correction: neither {wanted}", "folder")
 
@@ -126,11 +129,11 @@ def _segment(name: str, field: str) -> str:
     return quote(name, safe="")
 
 
-def _list_messages(messages: Messages, field: str = "messages") -> list[dict[str, Any]]:
+def _list_messages(messages: Messages, field: str = "messages") -> list[Mapping[str, Any] | BaseModel]:
     listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    if not isinstance(listed, Sequence) or not all(isinstance(message, Mapping) for message in listed):
+    if not isinstance(listed, Sequence) or not all(isinstance(message, Mapping | BaseModel) for message in listed):
         raise InvalidRequest(f"{field} must be a string, or a list of {{role, content}}", field)
-    return [dict(message) for message in listed]
+    return list(listed)
 
 
 def _streamed(stream: bool, usage: bool = False) -> dict[str, Any]:
@@ -169,6 +172,8 @@ def _body(
     extra = rest.pop("extra", {})
     if not isinstance(extra, Mapping):
         raise InvalidRequest(f"extra must be a mapping of further body keys, not {type(extra).__name__}", "extra")
+    if "stream" in extra:
+        raise InvalidRequest(f"stream cannot go into extra: {_ELSEWHERE['stream']}", "stream")
     for key, wrap in (("response_format", _chat_format), ("text", _response_format)):
         if isinstance(rest.get(key), type):
             rest[key] = wrap(_schema(rest[key], key))
@@ -176,12 +181,26 @@ def _body(
     if steering is not None:
         body["steering"] = _steering(steering)
     body |= extra
-    for key, value in body.items():
-        try:
-            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{key} cannot be sent as JSON: {error}", str(key)) from error
-    return body
+    return {key: _sendable(key, value) for key, value in body.items()}
+
+
+def _sendable(key: str, value: Any) -> Any:
+    """A value of the body, without pydantic models. Raises InvalidRequest for what JSON cannot say."""
+    try:
+        plain = _plain(value)
+        json.dumps({key: plain}, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{key} cannot be sent as JSON: {error}", str(key)) from error
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Pydantic models as JSON has them, at any depth: a conversation goes on with what an answer held."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _steering(steering: Steer) -> dict[str, Any]:

@@ -4,28 +4,28 @@ from typing import Any
 
 from pydantic import Field
 
-from trimtab.clients.types import Answer, Kind, P, SteeringReport, parse
+from trimtab.clients.types import Answer, Kind, OrNull, P, SteeringReport, parse
 
 
 class InputDetails(Answer):
     """Of the tokens read: how many were in the cache."""
 
-    cached_tokens: int = 0
+    cached_tokens: OrNull[int] = 0
 
 
 class ResponseUsage(Answer):
     """Tokens read and written."""
 
-    input_tokens: int = 0
-    output_tokens: int = 0
-    total_tokens: int = 0
+    input_tokens: OrNull[int] = 0
+    output_tokens: OrNull[int] = 0
+    total_tokens: OrNull[int] = 0
     input_tokens_details: InputDetails | None = None
 
 
 class ContentPart(Answer):
     """A part of a message: output_text, or a refusal."""
 
-    type: str = ""
+    type: OrNull[str] = ""
     text: str | None = None
     refusal: str | None = None
 
@@ -56,9 +56,9 @@ class Response(Answer):
 
     id: str
     status: str | None = None  # completed, incomplete, failed, in_progress
-    model: str = ""
-    created_at: float = 0
-    output: list[OutputItem] = Field(default_factory=list)
+    model: OrNull[str] = ""
+    created_at: OrNull[float] = 0
+    output: OrNull[list[OutputItem]] = Field(default_factory=list)
     usage: ResponseUsage | None = None
     error: dict[str, Any] | None = None
     incomplete_details: dict[str, Any] | None = None  # {"reason": "max_output_tokens"}

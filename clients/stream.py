@@ -25,6 +25,8 @@ from trimtab.clients.types import ChatChunk, Completion, Function, Receipt, Stee
 
 C = TypeVar("C", ChatChunk, Completion, ResponseEvent)
 _EVENTS = "text/event-stream"
+_DONE = "[DONE]"
+_ONCE = "a stream can be read once, inside its `with` block"
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -44,6 +46,7 @@ class _Reader(Generic[C]):
         self._calls: dict[int, list[ToolCall]] = {}  # by index: its pieces
         self._decoder = Decoder()
         self._done = False
+        self._left = False
 
     @property
     def text(self) -> str:
@@ -57,7 +60,7 @@ class _Reader(Generic[C]):
 
     def _read(self, piece: bytes) -> Iterator[C]:
         for event in self._decoder.feed(piece):
-            if event.data == "[DONE]":
+            if event.data == _DONE:
                 self._done = True
             elif not self._done:
                 yield self._take(event.data)
@@ -69,7 +72,7 @@ class _Reader(Generic[C]):
             if told is not None:
                 raise self._failed(told.pop("message") or "the server reported a failure without a message", **told)
             chunk: C = self._kind.model_validate(body)
-        except (ValueError, ValidationError) as error:
+        except (ValueError, ValidationError, RecursionError) as error:
             raise BadAnswer(f"not a chunk of this API: {data[:200]!r}") from error
         if isinstance(chunk, ResponseEvent):
             self._add_event(chunk)
@@ -119,15 +122,21 @@ class _Reader(Generic[C]):
         return StreamFailed(message, request_id=self.http.headers.get("x-request-id"), **told)
 
     def _broken(self, error: httpx.RequestError | httpx.StreamError) -> StreamFailed | BadAnswer:
-        if isinstance(error, httpx.StreamError):
-            return self._failed("a stream can be read once, inside its `with` block")
+        if self._left or isinstance(error, httpx.StreamError):
+            return self._failed(_ONCE)
         found = transport_error(error, str(self.http.url))
         return found if isinstance(found, BadAnswer) else self._failed(str(found))
 
     def _finish(self) -> None:
+        if self._done:
+            return
+        if self._left:
+            raise self._failed(_ONCE)
         kind = self.http.headers.get("content-type", _EVENTS)
-        if not self._done and not kind.startswith(_EVENTS):
+        if not kind.startswith(_EVENTS):
             raise BadAnswer(f"{self.http.url} answered with {kind}, not with a stream: is base_url right?")
+        # Some servers end without the blank line that would end [DONE]: all of the answer is there.
+        self._done = any(event.data == _DONE for event in self._decoder.feed(b"\n\n"))
         if not self._done:
             raise self._failed("the stream ended before [DONE]: the answer is incomplete")
 
@@ -139,10 +148,16 @@ class Stream(_Reader[C]):
         return self
 
     def __next__(self) -> C:
-        for chunk in self._chunks:
-            return chunk
+        if not self._left:
+            for chunk in self._chunks:
+                return chunk
         self._finish()
         raise StopIteration
+
+    def close(self) -> None:
+        """End the generation, if it has not ended. Leaving the `with` block does so."""
+        self._left = True
+        self.http.close()
 
     @cached_property
     def _chunks(self) -> Iterator[C]:
@@ -160,10 +175,16 @@ class AsyncStream(_Reader[C]):
         return self
 
     async def __anext__(self) -> C:
-        async for chunk in self._chunks:
-            return chunk
+        if not self._left:
+            async for chunk in self._chunks:
+                return chunk
         self._finish()
         raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """End the generation, if it has not ended. Leaving the `with` block does so."""
+        self._left = True
+        await self.http.aclose()
 
     @cached_property
     async def _chunks(self) -> AsyncIterator[C]:
@@ -196,7 +217,7 @@ def _join(index: int, pieces: list[ToolCall]) -> ToolCall:
 
 
 def _error_in(body: object) -> dict[str, str | None] | None:
-    """What an event says of a failure, if it does: {"error": ...}, or a response's own two ways."""
+    """What an event says of a failure, if it does: {"error": ...}, that alone, or a response's own two ways."""
     if not isinstance(body, dict):
         return None
     failure = body.get("error")
@@ -204,6 +225,8 @@ def _error_in(body: object) -> dict[str, str | None] | None:
         failure = body["response"].get("error") or {}
     elif body.get("type") == "error":
         failure = failure or {**body, "type": None}  # which is the event's
+    elif body.get("object") == "error":
+        failure = failure or body
     if failure is None and body.keys() != {"error"}:  # some servers send `"error": null` in good chunks
         return None
     return read_envelope({"error": failure})

@@ -1,19 +1,40 @@
 """What the server answers, as data: OpenAI's shapes, plus what steering did.
 
 Invariant: these models only read. Unknown fields are kept (`extra="allow"`), so that a newer server never breaks an
-older client, and everything steering adds is optional, so that any OpenAI-compatible server can be read.
+older client, and everything steering adds is optional, so that any OpenAI-compatible server can be read: what OpenAI's
+shapes may leave out may also be null (`OrNull`).
 
 Here are chats and completions; responses.py has those of /v1/responses, facts.py what a server says of itself.
 """
 
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticUseDefault
 
 from trimtab.clients.errors import BadAnswer
+from trimtab.errors import InvalidRequest
 
 P = TypeVar("P")
 Kind = type[P]  # in classes that have a field `type`
+
+
+def _or_default(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message's content, where a server tells it in parts."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+OrNull = Annotated[P, BeforeValidator(_or_default)]  # null stands for the field's default, as in some servers' answers
 
 
 class Answer(BaseModel):
@@ -67,15 +88,15 @@ class SteeringReport(Answer):
 class PromptDetails(Answer):
     """Of the tokens read: how many were in the cache."""
 
-    cached_tokens: int = 0
+    cached_tokens: OrNull[int] = 0
 
 
 class Usage(Answer):
     """Tokens read and written."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
+    prompt_tokens: OrNull[int] = 0
+    completion_tokens: OrNull[int] = 0
+    total_tokens: OrNull[int] = 0
     prompt_tokens_details: PromptDetails | None = None
 
 
@@ -92,7 +113,7 @@ class ToolCall(Answer):
     index: int | None = None
     id: str | None = None
     type: str | None = None
-    function: Function = Function()
+    function: OrNull[Function] = Function()
 
     def parse(self, kind: Kind[P]) -> P:
         """The arguments as data. Raises BadAnswer where they are not `kind`."""
@@ -103,7 +124,7 @@ class Message(Answer):
     """A chat message, or in a stream a piece of one."""
 
     role: str | None = None
-    content: str | None = None
+    content: Annotated[str | None, BeforeValidator(_joined)] = None
     refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -120,7 +141,7 @@ class TopLogprob(Answer):
 class TokenLogprob(TopLogprob):
     """The sampled token of a step and the most likely ones."""
 
-    top_logprobs: list[TopLogprob] = Field(default_factory=list)
+    top_logprobs: OrNull[list[TopLogprob]] = Field(default_factory=list)
 
 
 class ChatLogprobs(Answer):
@@ -132,14 +153,14 @@ class ChatLogprobs(Answer):
 class CompletionLogprobs(Answer):
     """Log-probabilities of a text completion, as parallel lists. With echo the first has no log-probability."""
 
-    tokens: list[str] = Field(default_factory=list)
-    token_logprobs: list[float | None] = Field(default_factory=list)
+    tokens: OrNull[list[str]] = Field(default_factory=list)
+    token_logprobs: OrNull[list[float | None]] = Field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] | None = None
-    text_offset: list[int] = Field(default_factory=list)
+    text_offset: OrNull[list[int]] = Field(default_factory=list)
 
 
 class _Choice(Answer):
-    index: int = 0
+    index: OrNull[int] = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string, or the token of stop_token_ids, that ended it
     steering: SteeringReport | None = None
@@ -159,7 +180,7 @@ class ChatChoice(_Choice):
 class ChatChunkChoice(_Choice):
     """One answer's part in a chunk. `steering` holds the new receipts, and at the end the totals."""
 
-    delta: Message = Message()
+    delta: OrNull[Message] = Message()
     logprobs: ChatLogprobs | None = None
 
     @property
@@ -170,14 +191,14 @@ class ChatChunkChoice(_Choice):
 class CompletionChoice(_Choice):
     """One continuation of a prompt, or its part in a chunk."""
 
-    text: str = ""
+    text: OrNull[str] = ""
     logprobs: CompletionLogprobs | None = None
 
 
 class _Reply(Answer):
-    id: str = ""
+    id: OrNull[str] = ""
     created: float | None = None  # seconds since 1970
-    model: str = ""
+    model: OrNull[str] = ""
     system_fingerprint: str | None = None
     usage: Usage | None = None
 
@@ -221,7 +242,7 @@ class Completion(_Reply):
 class ChatChunk(_Reply):
     """One event of `stream_chat`. Without choices it carries the usage alone."""
 
-    choices: list[ChatChunkChoice] = Field(default_factory=list)
+    choices: OrNull[list[ChatChunkChoice]] = Field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -233,8 +254,13 @@ class ChatChunk(_Reply):
 
 
 def parse(text: str, kind: type[P]) -> P:
-    """JSON that a model wrote, as data: a pydantic class, or dict. Raises BadAnswer."""
+    """JSON that a model wrote, as data: a pydantic class, or dict. Raises BadAnswer; InvalidRequest for a kind that
+    nothing can be read as."""
+    name = getattr(kind, "__name__", kind)  # a union has none
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise BadAnswer(f"the model's text is no {kind.__name__}: {error}") from error
+        raise BadAnswer(f"the model's text is no {name}: {error}") from error
+    except PydanticUserError as error:
+        told = f"no JSON can be read as {name}: give a pydantic class, a dataclass or a plain type such as dict"
+        raise InvalidRequest(f"{told} ({error.message.splitlines()[0]})", "kind") from error

@@ -108,6 +108,14 @@ def test_a_folder_without_a_correction_says_what_it_lacks(both: Both, tmp_path: 
         assert caught.value.field == "folder"
 
 
+def test_an_empty_name_is_not_taken_for_none(both: Both, tmp_path: Path) -> None:
+    for name in ("correction.json", "correction.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InvalidRequest, match="name is empty") as caught:
+        both.call(Server(), "upload_correction", tmp_path, "")
+    assert caught.value.field == "name"
+
+
 # scores and tokens
 
 
@@ -179,6 +187,18 @@ def test_a_class_stands_for_its_schema(both: Both) -> None:
     assert plain.body["response_format"] == {"type": "json_object"}
 
 
+def test_what_nothing_can_be_parsed_as_is_named(both: Both) -> None:
+    answer = both.call(ok(CHAT), "chat", "Where?")
+    with pytest.raises(BadAnswer, match=r"no int \| None"):
+        answer.parse(int | None)
+    for kind in (type("Thing", (), {}), 5):
+        with pytest.raises(
+            InvalidRequest, match=r"no JSON can be read as .*(Thing|5): give a pydantic class"
+        ) as caught:
+            answer.parse(kind)
+        assert caught.value.field == "kind"
+
+
 @pytest.mark.parametrize("kind", [int, type("Thing", (), {})])
 def test_a_class_without_a_schema_is_named(both: Both, kind: type) -> None:
     with pytest.raises(InvalidRequest, match=kind.__name__) as caught:
@@ -215,6 +235,18 @@ def test_tool_calls_are_read_and_their_pieces_put_together(both: Both) -> None:
     assert (second.index, second.id, second.function.arguments) == (1, "c2", "{}")
 
 
+def test_an_answer_goes_on_in_the_next_question(both: Both) -> None:
+    called = {"id": "c1", "type": "function", "function": {"name": "visit", "arguments": '{"name": "Ulm"}'}}
+    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [called]}
+    server = Server(*(httpx.Response(200, json={"choices": [{"message": message}]}) for _ in range(3)))
+    answer = both.call(server, "chat", "Where?")
+    told = {"role": "tool", "tool_call_id": "c1", "content": "far"}
+    both.call(server, "chat", [answer.choices[0].message, told])
+    assert server.body["messages"] == [{"role": "assistant", "tool_calls": [called]}, told]
+    both.call(server, "chat", ({"role": "assistant", "tool_calls": answer.tool_calls}, told))
+    assert server.body["messages"] == [{"role": "assistant", "tool_calls": [called]}, told]
+
+
 # responses
 
 MESSAGE = {
@@ -247,6 +279,9 @@ def test_a_response(both: Both) -> None:
     both.call(structured, "respond", items, text=City)
     assert structured.body["input"] == items
     assert structured.body["text"]["format"].items() >= {"type": "json_schema", "name": "City", "strict": True}.items()
+    further = ok(RESPONSE)
+    both.call(further, "respond", [*items, *answer.output])
+    assert further.body["input"] == [*items, *RESPONSE["output"]]  # type: ignore[misc]
 
 
 def event(kind: str, number: int, **fields: Any) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_a_client_with_options_adds_to_its_headers_and_waits_for_ever_if_told_so
     assert sent[0].extensions["timeout"] == {"connect": 5.0, "read": None, "write": None, "pool": None}
 
 
+def test_a_copy_waits_for_ever_if_told_so_and_as_ever_if_not() -> None:
+    server = Server(*(httpx.Response(200, json={"data": []}) for _ in range(2)))
+    with Client(timeout=7, transport=httpx.MockTransport(server)) as client:
+        client.with_options(timeout=None).models()
+        client.with_options(max_retries=0).models()
+    assert [request.extensions["timeout"]["read"] for request in server.requests] == [None, 7]
+    with pytest.raises(InvalidRequest, match="timeout must be seconds"):
+        Client().with_options(timeout=0)
+
+
 def test_further_keys_of_a_score_and_of_tokens_are_sent(both: Both) -> None:
     server = Server(httpx.Response(200, json={}), httpx.Response(200, json={"tokens": [], "count": 0}))
     both.call(server, "score", "a", "b", extra={"seed": 3})
@@ -167,6 +177,10 @@ def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
     assert caught.value.field in settings
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "field"),
     [
@@ -182,6 +196,8 @@ def test_wrong_settings_are_named(both: Both, settings: dict[str, Any]) -> None:
         ("Why?", {"steering": 5}, "steering"),
         ("Why?", {"steering": Steering("brief", budget={"kl": 1})}, "steering"),  # type: ignore[arg-type]
         ("half a pair: \ud800", {}, "messages"),
+        ([{"role": "user", "content": ENDLESS}], {}, "messages"),
+        ("Why?", {"extra": {"stream": True}}, "stream"),
     ],
 )
 def test_what_cannot_be_sent_is_named(both: Both, messages: Any, options: Any, field: str) -> None:
@@ -217,6 +233,14 @@ def test_a_misspelled_option_is_told_its_name(both: Both) -> None:
         both.call(Server(), "chat", "Why?", timeout=3)
     with pytest.raises(InvalidRequest, match="use stream_chat"):
         both.call(Server(), "chat", "Why?", stream=True)
+    with pytest.raises(InvalidRequest, match="use stream_chat"):
+        both.call(Server(), "chat", "Why?", extra={"stream": True})
+
+
+def test_the_newer_name_of_max_tokens_is_known(both: Both) -> None:
+    server = Server(httpx.Response(200, json=CHAT))
+    both.call(server, "chat", "Why?", max_completion_tokens=2)
+    assert server.body["max_completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(
@@ -262,6 +286,36 @@ def test_an_answer_of_another_shape_is_told(both: Both, content: bytes) -> None:
         both.call(Server(httpx.Response(200, content=content)), "chat", "Why?")
 
 
+def test_what_a_foreign_server_writes_as_null_or_in_parts_is_read(both: Both) -> None:
+    parts = [{"type": "text", "text": "The"}, {"type": "thinking", "thinking": []}, {"type": "text", "text": " sky"}]
+    logprobs = {"content": [{"token": "The", "logprob": -0.5, "top_logprobs": None}]}
+    choice = {"index": None, "message": {"role": "assistant", "content": parts}, "logprobs": logprobs}
+    usage = {"prompt_tokens": 5, "completion_tokens": None, "prompt_tokens_details": {"cached_tokens": None}}
+    foreign = {"id": None, "model": None, "created": None, "choices": [choice], "usage": usage}
+    answer = both.call(Server(httpx.Response(200, json=foreign)), "chat", "Why?")
+    assert (answer.id, answer.model, answer.text) == ("", "", "The sky")
+    assert answer.choices[0].logprobs.content[0].top_logprobs == []
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 0)
+    chunks = ({"id": None, "choices": [{"index": 0, "delta": {"content": parts}}]},
+              {"choices": [{"index": 0, "delta": None, "finish_reason": "stop"}]}, {"choices": None})  # fmt: skip
+    _, stream = both.stream(Server(httpx.Response(200, content=sse(*chunks, b"[DONE]"))), "Why?")
+    assert (stream.text, stream.finish_reason) == ("The sky", "stop")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": "a"}, "steering": {**TOTALS, "steps": None}},
+        {"message": {"content": "a"}, "steering": {"tokens": [{**RECEIPT, "entropy": None}]}},
+        {"message": {"content": [1]}},
+        {"message": {"content": [{"type": "text", "text": 1}]}},
+    ],
+)
+def test_what_is_wrong_whoever_wrote_it_is_not_read(both: Both, choice: dict[str, Any]) -> None:
+    with pytest.raises(BadAnswer, match="base_url"):
+        both.call(Server(httpx.Response(200, json={"choices": [choice]})), "chat", "Why?")
+
+
 # what is raised
 
 
@@ -285,11 +339,45 @@ def test_a_status_is_a_class_of_the_tree(both: Both, status: int, kind: type[Sta
 
 @pytest.mark.parametrize(
     ("content", "message"), [(b"<b>gateway</b>", "HTTP 502: <b>gateway"), (b"", "HTTP 502: Bad Gateway"),
-                             (b'{"error": "asleep"}', "asleep"), (b'{"error": null}', "HTTP 502"), (b"[]", "HTTP 502")]
+                             (b'{"error": "asleep"}', "asleep"), (b'{"error": null}', "HTTP 502"), (b"[]", "HTTP 502"),
+                             (b"[" * 100_000, r"HTTP 502: \[\[")]
 )  # fmt: skip
 def test_a_refusal_without_an_envelope_is_quoted(both: Both, content: bytes, message: str) -> None:
     with pytest.raises(ServerError, match=message):
         both.call(Server(httpx.Response(502, content=content)), "models", settings={"max_retries": 0})
+
+
+BARE = {"object": "error", "message": "boom", "type": "BadRequestError", "param": None, "code": 400}
+
+
+def test_an_envelope_without_an_error_key_is_one(both: Both) -> None:
+    with pytest.raises(BadRequest, match=r"^boom$") as caught:
+        both.call(Server(httpx.Response(400, json=BARE)), "chat", "Why?")
+    assert (caught.value.type, caught.value.code) == ("BadRequestError", "400")
+    with pytest.raises(StreamFailed, match=r"^boom$") as failed:
+        both.stream(Server(httpx.Response(200, content=sse(piece("The"), BARE, b"[DONE]"))), "Why?")
+    assert (failed.value.type, failed.value.code) == ("BadRequestError", "400")
+
+
+@pytest.mark.parametrize("told", ["Event loop is closed", "Task got Future attached to a different loop"])
+def test_a_client_of_another_event_loop_says_so(told: str) -> None:
+    async def ask(client: AsyncClient) -> None:
+        await client.chat("Why?")
+
+    client = AsyncClient(transport=httpx.MockTransport(Server(RuntimeError(told), RuntimeError("a bug"))))
+    with pytest.raises(ClientError, match=r"event loop.*make another"):
+        asyncio.run(ask(client))
+    with pytest.raises(RuntimeError, match="a bug"):
+        asyncio.run(ask(client))
+
+
+def test_a_client_that_another_event_loop_closes_says_so() -> None:
+    class Bound(httpx.MockTransport):
+        async def aclose(self) -> None:
+            raise RuntimeError("Event loop is closed")
+
+    with pytest.raises(ClientError, match="event loop"):
+        asyncio.run(AsyncClient(transport=Bound(Server())).close())
 
 
 def test_transport_failures_name_the_server(both: Both) -> None:
@@ -481,6 +569,36 @@ def test_a_key_does_not_go_to_another_origin(both: Both) -> None:
     assert server.requests[1].headers["host"] == "other:2"
 
 
+def test_headers_do_not_go_to_another_origin_either(both: Both) -> None:
+    ways = [("http://h:1/there", "s"), ("http://other:2", None), ("http://h:1/back", None)]
+    server = Server(*(moved(url) for url, _ in ways), httpx.Response(200, json=CHAT))
+    settings = {"base_url": "http://h:1", "headers": {"x-api-key": "s", "Host": "virtual", "Content-Type": "a/json"}}
+    both.call(server, "chat", "Why?", settings=settings)
+    assert [request.headers.get("x-api-key") for request in server.requests[1:]] == [key for _, key in ways]
+    assert [request.headers["host"] for request in server.requests] == ["virtual", "virtual", "other:2", "h:1"]
+    assert {request.headers["content-type"] for request in server.requests} == {"a/json"}
+
+
+def test_headers_go_on_to_the_same_server_by_https_and_not_back(both: Both) -> None:
+    server = Server(moved("https://h/v1"), moved("http://h/v1"), httpx.Response(200, json=CHAT))
+    both.call(server, "chat", "Why?", settings={"base_url": "http://h", "headers": {"x-api-key": "s"}})
+    assert [request.headers.get("x-api-key") for request in server.requests] == ["s", "s", None]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirect_that_would_lose_the_body_says_where_to_go(both: Both, status: int, naps: list[float]) -> None:
+    there = "https://h/v1/chat/completions"
+    for ask in (both.call, both.stream):
+        server = Server(moved(there, status), httpx.Response(200, json=CHAT))
+        body = Body(b"moved")
+        server.answers[0] = httpx.Response(status, headers={"location": there}, stream=body)
+        with pytest.raises(BadAnswer, match=rf"HTTP {status}\) to {there}.*base_url, without /chat/completions"):
+            ask(server, *(["chat"] if ask == both.call else []), "Why?")
+        assert len(server.requests) == 1
+        assert body.closed
+    assert naps == []
+
+
 def test_what_a_redirect_leads_to_is_retried_from_the_start(both: Both, naps: list[float]) -> None:
     answers = [moved("/there"), refusal(503, {"retry-after": "2"}), moved("/there"), httpx.Response(200, json=CHAT)]
     server = Server(*answers)
@@ -511,7 +629,7 @@ def test_redirects_in_a_circle_come_to_an_end(both: Both, naps: list[float]) -> 
     server = Server(*(moved("/round") for _ in range(99)))
     with pytest.raises(BadAnswer, match=r"redirect.*base_url"):
         both.call(server, "chat", "Why?")
-    assert naps == []
+    assert (len(server.requests), naps) == (21, [])
 
 
 # streams
@@ -568,6 +686,15 @@ def test_a_stream_cut_short_is_an_error(both: Both) -> None:
         both.stream(Server(httpx.Response(200, content=cut)), "Why?")
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r"])
+def test_an_end_without_its_blank_line_is_one(both: Both, end: bytes) -> None:
+    whole = EVENTS.removesuffix(b"\n\n") + end
+    _, stream = both.stream(Server(httpx.Response(200, stream=Body(whole[:-5], whole[-5:]))), "Why?")
+    assert (stream.text, stream.usage.total_tokens) == ("The sky", 7)
+    with pytest.raises(StreamFailed, match="incomplete"):
+        both.stream(Server(httpx.Response(200, content=sse(piece("The")) + b"data: [DON" + end)), "Why?")
+
+
 @pytest.mark.parametrize(
     ("events", "kind", "message"),
     [
@@ -578,6 +705,7 @@ def test_a_stream_cut_short_is_an_error(both: Both) -> None:
         ),
         (sse(piece("The"), {"error": None}, b"[DONE]"), StreamFailed, "without a message"),
         (sse(b"{"), BadAnswer, "not a chunk"),
+        (sse(b"[" * 100_000), BadAnswer, "not a chunk"),
         (sse({"choices": [{"index": "x"}]}), BadAnswer, "not a chunk"),
     ],
 )
@@ -673,8 +801,30 @@ def test_a_stream_that_was_left_early_is_never_taken_for_whole(both: Both) -> No
             pass
 
     for _ in range(2):
-        with pytest.raises(StreamFailed):
+        with pytest.raises(StreamFailed, match="read once, inside its `with` block"):
             asyncio.run(again()) if both.kind is AsyncClient else list(stream)
+
+
+def test_a_stream_that_was_left_while_another_reads_it_says_so() -> None:
+    class Cut(Body):
+        def __iter__(self) -> Iterator[bytes]:
+            yield sse(piece("0"))
+            opened.close()  # as the other does meanwhile
+            raise httpx.ReadError("[Errno 9] Bad file descriptor")
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Cut()))
+    left = pytest.raises(StreamFailed, match=r"^a stream can be read once, inside its `with` block$")
+    with Client(transport=transport) as client, client.stream_chat("Why?") as opened, left:
+        list(opened)
+
+
+def test_a_stream_that_was_read_whole_is_still_whole_when_it_was_left(both: Both) -> None:
+    _, stream = both.stream(Server(httpx.Response(200, content=EVENTS)), "Why?")
+
+    async def again() -> list[Any]:
+        return [chunk async for chunk in stream]
+
+    assert (asyncio.run(again()) if both.kind is AsyncClient else list(stream)) == []
 
 
 def test_an_answer_that_is_no_stream_is_a_bad_answer(both: Both) -> None:

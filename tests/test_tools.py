@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from scripted import BASE, EOS, AnyGrammar, Script, ScriptedEngine, event, ids, in_memory, loopback, say, scripted_bank
 from tiny import TEMPLATE, tiny_base, tiny_correction, tiny_tokenizer
+from trimtab.clients import Client
 from trimtab.server import tickets
 from trimtab.server.app import create_app
 from trimtab.server.compiling import Compiler
@@ -468,6 +469,26 @@ def test_the_official_helpers_parse_calls() -> None:
     assert [(e.index, e.name, e.arguments) for e in done] == [(0, "get_weather", CITY), (1, "now", "{}")]
     growing = [e.arguments_delta for e in events if e.type == "tool_calls.function.arguments.delta" and e.index == 0]
     assert "".join(growing) == CITY
+
+
+def test_our_own_answers_go_on_in_the_next_question() -> None:
+    engine = Engine(say(TWO))
+    with served(None, engine) as official, Client(str(official.base_url), api_key="k") as client:
+        message = client.chat("hi", tools=TOOLS).choices[0].message
+        with client.stream_chat("hi", tools=TOOLS) as stream:
+            assert "".join(chunk.text for chunk in stream) == message.content
+        streamed = {"role": "assistant", "content": stream.text, "tool_calls": stream.tool_calls}
+        output = client.respond("hi", tools=[{"type": "function", **tool["function"]} for tool in TOOLS]).output
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "cold"} for call in message.tool_calls or []]
+        told = [{"type": "function_call_output", "call_id": c.call_id, "output": "cold"} for c in output if c.call_id]
+        for said in (message, streamed):
+            client.chat([*MESSAGES, said, *results])
+        client.respond([*MESSAGES, *output, *told])
+    prompts = [tiny_tokenizer().decode(request.prompt) for request in engine.requests[-3:]]
+    assert "Let me see 😀." in prompts[0]
+    assert "get_weather" in prompts[0]
+    assert "<tool_response>\ncold" in prompts[0]
+    assert len(set(prompts)) == 1
 
 
 # What is refused
