@@ -15,6 +15,7 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.server.model import base as base_module
+from trimtab.server.model.attention import KVBatch, Span
 from trimtab.server.model.base import Base, prepare
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
@@ -87,6 +88,47 @@ def test_a_gpu_answers_with_graphs_as_without_them_and_as_the_cpu(family: str) -
     found = answers(base)
     assert answers(base, graphs=False) == found
     assert answers(tiny_base(family)) == found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("device", "most"), [("cpu", 3), pytest.param("cuda", 16, marks=pytest.mark.gpu)])
+def test_layers_that_stream_their_weights_come_to_the_same(
+    family: str, device: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shapes that the kernels take, and with each number of rows that a step may have around the last they take."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if device == "cpu":
+        take_gpus_path(monkeypatch)
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.1}
+    model = tiny_model(family, dtype=torch.bfloat16, **wide)
+    base = prepare(model.to(device), tiny_tokenizer(), f"tiny-{family}")
+    assert base._fused is not None
+    kernels, streamed = base._fused._kernels, []
+
+    def step(rows: int) -> torch.Tensor:
+        cache = base.new_cache(rows, 8)
+        for at in range(3):
+            states = base.forward(
+                [7 * i + at for i in range(rows)], KVBatch(cache, [Span(i, at, at + 1) for i in range(rows)])
+            )
+        return states.float().cpu()
+
+    def watch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        streamed.append(len(x))
+        return kernels.stream(x, weight)
+
+    for rows in (1, 2, most, most + 1):
+        base._fused._kernels = kernels._replace(streams=lambda x, weight: False)
+        expected = step(rows)
+        base._fused._kernels = kernels._replace(stream=watch)
+        torch.testing.assert_close(step(rows), expected, rtol=0.05, atol=0.05)
+    assert set(streamed) == {1, 2, most}
+    core = Core(base, Bank(base.hidden, base.device), EngineConfig(slots=most + 1, max_model_len=40))
+    asked = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    told = list(core.run(Request(str(i), (i, 9, 8), asked) for i in range(most + 1)))
+    assert len(told) == 20 * (most + 1)
+    assert not [event.error for event in told if event.error]
 
 
 SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
