@@ -1,5 +1,6 @@
 """Verifiers: what counts as right, and whose mistake is named when one fails."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_function_of_the_users_is_imported_from_the_current_folder(
         load_verifier("grading:broken")("a", {})
     with pytest.raises(TaskError, match="not a function"):
         load_verifier("grading:number")
+
+
+def test_a_function_may_import_what_stands_beside_it_when_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_grading.py").write_text(
+        "def same(completion, answer):\n    import late_reading\n    return late_reading.number(completion) == answer\n"
+    )
+    (tmp_path / "late_reading.py").write_text("def number(text): return int(text)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    installed = list(sys.path)
+    assert load_verifier("late_grading:same")("3", 3) == 1.0
+    load_extractor("late_grading:same")
+    assert sys.path == [*installed, str(tmp_path)], "behind what is installed, and once"
 
 
 @pytest.mark.parametrize("name", ["maths", "nowhere_at_all:f", "json:no_such", ":f", "json:"])

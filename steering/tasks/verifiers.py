@@ -79,7 +79,7 @@ def source_digest(name: str) -> str | None:
 
 
 def _import(name: str) -> ModuleType:
-    """The module of `module:function`, also from the current folder."""
+    """The module of `module:function`, also from the current folder, from which it may import more when called."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise TaskError(f"verifier must be one of {', '.join(_BUILT_IN)} or module:function, not {name!r}")
@@ -91,6 +91,8 @@ def _import(name: str) -> ModuleType:
         raise TaskError(f"verifier {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: what other modules import later is not to be found there first
 
 
 def check_answer(verifier: str, answer: Any) -> str | None:
