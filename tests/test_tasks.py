@@ -88,6 +88,10 @@ GOOD = {"id": "x", "messages": [{"role": "user", "content": "Hi"}], "answer": "3
         ({**GOOD, "answer": None}, "math", "answer must be a string or a number"),
         ({**GOOD, "answer": ""}, "math", "answer is not a number or formula"),
         ({**GOOD, "answer": "18 dollars"}, "math", "answer has a word"),
+        ({**GOOD, "answer": "["}, "math", "answer is not a number or formula"),
+        ({**GOOD, "answer": "\\sqrt"}, "math", "answer is not a number or formula"),
+        ({**GOOD, "answer": "$1/2"}, "math", "answer is not a number or formula"),
+        ({**GOOD, "answer": "9" * 5000}, "final", "answer must be a number"),
         ({**GOOD, "answer": "1/0"}, "final", "answer must be a number"),
         ({**GOOD, "answer": ""}, "regex", "answer must not be empty"),
         ("[" * 100_000, "exact", "is not JSON"),
@@ -98,6 +102,30 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: Any, verifier: str, words: 
     path = write(tmp_path / "t.jsonl", [good, "", line])
     with pytest.raises(TaskError, match=rf"t\.jsonl, line 3: {words}"):
         load_task(path, verifier)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A",
+        "x+1",
+        "(3,4]",
+        "p - q",
+        "\\text{Evelyn}",
+        "\\frac 59",
+        "2 1/2",
+        "204_5",
+        "12:30",
+        "-2,1",
+        "90^\\circ",
+        "-$5",
+    ],
+)
+def test_what_a_boxed_completion_can_say_is_an_answer_for_math(tmp_path: Path, answer: str) -> None:
+    task = load_task(
+        write(tmp_path / "t.jsonl", [GOOD]), "math", write(tmp_path / "h.jsonl", [{**lines(1)[0], "answer": answer}])
+    )
+    assert task.score(task.problems("held-out", 1)[0], f"\\boxed{{{answer}}}") == 1.0
 
 
 def test_what_is_no_task_is_refused(tmp_path: Path) -> None:

@@ -28,9 +28,55 @@ from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verif
         ("\\boxed{1.5}", "2 1/2", False),
         ("\\boxed{0.00001}", "1e-05", True),
         ("\\boxed{1000}", "1e3", True),
+        ("2 1/2", "2 1/2", True),
+        ("The answer is 2 1/2.", "2 1/2", True),
+        ("#### 2 1/2", "2 1/2", True),
+        ("\\boxed{2 1/2}", "2 1/2", True),
+        ("\\boxed{2\\frac12}", "2 1/2", True),
+        ("It takes 7 1/2 hours.", 7.5, True),
+        ("It takes 7 1/2 hours.", 3.5, False),
+        ("It is -2 1/2.", "-2.5", True),
+        ("\\boxed{\\log_2 \\frac{1}{8}}", "-3", True),
+        ("The answer is \N{MINUS SIGN}18", -18, True),
+        ("The answer is -18", "\N{MINUS SIGN}18", True),
+        ("\\boxed{3 \N{MINUS SIGN} x}", "3-x", True),
+        ("She owes -$5", "-$5", True),
+        ("It is $x$-$5$.", "5", True),
+        ("A half: 1/2", "1/2", True),
     ],
 )
 def test_math(completion: str, answer: object, right: bool) -> None:
+    assert load_verifier("math")(completion, answer) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("####18", "18", True),
+        ("The answer is 20\n#### 18", "18", True),
+        ("The answer is 20\n#### 18", "20", False),
+        ("#### 18\nThe answer is 20", "18", True),
+        ("\\boxed{20}\n#### 18", "18", True),
+        ("#### 18\n\\boxed{20}", "20", True),
+        ("#### 17\n#### 18\n19", "18", True),
+        ("#### $\\frac{1}{2}$", "1/2", True),
+        ("It costs $4.00 + $2.00 = $<<4+2=6.00>>6.00\n#### 6", "6", True),
+        ("#### 2. Add them\nThe answer is 18.", "18", True),
+        ("#### **2. Add them**\nThe answer is 18.", "18", True),
+        ("##### 2\nThe answer is 18.", "18", True),
+        ("#### Part 2\nThe answer is 18.", "18", True),
+        ("#### none\nThe answer is 18.", "18", True),
+        ("\\boxed{18}, so the answer is not 20", "18", True),
+        ("The answer is 18. It took 3 steps.", "18", True),
+        ("It is 3, or 18", "18", True),
+        ("\\boxed{A}", "A", True),
+        ("It is $x + 1$", "x+1", True),
+        ("It is \\(x + 1\\)", "x+1", True),
+        ("The answer is A", "A", False),
+        ("The answer is x + 1", "x+1", False),
+    ],
+)
+def test_math_takes_the_mark_then_what_follows_answer_then_the_last(completion: str, answer: str, right: bool) -> None:
     assert load_verifier("math")(completion, answer) == float(right)
 
 
@@ -167,6 +213,31 @@ def test_a_verifiers_module_that_cannot_be_run_is_refused(
         ("#### none, as 1/0 is no number", "1", False),
         ("eight", "8", False),
         ("", "8", False),
+        ("#### 9007199254740993", "9007199254740992", False),
+        ("#### 9007199254740993", 9007199254740992.0, False),
+        ("#### 9007199254740993", 9007199254740993, True),
+        ("#### 1234567", "1234567.50", False),
+        ("#### 1234567", 1234567.5, False),
+        ("#### 2000000", "2000001.5", False),
+        ("#### 1234567.45", "1234567.5", False),
+        ("#### 17.99999999", "18", False),
+        ("#### 0.1250001", "1/8", False),
+        ("#### 1234567.5", "1234567.50", True),
+        ("#### 18.00", "18", True),
+        ("#### 0.3333333", "1/3", True),
+        ("#### 0.6666666", "2/3", True),
+        ("#### 0.6666667", "2/3", True),
+        ("#### 0.6666668", "2/3", False),
+        ("#### 0.333", "1/3", False),
+        ("#### 3.1415927", "3.14159265", True),
+        ("#### 1/3", "0.3333333", True),
+        ("#### 1/3", 1 / 3, True),
+        ("#### 0.3", 0.1 + 0.2, True),
+        ("#### 3", 3.0000000000000004, True),
+        ("#### 66.666666666666666666", 200 / 3, True),
+        ("They are 4\n1/2", "1/2", True),
+        ("9" * 5000, "9", False),
+        ("0." + "3" * 5000, "1/3", False),
     ],
 )
 def test_final_takes_the_marked_number_or_else_the_last(completion: str, answer: object, right: bool) -> None:
@@ -180,6 +251,10 @@ def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
     assert final is not None
     assert maths is not None
     assert exact is not None
+    assert final("#### 9007199254740993") != final("#### 9007199254740992")
+    assert final("#### 0.75") == final("\\boxed{3/4}")
+    assert maths("It is 2 1/2.") == maths("It is 2.5")
+    assert maths("The answer is 20\n####\N{MINUS SIGN}18") == Extract("-18", True)
     assert final("#### 1,200.0") == final("so #### 1200 ") == Extract("1200", True)
     assert final("It is 7.") == Extract("7", False)
     assert final("I do not know.") is None

@@ -1,10 +1,14 @@
 """Verifiers: does a completion answer its problem? A verifier maps (completion, answer) to a reward from 0 to 1.
 
-    math     the last formula or number equals the answer, as mathematics (math-verify)
+    math     the number after ####, or what is boxed, or else follows "answer", or else the last formula or number,
+             equals the answer, as mathematics (math-verify)
     final    the number marked with #### or \\boxed{}, or else the last number, equals the answer
     exact    the completion equals the answer, white space at the ends aside
     regex    the answer is a pattern, found somewhere in the completion
     module:function   your own, imported; the current folder is on the path
+
+math reads numbers anywhere, but letters and formulas only in \\boxed{}, between dollar signs or in \\( \\): "It is
+x + 1" says 1 to it, and "It is A" nothing. Multiple choice wants exact or regex.
 
 An extractor reads the answer that a completion gives, right or wrong: what a majority vote counts. math, final and
 exact have one; so has module:function where the module has a function `extract`, which returns a text or None.
@@ -27,11 +31,23 @@ from typing import Any, NamedTuple
 
 from trimtab.errors import TaskError
 from trimtab.steering.tasks import sources
-from trimtab.steering.tasks.final import NUMBER, final_number, improper, marked_numbers, plain, read
+from trimtab.steering.tasks.final import (
+    MINUS,
+    NUMBER,
+    Number,
+    answering_line,
+    final_number,
+    improper,
+    marked_numbers,
+    plain,
+    read,
+    same,
+)
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(?:\.\d+)?[eE][+-]?\d{1,3}")
 _COMMANDS = re.compile(r"\\(?:text|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\{[A-Za-z]+\}")  # of LaTeX
 _WORDS = re.compile(r"[A-Za-z]{4}")  # which are read as products of letters
+_OWED = re.compile(r"(?<![\w$})])-\$(?=\d[\d,.]*+(?:\s|$))")  # of -$5, which is no LaTeX
 
 SOLVED = 1.0  # a reward of less is no success where successes are counted
 
@@ -109,16 +125,25 @@ def check_answer(verifier: str, answer: Any) -> str | None:
     if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
         return "must be a string or a number"
     if verifier == "math":
-        text = written(answer)
-        if not NUMBER.fullmatch(text):
-            if not _is_marked(text) and _WORDS.search(_COMMANDS.sub("", text)):
-                return "has a word, which math-verify reads as a product of letters: leave it out, or write \\text{}"
-            if not _parse_expected(text):
-                return "is not a number or formula that math-verify can read"
+        return _check_formula(written(answer))
     if verifier == "final":
         number = plain(written(answer)).strip()
-        if not NUMBER.fullmatch(number) or math.isnan(read(number)):
+        if not NUMBER.fullmatch(number) or read(number) is None:
             return "must be a number"
+    return None
+
+
+def _check_formula(text: str) -> str | None:
+    """As check_answer, for math: an answer that no completion can give is refused."""
+    if NUMBER.fullmatch(text) and "$" not in text:
+        return None
+    bare = _COMMANDS.sub("", text)
+    if not _is_marked(text) and _WORDS.search(bare):
+        return "has a word, which math-verify reads as a product of letters: leave it out, or write \\text{}"
+    understood = any(not isinstance(one, str) for one in _parse_expected(text))  # what is not is compared as a text
+    says_something = understood or any(character.isalnum() for character in bare)
+    if not says_something or not _verify_math(text if _is_marked(text) else f"\\boxed{{{text}}}", text):
+        return "is not a number or formula that math-verify can read"
     return None
 
 
@@ -163,11 +188,25 @@ def _guard_extract(name: str, extract: Callable[[str], Any]) -> Extractor:
 
 
 def _verify_math(completion: str, answer: Any) -> float:
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    limit = _seconds()
-    found = parse(completion.replace("\\$", ""), parsing_timeout=limit)  # \$18 in a text is read as nothing
-    return float(bool(verify(_parse_expected(written(answer)), found, timeout_seconds=limit)))
+    expected, found = _parse_expected(written(answer)), _parse_found(completion)
+    return float(bool(verify(expected, found, timeout_seconds=_seconds())))
+
+
+def _parse_found(completion: str) -> list[Any]:
+    """The answer that a completion gives: what it was read as, and its text. Empty for none."""
+    from math_verify import parse
+
+    text, limit = _typed(completion), _seconds()
+    line = answering_line(text)
+    marked: list[Any] = [] if line is None else parse(line, parsing_timeout=limit)
+    return marked or list(parse(text, parsing_timeout=limit))
+
+
+def _typed(text: str) -> str:
+    r"""With its numbers as math-verify reads them: \$18 and -$18 are nothing to it, and 2 1/2 is 3/2."""
+    return improper(_OWED.sub("-", MINUS.sub("-", text.replace("\\$", ""))))
 
 
 @functools.lru_cache(maxsize=4096)  # each is asked for by many completions
@@ -176,7 +215,7 @@ def _parse_expected(text: str) -> list[Any]:
         from math_verify import parse
     except ImportError as error:
         raise TaskError("the verifier math needs math-verify: in Trimtab's checkout, pip install '.[train]'") from error
-    text = improper(text.replace("\\$", ""))  # 2 1/2 would be read as 3/2
+    text = text.replace("$", "") if NUMBER.fullmatch(text) else _typed(text)
     marked = text if _is_marked(text) else f"${text}$"  # what is not marked as LaTeX is read as words
     expected: list[Any] = parse(marked, parsing_timeout=_seconds())
     return expected
@@ -192,9 +231,7 @@ def _seconds() -> int | None:
 
 
 def _extract_math(completion: str) -> Extract | None:
-    from math_verify import parse
-
-    found = parse(completion.replace("\\$", ""), parsing_timeout=_seconds())
+    found = _parse_found(completion)
     if not found:
         return None
     value = _value(found[0])
@@ -216,15 +253,19 @@ def _value(expression: Any) -> float | None:
 
 def _verify_final(completion: str, answer: Any) -> float:
     found, wanted = final_number(completion), read(plain(written(answer)))
-    if found is None:
+    if found is None or wanted is None:
         return 0.0
-    whole = found.value.is_integer() and wanted.is_integer()
-    return float(found.value == wanted if whole else math.isclose(found.value, wanted, rel_tol=1e-6))
+    blurred = isinstance(answer, float) and not answer.is_integer()  # 0.1 + 0.2 was written as 0.30000000000000004
+    return float(same(found.number, wanted) or (blurred and _is_close(found.number, wanted)))
+
+
+def _is_close(found: Number, wanted: Number) -> bool:
+    return abs(found.value - wanted.value) * 10**12 <= abs(wanted.value)
 
 
 def _extract_final(completion: str) -> Extract | None:
     found = final_number(completion)
-    return None if found is None else Extract(f"{found.value:.10g}", found.marked)
+    return None if found is None else Extract(str(found.number.value), found.marked)
 
 
 def _verify_exact(completion: str, answer: Any) -> float:
