@@ -7,6 +7,7 @@ arithmetic on the shapes below.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,11 @@ SHAPES = (
 
 def main() -> None:
     parts = [throughput(read("tiers-bfloat16.txt"), read("serve.txt")), host(read("host.txt")), memory(), limits()]
-    title = "# Capacity\n\nWritten by `benchmarks/capacity.py` from `results/`, and from the shapes of some models.\n"
+    title = (
+        "# Capacity\n\nWritten by `benchmarks/capacity.py` from `results/`, and from the shapes of some models. What"
+        " was measured is a small model on a CPU: measure yours by `benchmarks/tiers.py` and `benchmarks/serve.py`. A"
+        " GPU's figures are in `results/`, of the engine alone.\n"
+    )
     PAGE.write_text("\n".join([title, *parts]), encoding="utf-8")
 
 
@@ -69,12 +74,13 @@ def throughput(measured: dict[str, Any], served: dict[str, Any]) -> str:
     tiers = list(next(iter(runs.values())))
     rows = [[tier, *(f"{run[tier]['tokens_s']:.1f}" for run in runs.values())] for tier in tiers]
     full = runs[max(runs)]
-    replicas = [
-        [tier, *(f"{-(-wanted * MIX_TOKENS // full[tier]['tokens_s']):.0f}" for wanted in WANTED)] for tier in tiers
-    ]
     machine = measured["machine"]
     over_http = served["results"][-1]
     share = over_http["tokens_per_s"] / runs[over_http["streams"]]["base"]["tokens_s"]
+    replicas = [
+        [tier, *(f"{math.ceil(wanted * MIX_TOKENS / (share * full[tier]['tokens_s']))}" for wanted in WANTED)]
+        for tier in tiers
+    ]
     return "\n".join(
         [
             "## One replica, measured\n",
@@ -82,10 +88,10 @@ def throughput(measured: dict[str, Any], served: dict[str, Any]) -> str:
             " second by how many choices decode at once; every gate open at every step, the worst case.\n",
             table(["tier", *(f"batch {batch}" for batch in runs)], rows),
             "## Replicas for a load, on such a machine\n",
-            f"By answers a second, of {MIX_TOKENS} tokens each, at the throughput of batch {max(runs)}. That is of the"
-            f" engine alone: over HTTP, with prompts of {served['prompt']} and short answers, {over_http['streams']}"
-            f" streams of the base got {share:.0%} of it ({hardware(served['machine'])}), and a replica that is always"
-            f" full makes others wait. Take {1 / share:.1f} times as many at least.\n",
+            f"By answers a second, of {MIX_TOKENS} tokens each, at {share:.0%} of the throughput of batch {max(runs)},"
+            f" which is of the engine alone: so much of it {over_http['streams']} streams of the base got over HTTP,"
+            f" with prompts of {served['prompt']} and short answers ({hardware(served['machine'])}). A replica that is"
+            " always full makes others wait: take more.\n",
             table(["tier", *(f"{wanted}/s" for wanted in WANTED)], replicas),
         ]
     )

@@ -254,6 +254,10 @@ def test_a_control_that_pushes_less_is_not_beaten() -> None:
     assert verdict["beats"] == {"base": True, "random-positions": True}
     assert not verdict["ship"]
     assert "shuffled-rewards pushes less (held-out KL 0.001 of 0.25), and controls nothing" in verdict["summary"]
+    assert "its controls push as hard" not in verdict["summary"]
+    elsewhere = Judged(tiny("mine", 1.0), [near], served_by=Gate(tau=2.0))
+    summary = build(exam, elsewhere, found, "a box")["verdict"]["summary"]
+    assert "its controls push as hard where entropy > 0.5 nats, and here about so" in summary
 
 
 def test_without_a_shuffled_control_nothing_ships() -> None:

@@ -141,7 +141,7 @@ def build(exam: Exam, judged: Judged, found: Mapping[str, Sequence[Rollout]], wh
             for name, rollouts in found.items()
         ],
         "differences": [difference._asdict() for difference in differences],
-        "verdict": judge(differences, found[CORRECTION], weak(judged.controls), judged.lacking),
+        "verdict": judge(differences, found[CORRECTION], weak(judged.controls), judged.lacking, _matched_at(judged)),
     }
 
 
@@ -149,6 +149,11 @@ def _alone(judged: Judged) -> set[str]:
     """Policies beside which no base row runs: their receipts cannot say how far they are from it."""
     adapted = policies(judged) if isinstance(judged.correction, LoraCorrection) else []
     return {TEACHER, *(one.name for one in adapted if one.correction and one.gate == "always" and one.strength == 1)}
+
+
+def _matched_at(judged: Judged) -> str:
+    """Where the controls were brought to the correction's KL, unless that is where all of them serve here."""
+    return " or ".join(sorted({str(control.gate) for control in judged.controls} - {str(judged.gate)}))
 
 
 def weak(controls: Sequence[Correction]) -> dict[str, str]:
@@ -166,9 +171,10 @@ def judge(
     rollouts: Sequence[Rollout],
     weak: Mapping[str, str] = MappingProxyType({}),
     lacking: Mapping[str, str] = MappingProxyType({}),
+    matched_at: str = "",
 ) -> dict[str, Any]:
     """ship, what was beaten, and a sentence for people. weak: controls that push too little to be compared with;
-    lacking: those that there are not. Both with why."""
+    lacking: those that there are not. Both with why. matched_at: the gate at which they push as hard, if not this."""
     of = {d.against: d for d in differences if d.policy == CORRECTION and d.against not in weak}
     beats = {name: of[name].low > 0 for name in (BASE, SHUFFLED, SHUFFLED_TEACHER, RANDOM) if name in of}
     shuffled = [beats[name] for name in (SHUFFLED, SHUFFLED_TEACHER) if name in beats]
@@ -181,6 +187,8 @@ def judge(
         words.append(f"beats {', '.join(beaten)}")
     words += [f"{name} pushes less ({how}), and controls nothing" for name, how in weak.items()]
     words += [f"{name} could not be made ({why})" for name, why in lacking.items()]
+    if matched_at:
+        words.append(f"its controls push as hard where {matched_at}, and here about so")
     if not shuffled:
         words.append("no shuffled control was compared")
     if missed:
