@@ -14,6 +14,7 @@
     |-- UnsupportedModel      this model cannot be served, and why
     |-- CorrectionError       a correction's folder is damaged, or made for another base
     `-- TaskError             a task file or verifier is wrong: names the line and the fix
+        |-- TooFew            it has not as many problems as were asked for
         `-- Diverged          a fit's loss is no number, or what it learns runs away from the base
 
 server/http_errors.py knows their HTTP statuses. Nothing here imports anything of ours, so clients may use it too.

@@ -86,10 +86,11 @@ class Connection:
     def onward(self, call: Call, response: httpx.Response, followed: int) -> httpx.Request:
         """What a redirect asks for, after so many that were followed. Raises BadAnswer for one that cannot be."""
         here, there = response.url, response.headers["location"]
-        if response.status_code not in (307, 308) or response.next_request is None:
+        kept = response.status_code in (307, 308) or call.method == "GET"  # by the others, a POST becomes a GET
+        if not kept or response.next_request is None:
             raise BadAnswer(
-                f"{here} answered with a redirect (HTTP {response.status_code}) to {there}, and only 307 and "
-                f"308 are followed: if that is the server, use it as base_url, without {call.path}"
+                f"{here} answered with a redirect (HTTP {response.status_code}) to {there}, and with a {call.method} "
+                f"only 307 and 308 are followed: if that is the server, use it as base_url, without {call.path}"
             )
         if followed == _REDIRECTS:
             raise BadAnswer(f"{self.base_url} answers with one redirect after another: is base_url right?")

@@ -2,7 +2,8 @@
 
 Invariant: the concatenated text of a choice's updates depends on its bytes alone, not on where tokens or steps divide
 them; so a stream and a whole answer are equal by construction. Of several stop strings the one that is complete first
-wins. A token is shown when its last character is; of a token that a stop string cuts, only the bytes before it.
+wins. A token is shown when its last character is; of a token that a stop string cuts, only the bytes before it. (Where
+tools may be called, whether a stop string counts is asked anew at each token: see `spared`.)
 
     stream = ChoiceStream(pieces, TextRules(stop=("\\n\\n",)));  update = stream.push(event)
 """

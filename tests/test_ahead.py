@@ -118,6 +118,30 @@ def test_who_is_given_up_is_left_out_of_what_runs_ahead(base: Base) -> None:
     assert told([e for e in events if e.request_id in ended]) == told([e for e in waiting if e.request_id in ended])
 
 
+def test_a_device_that_cannot_leave_one_out_computes_the_others_again(
+    base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = make_core(base)
+    for request in requests()[:3]:
+        core.submit(request)
+    events: list[Event] = []
+    while core._ahead is None:
+        events += core.step()
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Runner, "leave_out", fail)
+        core.abort("0", 0)
+    assert "0 could not be left out of the step that runs ahead" in caplog.text
+    while core.busy:
+        events += core.step()
+    waiting = make_core(base, graphs=False)
+    expected = told(list(waiting.run(requests()[1:3])))
+    assert told([event for event in events if event.request_id != "0"]) == expected
+
+
 @pytest.mark.parametrize("pause", [2, 3, 4])
 def test_where_choices_wait_prompts_are_read_after_so_many_steps(base: Base, pause: int) -> None:
     core, gaps, alone = make_core(base, pause=pause), [], 0

@@ -599,6 +599,13 @@ def test_a_redirect_that_would_lose_the_body_says_where_to_go(both: Both, status
     assert naps == []
 
 
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_what_has_no_body_loses_none(both: Both, status: int) -> None:
+    server = Server(moved("https://h/v1/models", status), httpx.Response(200, json={"object": "list", "data": []}))
+    assert both.call(server, "models", settings={"base_url": "http://h"}) == []
+    assert [(request.method, request.url.scheme) for request in server.requests] == [("GET", "http"), ("GET", "https")]
+
+
 def test_what_a_redirect_leads_to_is_retried_from_the_start(both: Both, naps: list[float]) -> None:
     answers = [moved("/there"), refusal(503, {"retry-after": "2"}), moved("/there"), httpx.Response(200, json=CHAT)]
     server = Server(*answers)

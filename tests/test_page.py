@@ -41,6 +41,7 @@ in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = json.loads((ROOT / "corrections/smollm2-135m-instructions/correction.json").read_text())["report"]
 POOR = json.loads((ROOT / "results/qwen-gsm8k/correction.json").read_text())["report"]
+POOR["policies"][-1] |= {"flips": None, "kl_fired": None, "kl_token": None}  # of a teacher, as reports have it now
 HEADS = ("brief", "polite")  # of scripted_bank
 BOTH = {"brief": GOOD, "polite": POOR}
 
@@ -490,6 +491,8 @@ def test_what_a_correction_beats_and_does_not_beat_is_said_in_words(browser: Bro
         expect(report).to_contain_text("do not serve it")
         expect(report.get_by_role("row", name="correction − base +0.043")).to_contain_text("[−0.003, +0.090]")
         expect(report.get_by_role("row", name=re.compile("^shuffled-rewards 0"))).to_be_visible()
+        teacher = report.get_by_role("row", name=re.compile("^teacher 0"))
+        expect(teacher.get_by_role("cell").last).to_have_text("")
         page.keyboard.press("Escape")
         expect(report).to_be_hidden()
 

@@ -200,6 +200,28 @@ def test_an_eager_reader_tells_arguments_as_they_come() -> None:
     assert reader.push("", ended=True) == ("", ())
 
 
+@pytest.mark.parametrize(
+    ("form", "eager", "text", "inside"),
+    [
+        (HERMES, True, "It is ", False),
+        (HERMES, True, '<tool_call>\n{"na', True),
+        (HERMES, True, '<tool_call>\n{"name": "f", "arguments": {}}', True),
+        (HERMES, True, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n', False),
+        (LLAMA, False, '{"name": "Bob", "arguments": {', False),
+        (LLAMA, False, '{"name": "f", "arguments": {"a', True),
+        (LLAMA, True, '{"name": "f", "arguments": {"a', True),
+        (LLAMA, False, '{"name": "f", "arguments": {}}', False),
+        (LLAMA, False, '{"a": "', False),
+        (MISTRAL, True, '[TOOL_CALLS] [{"name": "f", "arguments": {"a', True),
+        (MISTRAL, True, '[TOOL_CALLS] [{"name": "f", "arguments": {}}', False),
+    ],
+)
+def test_what_comes_next_is_a_calls_or_text(form: ToolFormat, eager: bool, text: str, inside: bool) -> None:
+    reader = CallReader(form, {"f"}, eager)
+    reader.push(text, ended=False)
+    assert reader.inside == inside
+
+
 def test_a_call_that_is_cut_off() -> None:
     cut = '<tool_call>{"name": "f", "arguments": {"a": 1'
     assert read(HERMES, [cut], eager=False) == (cut, [])

@@ -104,8 +104,16 @@ class Core:
         sequence = self._scheduler.find(request_id, index)
         if sequence is not None:
             if self._ahead is not None:
-                self._ahead = self._runner.leave_out(self._ahead, sequence)
+                self._ahead = self._without(sequence, self._ahead)
             self._leave(sequence)
+
+    def _without(self, sequence: Sequence, ahead: Forward) -> Forward | None:
+        """What was launched ahead without this one; None, which is to compute it again, where a device cannot."""
+        try:
+            return self._runner.leave_out(ahead, sequence)
+        except Exception:  # whatever it was, only one choice is given up
+            log.exception("%s could not be left out of the step that runs ahead", sequence.request.id)
+            return None
 
     def publish(self, draft: Draft, placed: Placed | None) -> bool:
         """Take a correction between two steps. placed: its adapter, brought. -> whether it takes another's place."""

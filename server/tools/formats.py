@@ -34,6 +34,7 @@ class ToolFormat:
     unlike: tuple[str, ...] = ()  # but for these, which tell of other formats with the same marker
     key: str = "arguments"
     bare: bool = False  # at the start of a text, and after another call, a call needs no marker
+    closed: bool = False  # the tail comes after each call, and does not merely part them
     listed: bool = False  # a comma after a call announces another
     named: bool = False  # the name stands in the lead, and the object is the arguments alone
     opening: str = ""
@@ -113,6 +114,7 @@ HERMES = ToolFormat(
     markers=("<tool_call>",),
     lead=re.compile(r"\s*"),
     tail="</tool_call>",
+    closed=True,
     spans=(("<tool_call>", "</tool_call>"),),
     signs=("<tool_call>",),
     unlike=("<function=", "<arg_key>"),

@@ -76,8 +76,13 @@ class CallReader:
 
     @property
     def inside(self) -> bool:
-        """Whether what comes next belongs to a call, as far as one can tell."""
-        return self._state != self._seek
+        """Whether what comes next belongs to a call, as far as one can tell: where no grammar holds it to be one, only
+        once it has a tool's name."""
+        if self._state == self._seek:
+            return False
+        if self._state == self._read_tail:
+            return self._format.closed
+        return self._eager or self._find_head() is not None
 
     # The states. Each takes one step, and tells whether another can be taken before more text comes.
 

@@ -92,11 +92,16 @@ function setUp({ tier, gate, strength, report, provenance, version }) {
   });
 }
 
+// Nothing where nothing measured it: a LoRA that runs alone has no base beside it to compare with.
+function known(figure, words) {
+  return figure === null ? "" : words(figure);
+}
+
 function policyTable(policies) {
   const heads = ["policy", "pass@1", "95 % interval", "tokens", "cut off", "fired", "flips", "KL a token"];
   const rows = policies.map((one) => [
     one.policy, one.pass_at_1.toFixed(3), `[${one.low.toFixed(3)}, ${one.high.toFixed(3)}]`, one.length.toFixed(1),
-    percent(one.truncated), percent(one.fired), percent(one.flips), one.kl_token.toFixed(3),
+    percent(one.truncated), percent(one.fired), known(one.flips, percent), known(one.kl_token, (kl) => kl.toFixed(3)),
   ]);
   return table("How often each policy was right", heads, rows);
 }

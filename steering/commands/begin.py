@@ -16,6 +16,7 @@ from trimtab.kernels.race import DRAW
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
 from trimtab.steering.atomic import read_json, write_json
+from trimtab.steering.correction import CONTRAST
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
 from trimtab.steering.tasks.verifiers import source_digest
@@ -109,8 +110,9 @@ def place(base: Base) -> dict[str, Any]:
 
 def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teacher: Base | None) -> None:
     """Raise InvalidRequest or TaskError for what would otherwise end the run after hours."""
-    if config.name in CONTROLS:
-        raise InvalidRequest(f"name {config.name} is a control's: give another --name, or another --out", "name")
+    if config.name in (*CONTROLS, CONTRAST):
+        whose = "the built-in contrast's" if config.name == CONTRAST else "a control's"
+        raise InvalidRequest(f"name {config.name} is {whose}: give another --name, or another --out", "name")
     _refuse_repeats(task, problems)
     if config.via == "lora" or config.tier == "lora":
         _check_layers(config, base)

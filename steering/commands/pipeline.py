@@ -163,30 +163,33 @@ def _choose(
 
 
 def _fit_controls(work: Path, route: Route, chosen: Correction) -> tuple[list[Correction], dict[str, str]]:
-    """And why each of those that could not be made was not: the correction is judged without it.
+    """And why each of those that could not be made was not: the correction is judged without it."""
+    tried = {kind: _control(work / "controls" / kind, route, kind, chosen.provenance["kl"]) for kind in route.controls}
+    found = [control for control in tried.values() if isinstance(control, Correction)]
+    return found, {kind: why for kind, why in tried.items() if isinstance(why, str)}
 
-    One that an earlier run made for another candidate, when validation was scored otherwise, is made anew."""
-    found, lacking, kl = [], {}, chosen.provenance["kl"]
-    for kind in route.controls:
-        folder, failed = work / "controls" / kind, work / "controls" / f"{kind}.json"
-        made = load(folder) if is_saved(folder) else None
-        if made is not None and made.provenance["kl_wanted"] != kl:
-            made = None
-        told = read_json(failed) if made is None and failed.exists() else {}
-        if made is None and told.get("kl_wanted") != kl:
-            try:
-                made = route.control(kind, kl)
-                save(made, folder)
-            except Diverged as error:  # the correction is none the worse for it
-                say(kind, f"the control could not be made: {error}")
-                shutil.rmtree(folder, ignore_errors=True)
-                told = {"kl_wanted": kl, "why": str(error)}
-                write_json(failed, told)
-        if made is None:
-            lacking[kind] = told["why"]
-        else:
-            found.append(made)
-    return found, lacking
+
+def _control(folder: Path, route: Route, kind: str, kl: float) -> Correction | str:
+    """A control, or why it could not be made; of an earlier run where that made it for the same KL, which is that of
+    another candidate where validation was scored otherwise since."""
+    failed = folder.with_suffix(".json")
+    if is_saved(folder):
+        made = load(folder)
+        if made.provenance["kl_wanted"] == kl:
+            return made
+    elif failed.exists():
+        told = read_json(failed)
+        if isinstance(told, dict) and told["kl_wanted"] == kl:  # it was a text alone once
+            return str(told["why"])
+    try:
+        made = route.control(kind, kl)
+    except Diverged as error:  # the correction is none the worse for it
+        say(kind, f"the control could not be made: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(failed, {"kl_wanted": kl, "why": str(error)})
+        return str(error)
+    save(made, folder)
+    return made
 
 
 def _sampling(config: FitConfig, samples: int) -> Sampling:
