@@ -6,7 +6,6 @@ with it. The engine starts with the app and is closed with it.
     app = create_app(engine, base, bank);  uvicorn.run(app)
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from trimtab.clients import facts
 from trimtab.server import chat, completions, corrections, http_errors, openapi, page, score, tokens
+from trimtab.server.apart import Apart
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.drain import Lifecycle
 from trimtab.server.engine.engine import Engine
@@ -91,14 +91,14 @@ def create_app(
         defaults=defaults or {},
         trust_templates=trust_templates,
     )
-    lifecycle.at_end += [service.prompter.close, service.tickets.close]
+    lifecycle.at_end += [service.prompter.close, service.tickets.close, service.apart.close]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         tune_interpreter()
         service.tickets.start()
         yield
-        await asyncio.to_thread(engine.close)  # its last events still reach their callers
+        await Apart().do(engine.close)  # its last events still reach their callers
         service.prompter.close()
 
     # No redirects: behind a proxy they would send a caller, and his key, to plain http.

@@ -7,7 +7,6 @@ asked for the admin key before any of a body was read (`changes` says which), an
     entry, replaced = await install(service, "runs/mine", "mine");  await remove(service, "mine")
 """
 
-import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,12 +69,12 @@ async def install(
         found = source if isinstance(source, Correction) else read_named(str(source), name, root)
         return _put(service, found if name is None else rename(found, name))
 
-    return await asyncio.to_thread(work)
+    return await service.apart.do(work)
 
 
 async def remove(service: Service, name: str) -> None:
     """No new request finds it; those that have it keep it. Raises NotFound."""
-    await asyncio.to_thread(service.swap.remove, name)
+    await service.apart.do(lambda: service.swap.remove(name))
 
 
 def _put(service: Service, correction: Correction) -> tuple[Entry, bool]:
@@ -117,7 +116,7 @@ def add_routes(app: FastAPI, service: Service, root: Path | None) -> None:
                 if loose := sorted(form.keys() - files.keys() - {"name"}):
                     raise InvalidRequest(f"{loose[0]} must be sent as a file, with a file name", loose[0])
                 called = name if isinstance(name, str) else None
-                entry, replaced = await asyncio.to_thread(lambda: _put(service, read_files(files, called)))
+                entry, replaced = await service.apart.do(lambda: _put(service, read_files(files, called)))
         else:
             body = parse(_Put, await request.body())
             entry, replaced = await install(service, body.path, body.name, root)

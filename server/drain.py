@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 
 from trimtab.errors import SHUTTING_DOWN, EngineStopped
+from trimtab.server.apart import Apart
 from trimtab.server.engine.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -86,4 +87,4 @@ class DrainingServer(uvicorn.Server):
             log.warning("the time to drain is over: %d requests end with an error", self._lifecycle.under_way)
         for end in self._lifecycle.at_end:
             end()
-        await asyncio.to_thread(self._engine.close)
+        await Apart().do(self._engine.close)

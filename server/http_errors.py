@@ -37,6 +37,7 @@ log = logging.getLogger("trimtab.server")
 
 B = TypeVar("B", bound=BaseModel)
 
+CLIENT_LEFT = "client_left"  # for the log and traces: nobody reads it
 _INVALID = "invalid_request_error"
 _IN_A_MOMENT = {"Retry-After": "1"}  # seconds
 
@@ -88,7 +89,7 @@ def _failure(error: BaseException) -> Failure:
         case NotFound():
             return Failure(404, str(error), param=error.field, code=f"{_noun(error.field)}_not_found")
         case ClientDisconnect():
-            return Failure(499, "the client left")  # nginx's word, for the log: nobody reads it
+            return Failure(499, "the client left", code=CLIENT_LEFT)  # nginx's word, for the log: nobody reads it
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers)
         case Overloaded():

@@ -9,8 +9,11 @@ and moves no terminal: it stands in the log with escapes.
 
 import json
 import logging
+import re
 import sys
+import threading
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -35,6 +38,19 @@ def configure(form: Format, level: str) -> None:
     for name in ("trimtab", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def tell_of_all() -> None:
+    """Let the process's warnings, and what nobody catches in any thread, go the same way."""
+    logging.captureWarnings(True)
+    sys.excepthook = _tell_end
+    threading.excepthook = lambda args: _tell_end(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _tell_end(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Of what nobody caught."""
+    if error is not None and not issubclass(kind, KeyboardInterrupt | SystemExit):
+        logging.getLogger("trimtab").critical("nobody caught this", exc_info=(kind, error, trace))
 
 
 class RequestLog:
@@ -79,7 +95,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _UNSEEN.sub(_escape, json.dumps(line, ensure_ascii=False, default=str))
 
 
 class TextFormatter(logging.Formatter):
@@ -93,6 +109,14 @@ class TextFormatter(logging.Formatter):
         facts: dict[str, Any] = getattr(record, _FACTS, {})
         told = [f"{key}={_word(value)}" for key, value in facts.items() if key not in said]
         return " ".join([super().formatMessage(record), *told])
+
+
+_UNSEEN = re.compile(r"[^\x20-\x7e]")  # perhaps: letters of all scripts are among them
+
+
+def _escape(found: re.Match[str]) -> str:
+    """As JSON writes it with escapes, where the character has no shape."""
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 def _word(value: Any) -> str:

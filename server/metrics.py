@@ -90,7 +90,7 @@ class Metrics:
         """The text that Prometheus reads. entries: what is served now; unread: texts in the tokeniser's queue."""
         self._forget(self._seen - {entry.correction.name for entry in entries})
         self._info.clear()
-        for entry in entries:
+        for entry in entries[:MAX_CORRECTIONS]:
             found = entry.correction
             self._info.labels(self.model, found.name, entry.version, found.tier).set(1)
         self._up.labels(self.model).set(stats.well)

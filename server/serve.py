@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.arguments import HelpFormatter, Subparsers, split_named
-from trimtab.errors import EngineFailure, InvalidRequest
+from trimtab.errors import EngineFailure, InvalidRequest, TrimtabError
 from trimtab.server.flags import add_flags
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.model.weights import DEMO
@@ -46,8 +46,24 @@ def add_serve(commands: Subparsers) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Load, say what was loaded, serve until SIGTERM or Ctrl-C; or until the engine dies, with the exit code 1."""
+    # uvicorn raises it again after its shutdown: that is a success. The first process of a container has no other way
+    # to hear of it, and what is imported below takes seconds.
+    signal.signal(signal.SIGTERM, _leave)
     if args.log_format == "json":
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are no JSON; tqdm reads this when it is imported: below
+    from trimtab.server import logs
+
+    logs.configure(args.log_format, args.log_level)
+    try:
+        _serve(args)
+    except TrimtabError as error:
+        if args.log_format != "json":
+            raise
+        log.critical("%s", error)
+        sys.exit(1)
+
+
+def _serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from trimtab.server import logs
@@ -57,9 +73,8 @@ def serve(args: argparse.Namespace) -> None:
     from trimtab.server.drain import DrainingServer, Lifecycle
     from trimtab.server.engine.engine import Engine
     from trimtab.server.model.base import load_base
+    from trimtab.server.protocol import PatientProtocol
 
-    signal.signal(signal.SIGTERM, _leave)  # uvicorn raises it again after its shutdown: that is a success
-    logs.configure(args.log_format, args.log_level)
     config = engine_config(args)
     api_keys = choose_keys(args.api_key, API_VARIABLE, args.api_key_file, "api-key")
     admin_keys = choose_keys(args.admin_key, ADMIN_VARIABLE, args.admin_key_file, "admin-key")
@@ -67,9 +82,11 @@ def serve(args: argparse.Namespace) -> None:
         raise InvalidRequest("--max-requests-per-key needs keys: give --api-key", "max_requests_per_key")
     if args.corrections_root is not None and not args.corrections_root.is_dir():
         raise InvalidRequest(f"--corrections-root: there is no folder {args.corrections_root}", "corrections_root")
+    check_names(args.served_model_name or ())
     tracer = choose_tracer(args.otlp_traces_endpoint)
     folders = choose_corrections(args.model, args.correction)
     try_port(args.host, args.port)
+    logs.tell_of_all()
     base = load_base(args.model, args.dtype, args.device, args.threads)
     names = args.served_model_name or [base.name]
     bank = load_bank(base, folders, names)
@@ -104,7 +121,7 @@ def serve(args: argparse.Namespace) -> None:
         app,
         args.host,
         args.port,
-        http="h11",  # which alone bounds the head of a request: httptools, where it is installed, reads one of any size
+        http=PatientProtocol,  # h11, which bounds the head of a request: httptools would read one of any size
         log_config=None,
         access_log=False,
         server_header=False,
@@ -122,6 +139,16 @@ def serve(args: argparse.Namespace) -> None:
     if not server.started:
         raise EngineFailure("the server did not start: its log says why")
     _end(1 if server.failed else 0)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises InvalidRequest for what the model may not be called."""
+    from trimtab.steering.correction import CONTRAST
+
+    for name in names:
+        if not name or name == CONTRAST:
+            why = "is the built-in correction's name" if name else "is empty"
+            raise InvalidRequest(f"--served-model-name {name!r} {why}: give another one", "served_model_name")
 
 
 def try_port(host: str, port: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.errors import InvalidRequest
+from trimtab.server.apart import Apart
 from trimtab.server.catalogue import Catalogue
 from trimtab.server.engine.pieces import Pieces
 from trimtab.server.foreign import Unknown
@@ -38,6 +39,7 @@ class Service:
     defaults: Mapping[str, Any]  # sampling's, where a body is silent
     trust_templates: bool  # a request may bring its own chat template
     unknown: Unknown = field(default_factory=Unknown)
+    apart: Apart = field(default_factory=Apart)  # changes of corrections, which may hang
 
     def check_room(self, prompts: int, n: int) -> None:
         """Raise InvalidRequest for more choices than can ever be under way."""

@@ -8,12 +8,13 @@ its traceparent header names one; its attributes are the semantic conventions' f
 
 from typing import TYPE_CHECKING, Any
 
+from trimtab.server.http_errors import CLIENT_LEFT
 from trimtab.server.visit import Visit
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
-_OPERATIONS = {"chat.completion": "chat", "text_completion": "text_completion"}
+_OPERATIONS = {"chat.completion": "chat", "response": "chat", "text_completion": "text_completion"}
 _GEN_AI = {
     "model": "gen_ai.request.model",
     "max_tokens": "gen_ai.request.max_tokens",
@@ -62,7 +63,11 @@ class Tracer:
         name = f"{operation} {visit.facts['model']}" if operation else f"{visit.method} {visit.route}".rstrip()
         parent = self._parents.extract(dict(visit.headers))
         span = self._tracer.start_span(name, parent, self._kind, attributes=attributes(visit), start_time=start)
-        if not 0 < visit.status < 500 or "error" in visit.facts.get("finish", ()):
+        error = visit.facts.get("error")
+        if error is not None:
+            span.set_attribute("error.type", str(error))
+        broken = visit.status < 400 and error not in (None, CLIENT_LEFT)  # a stream, after its status
+        if not 0 < visit.status < 500 or broken or "error" in visit.facts.get("finish", ()):
             span.set_status(self._failed)
         span.end(start + int(visit.seconds * 1e9))
 

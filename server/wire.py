@@ -8,7 +8,7 @@ Invariant: nothing here buffers or wraps a response's body; a client that leaves
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -16,6 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from trimtab.server.generation import Generation
+from trimtab.server.http_errors import CLIENT_LEFT
+from trimtab.server.visit import note
 
 T = TypeVar("T")
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -52,8 +54,10 @@ class EventStream(Response):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientDisconnect):
+        try:
             await or_gone(receive, self._stream(send))
+        except ClientDisconnect:
+            note(error=CLIENT_LEFT)
 
     async def _stream(self, send: Send) -> None:
         with self._generation.open(streamed=True) as ticket:

@@ -24,7 +24,12 @@ from trimtab.steering.gate import Gate
 
 MAX_TOP_K = 64  # the step kernel keeps at most this many candidates
 ACTIVATIONS = ("none", "silu")
+MOST_STRENGTH = 100.0  # that a correction may have, and a request ask for: more overflows
 CONTRAST = "contrast"  # the built-in correction of that tier, which any base has
+TAKEN = {
+    CONTRAST: "the built-in correction's name",
+    **dict.fromkeys(("none", "others"), "what metrics call the base, or corrections beyond a number"),
+}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -57,7 +62,7 @@ class Correction:
             _NAME.fullmatch(self.name) is not None,
             f"name must be 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit, not {self.name!r}",
         )
-        require(math.isfinite(self.strength), f"strength must be a finite number, not {self.strength}")
+        require(abs(self.strength) <= MOST_STRENGTH, f"strength must be within {MOST_STRENGTH:g}, not {self.strength}")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -154,7 +159,8 @@ def check(correction: Correction, identity: BaseIdentity) -> None:
     where it has the name of the built-in contrast without being one."""
     if isinstance(correction, ContrastCorrection):
         return
-    require(correction.name != CONTRAST, f"{CONTRAST} is the built-in correction's name: give this one another")
+    whose = TAKEN.get(correction.name)
+    require(whose is None, f"{correction.name} is {whose}: give this correction another name")
     made_for = correction.base
     parts = {"weights": "fingerprint", "tokenizer": "tokenizer", "chat template": "chat_template"}
     known = {words: name for words, name in parts.items() if getattr(made_for, name)}  # PEFT's folders tell none

@@ -126,7 +126,7 @@ TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
         ),
         (GOOD, f"--tier lora {LORA} --lora-targets mlp", "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"),
         (GOOD, "--name shuffled-rewards", "name shuffled-rewards is a control's: give another --name"),
-        (GOOD, "--name contrast", "name contrast is the built-in contrast's: give another --name"),
+        (GOOD, "--name contrast", "name contrast is the built-in correction's name: give another --name"),
         (GOOD, "--keep-problems 3", "keep_problems must be 0, which is all, or at least 4, not 3"),
         (
             TWICE,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny import tiny_base, tiny_correction
 from trimtab.errors import CorrectionError
 from trimtab.steering.adapter import Adapter, LoraLayer, adapter_files
 from trimtab.steering.atomic import write_bytes
@@ -188,6 +189,19 @@ def test_a_peft_folder_of_any_name_has_one_that_can_be_asked_for(tmp_path: Path,
     for file, content in adapter_files(make_adapter()).items():
         write_bytes(tmp_path / folder / file, content)
     assert load(tmp_path / folder).name == name
+
+
+@pytest.mark.parametrize("strength", [1e300, -101.0, math.inf, math.nan])
+def test_a_strength_that_overflows_is_refused(strength: float) -> None:
+    with pytest.raises(CorrectionError, match="strength must be within 100, not"):
+        ContrastCorrection(name="mine", strength=strength)
+
+
+@pytest.mark.parametrize("name", ["contrast", "none", "others"])
+def test_names_that_mean_something_else_are_refused(name: str) -> None:
+    base = tiny_base()
+    with pytest.raises(CorrectionError, match=f"{name} is .*: give this correction another name"):
+        check(tiny_correction(base, name), base.identity)
 
 
 def test_a_contrast_needs_no_tensors_and_fits_any_base(tmp_path: Path) -> None:

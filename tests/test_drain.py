@@ -5,6 +5,7 @@ Takes half a minute: four servers are started.
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from served import Served, serving
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_base, tiny_correction, tiny_model, tiny_tokenizer
+from trimtab.steering.folder import save
 
 STREAMS = 32
 BODY = {"prompt": "once", "ignore_eos": True, "stream": True, "temperature": 0}
@@ -119,6 +121,23 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
 
     with serving(flags(600), folder, code=128 + signal.SIGTERM) as served:
         asyncio.run(main(served))
+
+
+def test_a_change_that_never_ends_holds_nobody_up(folder: Path) -> None:
+    """What is read may hang, as a hub may that sends a byte a minute."""
+    for name in ("hangs", "good"):
+        (folder / "root" / name).mkdir(parents=True)
+    os.mkfifo(folder / "root" / "hangs" / "correction.json")
+    save(tiny_correction(tiny_base(), "good"), folder / "root" / "good")
+    more = ("--dtype", "float32", "--admin-key", "boss", "--corrections-root", "root")
+    with serving(flags(1, *more), folder) as served:
+        ask = {"url": f"{served.url}/v1/corrections", "headers": {"Authorization": "Bearer boss"}}
+        for _ in range(8):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(**ask, json={"path": "hangs"}, timeout=0.3)
+        assert httpx.post(**ask, json={"path": "good"}, timeout=60).status_code == 201
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(30) == 0
 
 
 def test_a_server_whose_engine_dies_tells_its_callers_and_ends_with_a_failure(folder: Path) -> None:

@@ -175,8 +175,11 @@ def test_an_errand_waits_for_a_stuck_thread_as_long_as_that_may_be_a_slow_one(
     assert held.wait(WAIT)
     with pytest.raises(EngineFailure, match="stuck"):
         harness.engine.between_steps(lambda core: done.set())
+    with pytest.raises(EngineStopped, match="stuck, and takes no work"):
+        harness.engine.submit(greedy("q"))
     holding.join(WAIT)
     loose.set()
+    monkeypatch.undo()
     harness.engine.submit(greedy("r"))
     assert harness.collect(1)["r", 0][-1].finish == "length"
     assert not done.is_set(), "who gave it up was told that it is not done"

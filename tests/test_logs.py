@@ -144,6 +144,14 @@ def test_a_path_or_a_prompt_can_forge_no_line(listen: Any, sign: str) -> None:
     assert f"GET /v1/x{sign.encode('unicode_escape').decode()}12:00:00 INFO DELETE" in written
 
 
+def test_json_lines_hold_letters_as_they_are_and_escapes_for_what_has_no_shape() -> None:
+    record = logging.makeLogRecord({"msg": "schön 😀 \u202e\x9b\u2028\x7f\n"})
+    line = logs.JsonFormatter().format(record)
+    assert "schön 😀" in line
+    assert line.isprintable()
+    assert json.loads(line)["message"] == record.msg
+
+
 def test_json_lines_hold_exceptions_and_what_json_cannot_say() -> None:
     formatter = logs.JsonFormatter()
     try:

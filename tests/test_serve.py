@@ -3,6 +3,9 @@
 import json
 import re
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,8 @@ def test_the_image_has_left_before_docker_stop_kills_it() -> None:
         (["--max-requests-per-key", "2"], "needs keys"),
         (["--corrections-root", "none"], "there is no folder none"),
         (["--api-key", ""], "must not be empty"),
+        (["--served-model-name", "mine", "contrast"], "'contrast' is the built-in correction's name"),
+        (["--served-model-name", ""], "'' is empty"),
     ],
 )
 def test_what_an_operator_cannot_mean_is_said_before_anything_is_loaded(
@@ -164,6 +169,36 @@ def test_a_server_starts_answers_and_leaves_cleanly(tmp_path: Path) -> None:
         with socket.create_connection((httpx.URL(served.url).host, httpx.URL(served.url).port or 0), 10) as endless:
             endless.sendall(b"GET /health HTTP/1.1\r\nX-Long: " + b"a" * 100_000)
             assert endless.recv(100).startswith(b"HTTP/1.1 400"), "nobody's head is kept, however long it gets"
+
+
+def test_a_connection_without_a_whole_request_is_left(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    flags = ["tiny", "--max-model-len", "64", "--max-num-seqs", "2", "--timeout-keep-alive", "1"]
+    with serving(flags, tmp_path) as served:
+        place = (httpx.URL(served.url).host, httpx.URL(served.url).port or 0)
+        whole, half = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /health HTTP/1.1\r\nHo"
+        for sent, answers in ((b"", 0), (half, 0), (whole, 1), (whole + half, 1)):
+            with socket.create_connection(place, 30) as kept:
+                kept.sendall(sent)
+                told = b""
+                while piece := kept.recv(1000):
+                    told += piece
+                assert told.count(b"HTTP/1.1 200") == answers
+        with socket.create_connection(place, 30) as slow:  # a body may come later
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 30\r\n")
+            slow.sendall(b"Content-Type: application/json\r\n\r\n")
+            time.sleep(2)
+            slow.sendall(b'{"prompt": "a", "max_tokens":1')
+            assert slow.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_why_it_does_not_start_is_a_line_of_json_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trimtab.cli", "serve", "./none", "--port", "0", "--log-format", "json"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    (line,) = map(json.loads, ran.stderr.splitlines())
+    assert (line["level"], line["message"]) == ("critical", "no folder at none")
 
 
 def test_a_server_that_is_open_to_the_network_says_so(tmp_path: Path) -> None:

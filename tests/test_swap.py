@@ -212,7 +212,9 @@ def test_the_built_in_contrast_stays() -> None:
     harness = Harness()
     with pytest.raises(InvalidRequest, match="built in"):
         harness.swap.remove("contrast")
-    with pytest.raises(CorrectionError, match="contrast is the built-in correction's name"):
+    with pytest.raises(
+        CorrectionError, match="contrast is the built-in correction's name: give this correction another name"
+    ):
         harness.swap.put(tiny_correction(BASE, "contrast"))
     assert harness.bank.get("contrast").tier == "contrast"
     harness.engine.close()

@@ -100,6 +100,7 @@ def test_what_failed_is_marked_streaming_or_not(sent: InMemorySpanExporter) -> N
     *failed, other = spans(sent, ScriptedEngine(fail), {}, {"stream": True})
     assert [span.status.status_code for span in failed] == [StatusCode.ERROR] * 2
     assert other.status.status_code is StatusCode.UNSET
+    assert failed[0].attributes["error.type"] == "engine_failure"
 
 
 def test_nothing_of_it_is_imported_unless_asked() -> None:

@@ -110,8 +110,11 @@ class Engine:
         return self._core.grammars
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises what Core.submit does, Overloaded, and EngineStopped or EngineFailure at the end."""
+        """Queue a request. Raises what Core.submit does, Overloaded, and EngineStopped or EngineFailure at the end, or
+        while it is stuck."""
         request = self._core.check(request)
+        if time.monotonic() - self._heartbeat > STALE:
+            raise EngineStopped("the engine is stuck, and takes no work: try again in a moment")
         with self._lock:
             self._check_running()
             unfinished = sum(map(len, self._open.values()))
@@ -167,7 +170,7 @@ class Engine:
         try:
             while self._take_messages():
                 self._deliver(self._core.step())
-        except Exception:
+        except BaseException:  # also what libraries in Rust raise: whoever waits hears of it
             log.exception("the engine's thread died")
             reason = "the engine died: its log says why"
         self._end_all(reason)

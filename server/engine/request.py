@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.errors import InvalidRequest
+from trimtab.steering.correction import MOST_STRENGTH
 from trimtab.steering.gate import KINDS, GateKind
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         if self.strength is not None:
-            _within("steering.strength", self.strength, -100.0, 100.0)
+            _within("steering.strength", self.strength, -MOST_STRENGTH, MOST_STRENGTH)
         for name in ("tau", "ceiling"):
             if getattr(self, name) is not None and math.isnan(getattr(self, name)):
                 raise InvalidRequest(f"steering.{name} must be a number, not NaN", f"steering.{name}")

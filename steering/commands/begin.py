@@ -16,7 +16,7 @@ from trimtab.kernels.race import DRAW
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
 from trimtab.steering.atomic import read_json, write_json
-from trimtab.steering.correction import CONTRAST
+from trimtab.steering.correction import TAKEN
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
 from trimtab.steering.tasks.verifiers import source_digest
@@ -110,8 +110,7 @@ def place(base: Base) -> dict[str, Any]:
 
 def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teacher: Base | None) -> None:
     """Raise InvalidRequest or TaskError for what would otherwise end the run after hours."""
-    if config.name in (*CONTROLS, CONTRAST):
-        whose = "the built-in contrast's" if config.name == CONTRAST else "a control's"
+    if whose := {**dict.fromkeys(CONTROLS, "a control's"), **TAKEN}.get(config.name):
         raise InvalidRequest(f"name {config.name} is {whose}: give another --name, or another --out", "name")
     _refuse_repeats(task, problems)
     if config.via == "lora" or config.tier == "lora":
