@@ -9,14 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from trimtab.arguments import explain
 from trimtab.clients.chat import add_chat
-from trimtab.errors import TrimtabError
 from trimtab.server.serve import add_serve
 from trimtab.steering.commands.evidence import add_eval
 from trimtab.steering.commands.fitting import add_distill, add_fit, add_inspect
 from trimtab.steering.commands.studies import add_analyze, add_calibrate
-
-LESS_MEMORY = "lower --slots or --max-tokens (serve: --max-num-seqs or --max-model-len)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,31 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.func(args)
         sys.stdout.flush()
-    except TrimtabError as error:
-        print("trimtab:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("trimtab"):
-            raise
-        package = (error.name or "").partition(".")[0]
-        extra = {"peft": "train", "opentelemetry": "otel"}.get(package, "server")
-        print(
-            f"trimtab: {error.name} is not installed: in Trimtab's checkout, pip install '.[{extra}]'", file=sys.stderr
-        )
-        return 1
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        print(f"trimtab: out of memory: {str(error).partition('. ')[0]}; {LESS_MEMORY}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has seen enough, as in `trimtab inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that may not be written to
-        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print("trimtab:", " ".join(words.split()), file=sys.stderr)
+    except Exception as error:
+        words = explain(error)
+        if words is None:
+            raise
+        print("trimtab:", words, file=sys.stderr)
         return 1
     return 0
 

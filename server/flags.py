@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     limit("--max-queue-tokens", type=at_least(1), default=2**20, metavar="TOKENS", help=tokens)
     requests = "requests of one key at once; more get a 429"
     limit("--max-requests-per-key", type=at_least(1), metavar="N", help=requests)
-    idle = "for which a connection without a whole request is kept: longer than a load balancer in front keeps it"
+    idle = "for which a connection is kept on which nothing comes: longer than a load balancer in front keeps it"
     limit("--timeout-keep-alive", type=at_least(1), default=75, metavar="SECONDS", help=idle)
     drain = "that running answers have after SIGTERM"
     limit("--drain-timeout", type=at_least(0), default=30, metavar="SECONDS", help=drain)

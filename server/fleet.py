@@ -9,7 +9,6 @@ the config says, stops a new replica, and leaves a running one as it is.
     serve deploy deploy/fleet.yaml       # on a cluster; after an edit of user_config, the same again
 """
 
-import asyncio
 import logging
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from ray import serve
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import logs
+from trimtab.server.apart import Apart
 from trimtab.server.app import create_app
 from trimtab.server.card import describe, describe_keys
 from trimtab.server.defaults import sampling_defaults
@@ -26,7 +26,7 @@ from trimtab.server.engine.engine import Engine
 from trimtab.server.keys import API_VARIABLE, choose_keys
 from trimtab.server.model.base import load_base
 from trimtab.server.model.weights import DEMO
-from trimtab.server.serve import choose_tracer, engine_config
+from trimtab.server.serve import check_names, choose_tracer, engine_config
 from trimtab.server.sources import read_named
 from trimtab.server.traces import Tracer
 from trimtab.steering.bank import Bank
@@ -95,6 +95,7 @@ class Replica:
         self._bank = Bank(self._base.hidden, self._base.device)
         self._engine = Engine(self._base, self._bank, engine_config(args))
         self._names, self._slots = [args.served_model_name or self._base.name], args.max_num_seqs
+        check_names(self._names)
         self._defaults = sampling_defaults(self._base) if args.generation_config == "auto" else {}
         self._app = create_app(
             self._engine,
@@ -120,7 +121,8 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Ray calls it before the first request, and whenever the config has changed."""
         try:
-            await asyncio.to_thread(self._serve, Wanted.model_validate(user_config))
+            wanted = Wanted.model_validate(user_config)
+            await Apart().do(lambda: self._serve(wanted))
         except Exception:
             if not self._configured:
                 raise

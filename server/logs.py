@@ -95,7 +95,8 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return _UNSEEN.sub(_escape, json.dumps(line, ensure_ascii=False, default=str))
+        text = json.dumps(line, ensure_ascii=False, default=str)
+        return text if text.isprintable() else _UNSEEN.sub(_escape, text)
 
 
 class TextFormatter(logging.Formatter):

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.arguments import HelpFormatter, Subparsers, split_named
-from trimtab.errors import EngineFailure, InvalidRequest, TrimtabError
+from trimtab.arguments import HelpFormatter, Subparsers, explain, split_named
+from trimtab.errors import EngineFailure, InvalidRequest
 from trimtab.server.flags import add_flags
 from trimtab.server.keys import ADMIN_VARIABLE, API_VARIABLE, choose_keys
 from trimtab.server.model.weights import DEMO
@@ -54,12 +54,14 @@ def serve(args: argparse.Namespace) -> None:
     from trimtab.server import logs
 
     logs.configure(args.log_format, args.log_level)
+    logs.tell_of_all()
     try:
         _serve(args)
-    except TrimtabError as error:
-        if args.log_format != "json":
+    except Exception as error:
+        words = explain(error)
+        if args.log_format != "json" or words is None:
             raise
-        log.critical("%s", error)
+        log.critical("%s", words)
         sys.exit(1)
 
 
@@ -86,9 +88,9 @@ def _serve(args: argparse.Namespace) -> None:
     tracer = choose_tracer(args.otlp_traces_endpoint)
     folders = choose_corrections(args.model, args.correction)
     try_port(args.host, args.port)
-    logs.tell_of_all()
     base = load_base(args.model, args.dtype, args.device, args.threads)
     names = args.served_model_name or [base.name]
+    check_names(names)
     bank = load_bank(base, folders, names)
     engine = Engine(base, bank, config)
     defaults = sampling_defaults(base) if args.generation_config == "auto" else {}
@@ -148,7 +150,7 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not name or name == CONTRAST:
             why = "is the built-in correction's name" if name else "is empty"
-            raise InvalidRequest(f"--served-model-name {name!r} {why}: give another one", "served_model_name")
+            raise InvalidRequest(f"the model's name {name!r} {why}: give --served-model-name", "served_model_name")
 
 
 def try_port(host: str, port: int) -> None:

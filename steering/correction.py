@@ -156,11 +156,12 @@ _ROUNDED = ". Weights that were rounded to float16 are others too: there is bflo
 
 def check(correction: Correction, identity: BaseIdentity) -> None:
     """Raise CorrectionError, naming both bases and what differs, unless the correction was fitted to this base; and
-    where it has the name of the built-in contrast without being one."""
+    for a name that is taken."""
+    whose = TAKEN.get(correction.name)
+    allowed = whose is None or (correction.name == CONTRAST and isinstance(correction, ContrastCorrection))
+    require(allowed, f"{correction.name} is {whose}: give this correction another name")
     if isinstance(correction, ContrastCorrection):
         return
-    whose = TAKEN.get(correction.name)
-    require(whose is None, f"{correction.name} is {whose}: give this correction another name")
     made_for = correction.base
     parts = {"weights": "fingerprint", "tokenizer": "tokenizer", "chat template": "chat_template"}
     known = {words: name for words, name in parts.items() if getattr(made_for, name)}  # PEFT's folders tell none

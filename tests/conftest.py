@@ -3,6 +3,9 @@
 Property tests look at other cases in every run, but under --hypothesis-profile=repeatable, where a change is judged.
 """
 
+import sys
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,14 @@ LONGEST = ("test_readme", "test_fleet", "test_compile", "test_soak", "test_kille
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: beside them another process goes through all others, and neither waits at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def _hooks() -> Iterator[None]:
+    """Whatever a test starts in this process, what nobody catches stays pytest's to hear of."""
+    kept = sys.excepthook, threading.excepthook
+    yield
+    sys.excepthook, threading.excepthook = kept
 
 
 @pytest.fixture(scope="module")

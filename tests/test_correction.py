@@ -202,6 +202,12 @@ def test_names_that_mean_something_else_are_refused(name: str) -> None:
     base = tiny_base()
     with pytest.raises(CorrectionError, match=f"{name} is .*: give this correction another name"):
         check(tiny_correction(base, name), base.identity)
+    contrast = ContrastCorrection(name=name)
+    if name == "contrast":
+        check(contrast, base.identity)
+    else:
+        with pytest.raises(CorrectionError, match="give this correction another name"):
+            check(contrast, base.identity)
 
 
 def test_a_contrast_needs_no_tensors_and_fits_any_base(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_the_image_has_left_before_docker_stop_kills_it() -> None:
         (["--max-requests-per-key", "2"], "needs keys"),
         (["--corrections-root", "none"], "there is no folder none"),
         (["--api-key", ""], "must not be empty"),
-        (["--served-model-name", "mine", "contrast"], "'contrast' is the built-in correction's name"),
-        (["--served-model-name", ""], "'' is empty"),
+        (["--served-model-name", "mine", "contrast"], "the model's name 'contrast' is the built-in correction's name"),
+        (["--served-model-name", ""], "the model's name '' is empty"),
     ],
 )
 def test_what_an_operator_cannot_mean_is_said_before_anything_is_loaded(
@@ -185,12 +185,16 @@ def test_a_connection_without_a_whole_request_is_left(tmp_path: Path) -> None:
                 while piece := kept.recv(1000):
                     told += piece
                 assert told.count(b"HTTP/1.1 200") == answers
-        with socket.create_connection(place, 30) as slow:  # a body may come later
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 30\r\n")
-            slow.sendall(b"Content-Type: application/json\r\n\r\n")
-            time.sleep(2)
-            slow.sendall(b'{"prompt": "a", "max_tokens":1')
-            assert slow.recv(100).startswith(b"HTTP/1.1 400")
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 30\r\n\r\n"
+        )
+        for parts, answer in (((b'{"prompt": "a"', b', "max_', b'tokens":1'), b"HTTP/1.1 400"), ((), b"")):
+            with socket.create_connection(place, 30) as slow:  # a body may take its time, but must come
+                slow.sendall(head)
+                for part in parts:
+                    time.sleep(0.5)
+                    slow.sendall(part)
+                assert slow.recv(12) == answer
 
 
 def test_why_it_does_not_start_is_a_line_of_json_too(tmp_path: Path) -> None:

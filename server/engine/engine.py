@@ -113,10 +113,10 @@ class Engine:
         """Queue a request. Raises what Core.submit does, Overloaded, and EngineStopped or EngineFailure at the end, or
         while it is stuck."""
         request = self._core.check(request)
-        if time.monotonic() - self._heartbeat > STALE:
-            raise EngineStopped("the engine is stuck, and takes no work: try again in a moment")
         with self._lock:
             self._check_running()
+            if time.monotonic() - self._heartbeat > STALE:
+                raise EngineStopped("the engine is stuck, and takes no work: try again in a moment")
             unfinished = sum(map(len, self._open.values()))
             if unfinished + request.n > self.capacity:
                 raise Overloaded(f"the queue is full: {unfinished} choices are under way; try again in a moment")
@@ -216,7 +216,7 @@ class Engine:
     def _add(self, request: Request) -> None:
         try:
             self._core.add(request)
-        except Exception:  # whatever it was, its caller hears of it and the engine goes on
+        except BaseException:  # whatever it was, its caller hears of it and the engine goes on
             log.exception("a request could not be started: %s", request.id)
             for index in range(request.n):
                 self._core.abort(request.id, index)
@@ -227,7 +227,7 @@ class Engine:
             return
         try:
             errand.outcome.set_result(errand.work(self._core))
-        except Exception as error:  # whatever it was, whoever waits for it hears of it and the engine goes on
+        except BaseException as error:  # whatever it was, whoever waits for it hears of it and the engine goes on
             errand.outcome.set_exception(error)
 
     def _abort(self, message: _Abort) -> None:

@@ -136,7 +136,7 @@ def check_answer(verifier: str, answer: Any) -> str | None:
 def _check_formula(text: str) -> str | None:
     """As check_answer, for math: an answer that no completion can give is refused."""
     if NUMBER.fullmatch(text) and "$" not in text:
-        return None
+        return None if read(text) else "is no number: it divides by zero, or has thousands of digits"
     bare = _COMMANDS.sub("", text)
     if not _is_marked(text) and _WORDS.search(bare):
         return "has a word, which math-verify reads as a product of letters: leave it out, or write \\text{}"
