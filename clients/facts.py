@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
-from trimtab.clients.types import Answer, OrNull, Receipt, SteeringReport
+from trimtab.clients.reading import Answer, OrNull
+from trimtab.clients.types import Receipt, SteeringReport
 
 
 class Model(Answer):

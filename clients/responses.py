@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
-from trimtab.clients.types import Answer, Kind, OrNull, P, SteeringReport, parse
+from trimtab.clients.reading import Answer, Kind, OrNull, P, parse
+from trimtab.clients.types import SteeringReport
 
 
 class InputDetails(Answer):

@@ -1,46 +1,14 @@
 """What the server answers, as data: OpenAI's shapes, plus what steering did.
 
-Invariant: these models only read. Unknown fields are kept (`extra="allow"`), so that a newer server never breaks an
-older client, and everything steering adds is optional, so that any OpenAI-compatible server can be read: what OpenAI's
-shapes may leave out may also be null (`OrNull`).
+Invariant: these models only read. Everything steering adds is optional, so that any OpenAI-compatible server can be
+read: what OpenAI's shapes may leave out may also be null (`OrNull`).
 
 Here are chats and completions; responses.py has those of /v1/responses, facts.py what a server says of itself.
 """
 
-from typing import Annotated, Any, TypeVar
+from pydantic import Field
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
-from pydantic_core import PydanticUseDefault
-
-from trimtab.clients.errors import BadAnswer
-from trimtab.errors import InvalidRequest
-
-P = TypeVar("P")
-Kind = type[P]  # in classes that have a field `type`
-
-
-def _or_default(value: Any) -> Any:
-    if value is None:
-        raise PydanticUseDefault
-    return value
-
-
-def _joined(content: Any) -> Any:
-    """The text of a message's content, where a server tells it in parts."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return content
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
-
-
-OrNull = Annotated[P, BeforeValidator(_or_default)]  # null stands for the field's default, as in some servers' answers
-
-
-class Answer(BaseModel):
-    """What all of them are."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+from trimtab.clients.reading import Answer, Content, Kind, OrNull, P, parse
 
 
 class Receipt(Answer):
@@ -124,7 +92,7 @@ class Message(Answer):
     """A chat message, or in a stream a piece of one."""
 
     role: str | None = None
-    content: Annotated[str | None, BeforeValidator(_joined)] = None
+    content: Content = None
     refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -251,16 +219,3 @@ class ChatChunk(_Reply):
     @property
     def steering(self) -> SteeringReport | None:
         return self.choices[0].steering if self.choices else None
-
-
-def parse(text: str, kind: type[P]) -> P:
-    """JSON that a model wrote, as data: a pydantic class, or dict. Raises BadAnswer; InvalidRequest for a kind that
-    nothing can be read as."""
-    name = getattr(kind, "__name__", kind)  # a union has none
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        raise BadAnswer(f"the model's text is no {name}: {error}") from error
-    except PydanticUserError as error:
-        told = f"no JSON can be read as {name}: give a pydantic class, a dataclass or a plain type such as dict"
-        raise InvalidRequest(f"{told} ({error.message.splitlines()[0]})", "kind") from error

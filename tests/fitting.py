@@ -17,8 +17,7 @@ import pytest
 from tiny import tiny_base
 from trimtab.server.model import base as base_module
 from trimtab.steering import atomic
-from trimtab.steering.tasks.problem import Problem, Split
-from trimtab.steering.tasks.verifiers import Extract
+from trimtab.steering.tasks.problem import Extract, Problem, Split
 from trimtab.steering.training import teacher as teacher_module
 from trimtab.steering.training.config import FitConfig
 

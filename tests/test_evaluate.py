@@ -15,8 +15,7 @@ from trimtab.steering.correction import BaseIdentity, HeadCorrection
 from trimtab.steering.evaluation.evaluate import compare, kept, pass_at, summarise, vote
 from trimtab.steering.evaluation.report import Judged, build, judge, policies, strengths, to_markdown
 from trimtab.steering.gate import Gate
-from trimtab.steering.tasks.problem import Problem, Split
-from trimtab.steering.tasks.verifiers import Extract
+from trimtab.steering.tasks.problem import Extract, Problem, Split
 from trimtab.steering.training.head import Head
 from trimtab.steering.training.journal import Rollout
 from trimtab.steering.training.rollouts import Exam, Sampling

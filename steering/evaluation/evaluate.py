@@ -22,8 +22,8 @@ from trimtab.server.engine.rule import rule_for
 from trimtab.steering.evaluation.prompted import Preface, preface
 from trimtab.steering.folder import digest
 from trimtab.steering.gate import Gate, GateKind
-from trimtab.steering.tasks.problem import Problem
-from trimtab.steering.tasks.verifiers import SOLVED, Extract
+from trimtab.steering.tasks.problem import Extract, Problem
+from trimtab.steering.tasks.verifiers import SOLVED
 from trimtab.steering.training.claim import claim, describe_run, score_again
 from trimtab.steering.training.journal import Rollout
 from trimtab.steering.training.rollouts import Exam, Sampling, collect

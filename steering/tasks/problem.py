@@ -20,3 +20,10 @@ class Problem(NamedTuple):
     def label(self) -> str:
         """What messages call it."""
         return f"{self.where}: problem {self.id!r}" if self.where else f"problem {self.id!r}"
+
+
+class Extract(NamedTuple):
+    """The answer a completion gives."""
+
+    text: str  # equal answers are equal texts
+    marked: bool  # given in a form that says so: after #### or in \\boxed{}

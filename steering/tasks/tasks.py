@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from trimtab.errors import TaskError, TooFew
 from trimtab.steering.tasks.instructions import Instructions
-from trimtab.steering.tasks.problem import Problem, Split
-from trimtab.steering.tasks.verifiers import Extract, Verifier, check_answer, load_extractor, load_verifier
+from trimtab.steering.tasks.problem import Extract, Problem, Split
+from trimtab.steering.tasks.verifiers import Verifier, check_answer, load_extractor, load_verifier
 
 HELD_OUT_SHARE = 0.3  # of a file's lines, when there is no held-out file
 
