@@ -30,6 +30,7 @@ class Column(NamedTuple):
     """What was found on one set of problems: of its policies' names, those of a ladder."""
 
     model: str
+    name: str  # of what is judged
     of: str
     base: float  # pass@1
     fired: float | None  # at which share of its steps the head acted
@@ -41,18 +42,19 @@ def evidence(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     by_model: dict[str, dict[str, Column]] = {}
     for letter, column in lettered(fits, runs).items():
         by_model.setdefault(column.model, {})[letter] = column
-    elsewhere = [line for run in _of_kind(runs, "eval") for line in _of_transfer(run)]
+    elsewhere = [line for run in of_kind(runs, "eval") for line in _of_transfer(run)]
+    elsewhere += map(_of_study, of_kind(runs, "analyze"))
     parts = [_gains(model, found) for model, found in by_model.items()]
-    parts += [_pools(pools)] if (pools := _of_kind(runs, "pool")) else []
+    parts += [_pools(pools)] if (pools := of_kind(runs, "pool")) else []
     parts += ["\n".join(elsewhere)] if elsewhere else []
-    parts += map(_gates, _of_kind(runs, "gates"))
-    parts += map(_costs, _of_kind(runs, "tiers"))
+    parts += map(_gates, of_kind(runs, "gates"))
+    parts += map(_costs, of_kind(runs, "tiers"))
     return "\n\n".join(parts)
 
 
 def lettered(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
     """The columns of all tables of gains, a model's one after the other, by the letters that tell them apart."""
-    ladders = _of_kind(runs, "ladder")
+    ladders = of_kind(runs, "ladder")
     named = {run["corrections"][0]["name"] for run in ladders}
     unjudged = [fit for fit in fits if fit["name"] not in named and fit.get("report")]
     own = [run for run in ladders if run.get("strength") is None]  # the strength that the correction has
@@ -62,7 +64,7 @@ def lettered(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     return dict(zip(string.ascii_uppercase, columns, strict=False))
 
 
-def _of_kind(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+def of_kind(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     return [run for run in runs if run["benchmark"] == kind]
 
 
@@ -72,7 +74,7 @@ def _of_ladder(run: Mapping[str, Any]) -> Column:
     gate = run.get("gate") or judged["facts"].rpartition("gate ")[2]  # the first ladders tell it there alone
     of = f"`{judged['name']}`, {_on({**run, 'gate': gate})}; problems {run['problems_sha256'][:8]}"
     fired = rows.get(HEAD, {}).get("fired")
-    return Column(run["model"], of, rows[BASE]["pass_at_1"], fired, _pairs(run["differences"]))
+    return Column(run["model"], judged["name"], of, rows[BASE]["pass_at_1"], fired, _pairs(run["differences"]))
 
 
 def _of_fit(fit: Mapping[str, Any]) -> Column:
@@ -80,7 +82,7 @@ def _of_fit(fit: Mapping[str, Any]) -> Column:
     rows = {row["policy"]: row for row in report["policies"]}
     of = f"`{fit['name']}`, {_on(report)}"
     fired = rows["correction"]["fired"]
-    return Column(fit["base"]["model"], of, rows[BASE]["pass_at_1"], fired, _pairs(report["differences"]))
+    return Column(fit["base"]["model"], fit["name"], of, rows[BASE]["pass_at_1"], fired, _pairs(report["differences"]))
 
 
 def _pairs(differences: Iterable[Mapping[str, Any]]) -> dict[Pair, Mapping[str, float]]:
@@ -110,12 +112,19 @@ def _pools(pools: Sequence[Mapping[str, Any]]) -> str:
     rows = [["several ladders as one", "base", *(f"{policy} minus {against}" for policy, against in pairs)]]
     for run in pools:
         rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
-        gains = {(row["policy"], row["against"]): row["gain"] for row in run["results"] if row["gain"]}
-        name = f"{run['correction']}, {run['problems'].partition(' ')[0]} problems"
+        gains = gains_of(run)
         cells = (gain(gains, policy, against) for policy, against in pairs)
-        rows.append([name, f"{100 * rates[BASE]:.1f}", *cells])
+        rows.append([name_of(run), f"{100 * rates[BASE]:.1f}", *cells])
     places = " or ".join(dict.fromkeys(run["drawn on"] for run in pools))
     return f"{table(rows)}\n\n- on {places}"
+
+
+def name_of(pool: Mapping[str, Any]) -> str:
+    return f"{pool['correction']}, {pool['problems'].partition(' ')[0]} problems"
+
+
+def gains_of(pool: Mapping[str, Any]) -> dict[Pair, Mapping[str, float]]:
+    return {(row["policy"], row["against"]): row["gain"] for row in pool["results"] if row["gain"]}
 
 
 def gain(gains: Mapping[Pair, Mapping[str, float]], policy: str, against: str) -> str:
@@ -143,6 +152,30 @@ def _of_transfer(run: Mapping[str, Any]) -> list[str]:
         changed = f"{d['mean']:+.4f} [{d['low']:.4f}, {d['high']:.4f}] nats a token; more is worse"
         lines.append(f"- its loss on {text['tokens']} tokens of `{text['file']}`, minus the base's: {changed}")
     return lines
+
+
+def _of_study(run: Mapping[str, Any]) -> str:
+    """What a tuned model changes, on what it writes itself and on what its base does; and what of its gain is left."""
+    found = run["tokens"].values()
+    changed = _span([100 * (tokens["reranked"] + tokens["shifted"]) for tokens in found])
+    beyond = _span([100 * tokens["shifted"] for tokens in found])
+    times = _span([tokens["entropy_ratio"] for tokens in found if tokens["entropy_ratio"] is not None])
+    places = {"oracle": "at just those places", "random": "at as many drawn at random"}
+    left = (
+        f"{100 * share['mean']:.0f} % [{100 * share['low']:.0f}, {100 * share['high']:.0f}] {places[share['policy']]}"
+        for share in run["shares"]
+        if share["policy"] in places
+    )
+    unsure = f", and there the entropy is {times} times the mean" if times else ""
+    return (
+        f"- `{run['tuned']}` on {run['model']} ranks another token first at {changed} % of positions, at {beyond} % one"
+        f" outside its base's five best{unsure}; its tokens give of its gain {', and '.join(left)}"
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    """From the least to the most."""
+    return " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values)))) if values else ""
 
 
 def _gates(run: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import HEAD, SHUFFLED, gain, lettered
+from evidence import HEAD, SHUFFLED, gain, gains_of, lettered, name_of, of_kind
 from tables import table
 
 from trimtab.steering.evaluation.ladder import BASE, GREEDY, LORA_ALWAYS, LORA_GATED, RANDOM_GATE_MATCHED
@@ -44,8 +44,17 @@ def headline(fits: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
     ]
     for policy, words in (TIERS | CONTROLS).items():
         rows.append([words, *(gain(column.gains, policy, BASE) for column in columns.values())])
-    told = "\n".join(f"- {letter}: {column.model}; {column.of}" for letter, column in columns.items())
-    return f"{table(rows)}\n\n{told}"
+    told = [f"- {letter}: {column.model}; {column.of}" for letter, column in columns.items()]
+    names = {column.name for column in columns.values()}
+    told += [_of_pool(pool) for pool in of_kind(runs, "pool") if pool["correction"] in names]
+    return table(rows) + "\n\n" + "\n".join(told)
+
+
+def _of_pool(run: Mapping[str, Any]) -> str:
+    """What a correction gains over the problems of several ladders, beside greedy decoding."""
+    pairs = ((HEAD, BASE), (GREEDY, BASE), (HEAD, GREEDY))
+    said = "; ".join(f"{one} minus {other} {gain(gains_of(run), one, other)}" for one, other in pairs)
+    return f"- {name_of(run)} of several such runs: {said}"
 
 
 def fill(page: Path, figures: str) -> None:

@@ -232,6 +232,8 @@ def test_all_that_lies_in_results_is_rendered(results: ModuleType, monkeypatch: 
         assert only_in_results not in readme
     assert "| head minus base | +10.0 [5.0, 15.0] |\n" in readme
     assert "| base minus" not in readme
+    assert "- `lora` on tiny ranks another token first at 100.0 % of positions, at 50.0 % one" in readme
+    assert "; its tokens give of its gain 90 % [50, 120] at just those places\n" in readme
     assert "| mine, 600 problems | 50.0 |  | +10.0 [5.0, 15.0] |  |  |  |  |  |\n\n- on a box\n" in readme
     assert "- A: `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
     assert "| tokens/s, % of the base's, the gate open at every step | batch 8 |\n" in readme
@@ -245,8 +247,9 @@ def test_the_readme_shows_the_ladders_that_have_every_tier_by_the_same_letters(
     tiers = ("base-greedy", "contrast", "head", "lora-gated", "lora-always", "shuffled-rewards")
     whole = LADDER | {"differences": [GAIN | {"policy": policy} for policy in tiers], "machine": run}
     part = LADDER | {"problems_sha256": "ef", "machine": run}
-    names = [str(tmp_path / f"{name}.json") for name in ("first", "second")]
-    for name, found in zip(names, (part, whole), strict=True):
+    pools = [MEASURED["pool"] | {"correction": name, "machine": run} for name in ("mine", "other")]
+    names = [str(tmp_path / f"{name}.json") for name in ("first", "second", "pool", "other")]
+    for name, found in zip(names, (part, whole, *pools), strict=True):
         Path(name).write_text(json.dumps(found))
     shown = write(results, monkeypatch, *names)
     (readme, evidence) = ((tmp_path / page).read_text() for page in PAGES)
@@ -255,6 +258,8 @@ def test_the_readme_shows_the_ladders_that_have_every_tier_by_the_same_letters(
     assert "| LoRA, always on | +10.0 [5.0, 15.0] |\n" in readme
     assert "| control: a head from shuffled rewards | +10.0 [5.0, 15.0] |\n" in readme
     assert "- B: tiny; `mine`, 300 held-out problems of `sums`; gate entropy > 1 nats; a box; problems abcd\n" in readme
+    assert "\n- mine, 600 problems of several such runs: head minus base +10.0 [5.0, 15.0]; base-greedy minus" in readme
+    assert "other, 600 problems" not in readme
     for name in ("first", "second"):
         assert f"- [The ladder: mine, 300 problems of sums ({name}.json)]" in shown
         assert f"(#the-ladder-mine-300-problems-of-sums-{name}json)\n" in shown

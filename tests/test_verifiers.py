@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from trimtab.errors import TaskError
-from trimtab.steering.tasks import verifiers
-from trimtab.steering.tasks.verifiers import Extract, load_extractor, load_verifier, source_digest
+from trimtab.steering.tasks import formulas
+from trimtab.steering.tasks.problem import Extract
+from trimtab.steering.tasks.verifiers import load_extractor, load_verifier, source_digest
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_extractors_read_wrong_answers_too_and_say_whether_they_are_marked(
     assert maths("The answer is 0.5") == Extract("0.5", False)
     assert maths("\\boxed{x+1}") == maths("\\boxed{1+x}")
     assert maths("no idea") is None
-    monkeypatch.setattr(verifiers, "_seconds", lambda: 1)
+    monkeypatch.setattr(formulas, "_seconds", lambda: 1)
     assert maths("\\boxed{9^{9^{9^{9}}}}") in (None, Extract("9**(9**(9**9))", True)), "a number that none computes"
     one, other = maths("\\boxed{10^{5000}}"), maths("\\boxed{10^{6000}}")
     assert one != other
