@@ -8,12 +8,11 @@ by recursion, and a stack that overflows ends the process: STACK is for the long
 """
 
 import asyncio
-import threading
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from trimtab.errors import SHUTTING_DOWN, EngineStopped, InvalidRequest, Overloaded
+from trimtab.server.apart import Apart
 from trimtab.server.engine.request import Structure
 from trimtab.server.engine.structure import Grammar, Grammars
 
@@ -29,6 +28,7 @@ class Compiler:
         self._grammars, self._seconds = grammars, seconds
         self._places = asyncio.Semaphore(PLACES)
         self._ended = asyncio.Event()
+        self._apart = Apart(STACK)
 
     async def compile(self, structure: Structure, field: str) -> Grammar:
         """Raises InvalidRequest, naming `field`, also for what takes too long; Overloaded; EngineStopped."""
@@ -45,32 +45,19 @@ class Compiler:
         if not taken:
             raise Overloaded("too many structures are being compiled: try again in a moment")
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Grammar] = loop.create_future()
 
-        def end(grammar: Grammar | None, error: BaseException | None) -> None:
-            self._places.release()
-            if done.done():  # nobody waits any more
-                return
-            if error is None:
-                done.set_result(cast(Grammar, grammar))
-            else:
-                done.set_exception(error)
-
-        def work() -> None:
-            made: Grammar | None = None
-            found: BaseException | None = None
+        def work() -> Grammar:
             try:
-                made = self._grammars.compile(structure, field)
-            except BaseException as error:
-                found = error
-            with suppress(RuntimeError):  # the loop closed meanwhile
-                loop.call_soon_threadsafe(end, made, found)
+                return self._grammars.compile(structure, field)
+            finally:
+                with suppress(RuntimeError):  # the loop closed meanwhile
+                    loop.call_soon_threadsafe(self._places.release)
 
         try:
-            _start(work)
-        except RuntimeError as error:  # the system has no thread left
+            done = self._apart.begin(work)
+        except Overloaded:
             self._places.release()
-            raise Overloaded("the server has no thread left to compile a structure: try again in a moment") from error
+            raise
         if not await self._wait(done):
             raise InvalidRequest(f"{field} takes more than {self._seconds:g} s to compile: say it more simply", field)
         return done.result()
@@ -91,12 +78,3 @@ class Compiler:
         if self._ended.is_set():
             raise EngineStopped(SHUTTING_DOWN)
         return future.done() and not future.cancelled()
-
-
-def _start(work: Callable[[], None]) -> None:
-    """In a thread with a deep stack. Raises RuntimeError where there is none."""
-    usual = threading.stack_size(STACK)  # of threads that start from now on
-    try:
-        threading.Thread(target=work, name="compile", daemon=True).start()
-    finally:
-        threading.stack_size(usual)
