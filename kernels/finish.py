@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels import record as rules
-from trimtab.kernels.chance import count_own, draw_best, draw_group, draw_within
+from trimtab.kernels.chance import FEW, count_own, draw_best, draw_group, draw_within
 from trimtab.kernels.delta import count_candidates
 from trimtab.kernels.gate import look, merge, opens
 from trimtab.kernels.keys import (
@@ -172,7 +172,7 @@ def finish_kernel(
                 e = tl.where(known, tl.exp(tl.where(known, (key_value(key) - best) * inverse, 0.0)), 0.0)
                 reached = (p < 1.0) & (tl.sum(e.to(tl.float64), axis=0) >= mass_t * p)
                 again = (reached == 0) & (tl.min(tl.where(known, e, INF), axis=0) >= least) & (held < own)
-                own = tl.where(again, own, tl.minimum(held, SLOTS))
+                own = tl.where(again, own, tl.minimum(held, tl.maximum(enough, FEW)))
                 goal = end
                 tl.debug_barrier()
     else:

@@ -190,9 +190,13 @@ def engine_config(given: Any) -> "EngineConfig":
 
 
 def choose_tracer(endpoint: str | None) -> "Tracer | None":
-    """What sends spans, where that is wanted. Raises ModuleNotFoundError without the extra `otel`."""
+    """What sends spans, where that is wanted. Raises InvalidRequest for what is no URL; ModuleNotFoundError without
+    the extra `otel`."""
     if endpoint is None:
         return None
+    if not endpoint.startswith(("http://", "https://")):
+        message = f"--otlp-traces-endpoint {endpoint}: give a URL, such as http://localhost:4318/v1/traces"
+        raise InvalidRequest(message, "otlp_traces_endpoint")
     from trimtab.server.traces import Tracer, to_collector
 
     return Tracer(to_collector(endpoint))

@@ -131,7 +131,7 @@ def test_an_adapter_for_another_model_is_refused_when_the_engine_is_made(base: B
 
 def test_tokens_are_grouped_by_adapter_and_ranges_stay_ranges() -> None:
     a, b = ({"a": (torch.zeros(1), torch.zeros(1))}, {"b": (torch.zeros(1), torch.zeros(1))})
-    groups = group_tokens([1, -1, 1, 0, 0], [1, 1, 1, 2, 4], {0: a, 1: b}, "cpu")
+    groups = group_tokens([1, -1, 1, 0, 0], [1, 1, 1, 2, 4], {0: a, 1: b}, torch.device("cpu"))
     assert groups[0] == (a, slice(3, 9))
     assert groups[1].placed is b
     assert isinstance(groups[1].tokens, Tensor)

@@ -13,8 +13,9 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.event import Event
 from trimtab.server.engine.request import Request, SamplingParams, Steering
+from trimtab.server.model.attention import PADDING
 from trimtab.server.model.base import Base, prepare
-from trimtab.server.model.graphs import PADDING, DecodeGraphs
+from trimtab.server.model.graphs import DecodeGraphs
 from trimtab.steering.bank import Bank
 
 STOPS = list(range(20))

@@ -221,6 +221,12 @@ def test_bias_and_penalties_reach_the_draw(base: Base) -> None:
     assert distinct[0] < distinct[1]
 
 
+def test_more_tokens_than_the_model_takes_are_refused(base: Base) -> None:
+    assert Core(base, bank_for(base), EngineConfig(max_model_len=base.max_len)).max_len == base.max_len
+    with pytest.raises(InvalidRequest, match=rf"max_model_len {base.max_len + 1}: .* takes at most {base.max_len}"):
+        Core(base, bank_for(base), EngineConfig(max_model_len=base.max_len + 1))
+
+
 def test_what_is_wrong_with_a_request_is_said_before_it_is_queued(base: Base) -> None:
     core = Core(base, bank_for(base), EngineConfig(slots=1, max_model_len=16, max_queue=2))
     with pytest.raises(

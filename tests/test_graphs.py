@@ -1,5 +1,6 @@
 """What a GPU runs, on the CPU: the kernels' references in the layers, and a capture that just calls."""
 
+import itertools
 from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
@@ -15,7 +16,7 @@ from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.core import Core
 from trimtab.server.engine.request import Request, SamplingParams, Steering, Structure
 from trimtab.server.model import base as base_module
-from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.attention import PADDING, KVBatch, Span
 from trimtab.server.model.base import Base, prepare
 from trimtab.server.model.graphs import batch_sizes
 from trimtab.steering.bank import Bank
@@ -174,6 +175,32 @@ def test_the_first_steps_suit_few_slots_and_any_tier(slots: int, on_gpu: list[in
     core = Core(base, bank, EngineConfig(slots=slots, step_tokens=16, max_model_len=32))
     assert not core.busy
     assert core.free_slots == slots
+
+
+def test_attention_is_tried_with_every_number_of_rows_and_as_adapters_have_it(
+    on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel is compiled for how many programs share a row's positions, and for queries that are rotated or not."""
+    tried: set[tuple[int, bool]] = set()
+    base = tiny_base()
+    assert base._fused is not None
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=12, max_model_len=64))
+    kernels = base._fused._kernels
+
+    def attend(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        places, rotary = rest[4], rest[7] if len(rest) > 7 else None
+        assert places.tiles is None
+        assert (places.position == PADDING).all()
+        tried.add((len(query), rotary is None))
+        return kernels.attend(query, *rest)
+
+    watched = kernels._replace(attend=attend)
+    monkeypatch.setattr(base._fused, "_kernels", watched)
+    monkeypatch.setattr(core._runner.cache, "kernels", watched)
+    before = core._runner.cache.keys.clone()
+    core._runner.try_decoding()
+    assert tried == set(itertools.product(batch_sizes(12), (False, True)))
+    assert torch.equal(core._runner.cache.keys, before)
 
 
 def test_fusing_changes_no_weight_and_holds_none_twice(on_gpu: list[int]) -> None:

@@ -497,6 +497,17 @@ def test_what_a_correction_beats_and_does_not_beat_is_said_in_words(browser: Bro
         expect(report).to_be_hidden()
 
 
+@in_a_browser
+def test_a_report_that_cannot_be_shown_hides_no_other_correction(browser: Browser) -> None:
+    reports = {"brief": {"differences": 5, "verdict": 1}, "polite": POOR}
+    with opened(browser, ScriptedEngine(MIXED), bank_with(reports)) as visited:
+        panel = visited.page.get_by_role("region", name="Corrections")
+        expect(panel.get_by_role("article", name="brief")).to_contain_text("Its report cannot be shown")
+        expect(panel.get_by_role("article", name="polite")).to_contain_text("Does not beat base")
+        ask(visited.page)
+        answered(visited.page)
+
+
 # For everybody
 
 

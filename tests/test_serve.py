@@ -96,6 +96,7 @@ def test_the_image_has_left_before_docker_stop_kills_it() -> None:
         (["--api-key", ""], "must not be empty"),
         (["--served-model-name", "mine", "contrast"], "the model's name 'contrast' is the built-in correction's name"),
         (["--served-model-name", ""], "the model's name '' is empty"),
+        (["--otlp-traces-endpoint", "localhost:4318"], "localhost:4318: give a URL"),
     ],
 )
 def test_what_an_operator_cannot_mean_is_said_before_anything_is_loaded(

@@ -395,6 +395,22 @@ def test_a_nucleus_does_not_depend_on_the_alternatives_of_others(step: Step) -> 
     assert_same(step(inputs), step(inputs._replace(alternatives=20)), StepRecord._fields[:FIELDS])
 
 
+def test_a_nucleus_of_equals_does_not_depend_on_the_bank_of_others(step: Step) -> None:
+    """A larger bank makes room for more tokens, of which equals are all found at once. Rounding decides as above."""
+    tied = torch.arange(1, 101) * 6
+
+    def tokens(largest: int) -> torch.Tensor:
+        inputs = make_inputs([{}] * 24, 700, dtype=torch.bfloat16, top_k=(largest,))
+        logits = torch.full_like(inputs.logits, -math.inf)
+        logits[:, 0], logits[:, tied] = 0.0, -1.3
+        mass = logits[0].double().softmax(0)[[0, *tied.tolist()]]
+        top_p = mass.cumsum(0)[66:90].float()
+        keys = torch.tensor([noise_for(int(token)) for token in tied[66:90]])
+        return step(inputs._replace(logits=logits, params=inputs.params._replace(top_p=top_p, noise=keys))).token
+
+    assert torch.equal(tokens(5), tokens(64))
+
+
 @of_the_reference_too
 def test_a_shut_gate_strength_zero_and_shadow_draw_from_the_base_bit_for_bit(step: Step) -> None:
     rows, edits = random_rows(10, 41, 300)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from trimtab.errors import InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.engine.admission import Admission
@@ -43,12 +44,16 @@ class Core:
     """Runs requests over one base and one bank of corrections. Not thread-safe: one caller."""
 
     def __init__(self, base: Base, bank: Bank, config: EngineConfig | None = None) -> None:
-        """Adds the built-in contrast to the bank. Raises CorrectionError for an adapter that does not fit the base."""
+        """Adds the built-in contrast to the bank. Raises CorrectionError for an adapter that does not fit the base;
+        InvalidRequest for a max_model_len beyond the base's own."""
         if CONTRAST not in bank.names:
             bank.add(ContrastCorrection(name=CONTRAST))
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
-        self.max_len = min(base.max_len, self.config.max_model_len or DEFAULT_MAX_LEN)
+        self.max_len = self.config.max_model_len or min(base.max_len, DEFAULT_MAX_LEN)
+        if self.max_len > base.max_len:
+            message = f"max_model_len {self.max_len}: {base.name} takes at most {base.max_len}"
+            raise InvalidRequest(message, "max_model_len")
         self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._admission = Admission(base, bank, self.config, self.max_len, self.grammars, self._runner.has)
@@ -58,6 +63,7 @@ class Core:
         self.runs_ahead = True  # not where `amend` will change the tokens that the next step reads
         if self._runner.compiles:
             warm_up(self)
+            self._runner.try_decoding()
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config

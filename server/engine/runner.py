@@ -24,9 +24,9 @@ from trimtab.server.engine.sequence import Sequence
 from trimtab.server.engine.slate import Slate
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.model.adapters import Placed, Shelf
-from trimtab.server.model.attention import KVBatch, Span
+from trimtab.server.model.attention import PADDING, KVBatch, Span
 from trimtab.server.model.base import Base
-from trimtab.server.model.graphs import PADDING, DecodeGraphs
+from trimtab.server.model.graphs import DecodeGraphs, batch_sizes
 from trimtab.server.model.staging import stage
 from trimtab.steering.bank import Bank, Entry
 from trimtab.steering.correction import LoraCorrection
@@ -82,6 +82,10 @@ class Runner:
     def compiles(self) -> bool:
         """Whether the first steps take long: they compile kernels, and allocate what the next ones use again."""
         return self._graphs is not None or self.base.device.type == "cuda"
+
+    def try_decoding(self) -> None:
+        """Compile what a step that decodes needs, whatever its number of rows, and of steps without a graph too."""
+        self.base.try_decoding(self.cache, batch_sizes(len(self.cache.keys[0])))
 
     def take(self, entry: Entry, placed: Placed) -> None:
         """An adapter that rows may run under from now on."""

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import CorrectionError
 from trimtab.server.model.linear import PackedLinear
+from trimtab.server.model.staging import stage
 from trimtab.steering.adapter import Adapter, LoraLayer
 from trimtab.steering.bank import Entry
 
@@ -112,7 +114,7 @@ class Shelf:
 
 
 def group_tokens(
-    owners: Sequence[int], counts: Sequence[int], placed: Mapping[int, Placed], device: Any
+    owners: Sequence[int], counts: Sequence[int], placed: Mapping[int, Placed], device: torch.device
 ) -> list[Group]:
     """owners: the adapter of each span of packed tokens, negative for none; counts: its tokens."""
     ranges: dict[int, list[range]] = {}
@@ -127,5 +129,5 @@ def group_tokens(
         if len(tokens) == tokens[-1] + 1 - tokens[0]:
             groups.append(Group(placed[adapter], slice(tokens[0], tokens[-1] + 1)))
         else:
-            groups.append(Group(placed[adapter], torch.tensor(tokens).to(device)))
+            groups.append(Group(placed[adapter], stage([np.array(tokens)], device)[0]))
     return groups

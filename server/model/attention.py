@@ -23,6 +23,7 @@ from trimtab.server.model.kv import KVCache
 from trimtab.server.model.staging import stage
 
 IMPLEMENTATION = "trimtab"
+PADDING = -1  # the position of a row that reads and writes no slot
 _NONE: Mapping[int, Placed] = {}
 
 

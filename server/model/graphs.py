@@ -14,14 +14,13 @@ from torch import Tensor
 
 from trimtab.errors import InvalidRequest
 from trimtab.kernels.places import Places
-from trimtab.server.model.attention import FixedBatch
+from trimtab.server.model.attention import PADDING, FixedBatch
 from trimtab.server.model.base import Base
 from trimtab.server.model.kv import KVCache
 from trimtab.server.model.notices import tell
 
 Replay = Callable[[], None]
 
-PADDING = -1  # the position of a row that reads and writes no slot
 _EMPTY = np.array([[0], [0], [PADDING]])  # an id, a slot, and that position
 
 

@@ -6,7 +6,17 @@ const OWN = "correction"; // what a report calls the correction itself
 /** The panel's entry for each. */
 function listCorrections(corrections) {
   const none = make("p", { class: "note" }, "This server has none.");
-  find("corrections").replaceChildren(...(corrections.length ? corrections.map(entry) : [none]));
+  find("corrections").replaceChildren(...(corrections.length ? corrections.map(entryOrWhy) : [none]));
+}
+
+/** Reports are whoever's who made them: one that cannot be shown keeps nobody from the others. */
+function entryOrWhy(correction) {
+  try {
+    return entry(correction);
+  } catch (error) {
+    const why = make("p", { class: "verdict unknown" }, `Its report cannot be shown (${error.message}).`);
+    return make("article", { class: "correction", "aria-label": correction.id }, make("h3", {}, correction.id), why);
+  }
 }
 
 function entry(correction) {
