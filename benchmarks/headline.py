@@ -54,7 +54,8 @@ def _of_pool(run: Mapping[str, Any]) -> str:
     """What a correction gains over the problems of several ladders, beside greedy decoding."""
     pairs = ((HEAD, BASE), (GREEDY, BASE), (HEAD, GREEDY))
     said = "; ".join(f"{one} minus {other} {gain(gains_of(run), one, other)}" for one, other in pairs)
-    return f"- {name_of(run)} of several such runs: {said}"
+    runs = "of a further run" if run["problems"].endswith(" of 1 ladders") else "of several such runs"
+    return f"- {name_of(run)} {runs}: {said}"
 
 
 def fill(page: Path, figures: str) -> None:
