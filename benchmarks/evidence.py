@@ -109,7 +109,7 @@ def _pools(pools: Sequence[Mapping[str, Any]]) -> str:
     """A row for each: what a correction and its LoRA gain over several ladders' problems."""
     pairs = [(policy, BASE) for policy in (GREEDY, HEAD, LORA_ALWAYS)]
     pairs += [(policy, other) for other in (GREEDY, SHUFFLED) for policy in (HEAD, LORA_ALWAYS)]
-    rows = [["several ladders as one", "base", *(f"{policy} minus {against}" for policy, against in pairs)]]
+    rows = [["further ladders, or several as one", "base", *(f"{policy} minus {against}" for policy, against in pairs)]]
     for run in pools:
         rates = {row["policy"]: row["pass@1"] for row in run["results"] if row["against"] is None}
         gains = gains_of(run)

@@ -177,14 +177,15 @@ def test_the_first_steps_suit_few_slots_and_any_tier(slots: int, on_gpu: list[in
     assert core.free_slots == slots
 
 
-def test_attention_is_tried_with_every_number_of_rows_and_as_adapters_have_it(
-    on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_no_graph_holds_is_tried_with_every_number_of_rows(
+    graphs: bool, on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel is compiled for how many programs share a row's positions, and for queries that are rotated or not."""
     tried: set[tuple[int, bool]] = set()
     base = tiny_base()
     assert base._fused is not None
-    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=12, max_model_len=64))
+    core = Core(base, Bank(base.hidden, "cpu"), EngineConfig(slots=12, max_model_len=64, graphs=graphs))
     kernels = base._fused._kernels
 
     def attend(query: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -199,7 +200,7 @@ def test_attention_is_tried_with_every_number_of_rows_and_as_adapters_have_it(
     monkeypatch.setattr(core._runner.cache, "kernels", watched)
     before = core._runner.cache.keys.clone()
     core._runner.try_decoding()
-    assert tried == set(itertools.product(batch_sizes(12), (False, True)))
+    assert tried == set(itertools.product(batch_sizes(12), (True,) if graphs else (False, True)))
     assert torch.equal(core._runner.cache.keys, before)
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from trimtab.errors import InvalidRequest
 
+DEFAULT_MAX_LEN = 4096
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -29,3 +31,12 @@ class EngineConfig:
             raise InvalidRequest(message, "max_queue_tokens")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise InvalidRequest(f"max_model_len must be at least 2, not {self.max_model_len}", "max_model_len")
+
+    def length_within(self, most: int) -> int:
+        """How many tokens a sequence may hold, of a model that takes `most`. Raises InvalidRequest beyond those."""
+        if self.max_model_len is None:
+            return min(most, DEFAULT_MAX_LEN)
+        if self.max_model_len > most:
+            message = f"max_model_len must be at most the model's {most}, not {self.max_model_len}"
+            raise InvalidRequest(message, "max_model_len")
+        return self.max_model_len

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trimtab.errors import InvalidRequest
 from trimtab.kernels import philox
 from trimtab.kernels.record import DEAD, FIRED, OPEN, StepRecord
 from trimtab.server.engine.admission import Admission
@@ -35,7 +34,6 @@ from trimtab.steering.correction import CONTRAST, ContrastCorrection
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MAX_LEN = 4096
 PAUSE = 8  # steps, some 10 to 40 ms, that a first token may wait so that most steps are a graph's
 FAILED = "the engine failed: its log says why"  # which callers are told, and no more
 
@@ -50,10 +48,7 @@ class Core:
             bank.add(ContrastCorrection(name=CONTRAST))
         self.config = config or EngineConfig()
         self.base, self.bank = base, bank
-        self.max_len = self.config.max_model_len or min(base.max_len, DEFAULT_MAX_LEN)
-        if self.max_len > base.max_len:
-            message = f"max_model_len {self.max_len}: {base.name} takes at most {base.max_len}"
-            raise InvalidRequest(message, "max_model_len")
+        self.max_len = self.config.length_within(base.max_len)
         self.grammars = Grammars(base.tokenizer, base.vocab, base.eos)
         self._runner = Runner(base, bank, self.config, self.max_len)
         self._admission = Admission(base, bank, self.config, self.max_len, self.grammars, self._runner.has)

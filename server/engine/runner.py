@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.kernels.companion import Companions, step_with
 from trimtab.kernels.dispatch import capture_for, step_for
+from trimtab.kernels.places import Places
 from trimtab.kernels.record import StepRecord, pack, unpack
 from trimtab.server.engine.config import EngineConfig
 from trimtab.server.engine.inputs import Sampling, build_inputs
@@ -24,7 +25,7 @@ from trimtab.server.engine.sequence import Sequence
 from trimtab.server.engine.slate import Slate
 from trimtab.server.engine.slots import NO_ADAPTER
 from trimtab.server.model.adapters import Placed, Shelf
-from trimtab.server.model.attention import PADDING, KVBatch, Span
+from trimtab.server.model.attention import PADDING, FixedBatch, KVBatch, Span
 from trimtab.server.model.base import Base
 from trimtab.server.model.graphs import DecodeGraphs, batch_sizes
 from trimtab.server.model.staging import stage
@@ -84,8 +85,12 @@ class Runner:
         return self._graphs is not None or self.base.device.type == "cuda"
 
     def try_decoding(self) -> None:
-        """Compile what a step that decodes needs, whatever its number of rows, and of steps without a graph too."""
-        self.base.try_decoding(self.cache, batch_sizes(len(self.cache.keys[0])))
+        """Decode for nobody, each number of rows, as steps without a graph do: no request waits for the compiler."""
+        for size in batch_sizes(self.cache.keys.shape[1]):
+            ids, slot = torch.zeros(2, size, dtype=torch.int64, device=self.base.device)
+            batch = FixedBatch(self.cache, Places(slot, torch.full_like(slot, PADDING), size, None))
+            for plainly in (True,) if self.graphed else (True, False):
+                self.base.run(ids, batch, plainly)
 
     def take(self, entry: Entry, placed: Placed) -> None:
         """An adapter that rows may run under from now on."""

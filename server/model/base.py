@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UnsupportedModel
 from trimtab.kernels.dispatch import LayerKernels, layers_for, make_ready
-from trimtab.kernels.places import Places
 from trimtab.server.model.adapters import AdaptedLayers
-from trimtab.server.model.attention import IMPLEMENTATION, PADDING, FixedBatch, KVBatch, Span
+from trimtab.server.model.attention import IMPLEMENTATION, FixedBatch, KVBatch, Span
 from trimtab.server.model.fused import FusedDecoder, can_fuse
 from trimtab.server.model.kv import KVCache
 from trimtab.server.model.linear import pack_linears
@@ -68,28 +67,17 @@ class Base:
         return self.run(stage([np.asarray(token_ids, dtype=np.int64)], self.device)[0], batch)
 
     @torch.inference_mode()
-    def run(self, ids: Tensor, batch: KVBatch | FixedBatch) -> Tensor:
-        """`forward` of ids int64 [tokens] that are on the device. Here it is chosen what computes the layers."""
-        if self._fused is not None and batch.places is not None and not batch.adapted:
-            return self._fused(ids, batch.places, batch.cache)
-        return self._run_plainly(ids, batch)
+    def run(self, ids: Tensor, batch: KVBatch | FixedBatch, plainly: bool = False) -> Tensor:
+        """`forward` of ids int64 [tokens] that are on the device. Here it is chosen what computes the layers.
 
-    def _run_plainly(self, ids: Tensor, batch: KVBatch | FixedBatch) -> Tensor:
-        """By transformers' own layers, where adapters act."""
+        plainly: by transformers' own, as where adapters act.
+        """
+        if self._fused is not None and batch.places is not None and not (batch.adapted or plainly):
+            return self._fused(ids, batch.places, batch.cache)
         with self.adapted.acting(batch.adapted):
             out = self._decoder(ids[None], position_ids=batch.position[None], use_cache=False, kv_batch=batch)
         states: Tensor = out.last_hidden_state[0]
         return states
-
-    @torch.inference_mode()
-    def try_decoding(self, cache: KVCache, sizes: Sequence[int]) -> None:
-        """Decode so many rows for nobody, by the layers that adapters act in too: what a GPU compiles for each number
-        of rows, no request will wait for. Needs a cache on CUDA."""
-        for size in sizes:
-            ids, slot = torch.zeros(2, size, dtype=torch.int64, device=self.device)
-            batch = FixedBatch(cache, Places(slot, torch.full_like(slot, PADDING), size, None))
-            for run in (self.run, self._run_plainly):
-                run(ids, batch)
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
