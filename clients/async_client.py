@@ -230,7 +230,10 @@ class AsyncClient:
         """-> what answers, where redirects lead. Raises BadAnswer for one that cannot be followed."""
         request = self._connection.request(self._http, call)
         for followed in count():
-            response = await self._http.send(request, stream=stream)
+            try:
+                response = await self._http.send(request, stream=stream)
+            except UnicodeError as error:
+                raise self._connection.misled(error) from error
             if not response.has_redirect_location:
                 return response
             await response.aread()

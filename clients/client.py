@@ -225,7 +225,10 @@ class Client:
         """-> what answers, where redirects lead. Raises BadAnswer for one that cannot be followed."""
         request = self._connection.request(self._http, call)
         for followed in count():
-            response = self._http.send(request, stream=stream)
+            try:
+                response = self._http.send(request, stream=stream)
+            except UnicodeError as error:
+                raise self._connection.misled(error) from error
             if not response.has_redirect_location:
                 return response
             response.read()

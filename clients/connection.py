@@ -100,6 +100,10 @@ class Connection:
                 request.headers.pop(name, None)
         return request
 
+    def misled(self, error: UnicodeError) -> BadAnswer:
+        """A redirect names a host that no address can have: base_url's own was tried when the client was made."""
+        return BadAnswer(f"{self.base_url} redirects to a host that cannot be ({error}): is base_url right?")
+
     def after_error(self, attempt: int, error: httpx.RequestError) -> Verdict:
         """On a failure of the transport in attempt 0, 1, ..."""
         return Verdict(self.retries.after_error(attempt, error), transport_error(error, str(self.base_url)))

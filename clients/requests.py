@@ -17,11 +17,12 @@ from pydantic.errors import PydanticUserError
 from trimtab.clients.options import Budget, Extra, Messages, Options, Prompt, ResponseOptions, Steer, Steering, Text
 from trimtab.errors import InvalidRequest
 
-# What a correction's folder may hold that the server reads: its own two files, or a PEFT adapter's.
+# What a correction's folder may hold that the server reads: its own, or a PEFT adapter's.
 CORRECTION_FILES = (
     ("correction.json", "correction.safetensors"),
     ("correction.json", "adapter_config.json", "adapter_model.safetensors"),
     ("adapter_config.json", "adapter_model.safetensors"),
+    ("correction.json",),  # a contrast; the server refuses what lacks a file
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from trimtab.clients.reading import Answer, Kind, OrNull, P, parse
-from trimtab.clients.types import SteeringReport
+from trimtab.clients.types import PromptDetails, SteeringReport, Usage
 
 
 class InputDetails(Answer):
@@ -21,6 +21,16 @@ class ResponseUsage(Answer):
     output_tokens: OrNull[int] = 0
     total_tokens: OrNull[int] = 0
     input_tokens_details: InputDetails | None = None
+
+    def of_chat(self) -> Usage:
+        """The same in a chat's words."""
+        told = self.input_tokens_details
+        return Usage(
+            prompt_tokens=self.input_tokens,
+            completion_tokens=self.output_tokens,
+            total_tokens=self.total_tokens,
+            prompt_tokens_details=None if told is None else PromptDetails(cached_tokens=told.cached_tokens),
+        )
 
 
 class ContentPart(Answer):

@@ -67,5 +67,5 @@ def retry_after(response: httpx.Response) -> float | None:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # the year 10 ** 20
         return None

@@ -60,7 +60,7 @@ class _Reader(Generic[C]):
 
     def _read(self, piece: bytes) -> Iterator[C]:
         for event in self._decoder.feed(piece):
-            if event.data == _DONE:
+            if event.data.strip() == _DONE:
                 self._done = True
             elif not self._done:
                 yield self._take(event.data)
@@ -103,11 +103,10 @@ class _Reader(Generic[C]):
         """The event that ends a response has all of it."""
         self.response, self.finish_reason = whole, whole.status
         if whole.usage is not None:
-            read, written, total = whole.usage.input_tokens, whole.usage.output_tokens, whole.usage.total_tokens
-            self.usage = Usage(prompt_tokens=read, completion_tokens=written, total_tokens=total)
+            self.usage = whole.usage.of_chat()
         if whole.steering is not None:
             self.steering = whole.steering
-            self.receipts = self.receipts or list(whole.steering.tokens)
+            self.receipts = list(whole.steering.tokens) or self.receipts
         for index, item in enumerate(whole.tool_calls):
             function = Function(name=item.name, arguments=item.arguments)
             self._calls[index] = [ToolCall(index=index, id=item.call_id, type="function", function=function)]
@@ -136,7 +135,7 @@ class _Reader(Generic[C]):
         if not kind.startswith(_EVENTS):
             raise BadAnswer(f"{self.http.url} answered with {kind}, not with a stream: is base_url right?")
         # Some servers end without the blank line that would end [DONE]: all of the answer is there.
-        self._done = any(event.data == _DONE for event in self._decoder.feed(b"\n\n"))
+        self._done = any(event.data.strip() == _DONE for event in self._decoder.feed(b"\n\n"))
         if not self._done:
             raise self._failed("the stream ended before [DONE]: the answer is incomplete")
 
@@ -165,7 +164,8 @@ class Stream(_Reader[C]):
             for piece in self.http.iter_bytes():
                 yield from self._read(piece)
         except (httpx.RequestError, httpx.StreamError) as error:
-            raise self._broken(error) from error
+            if not self._done:  # what breaks after the end is no answer's
+                raise self._broken(error) from error
 
 
 class AsyncStream(_Reader[C]):
@@ -193,7 +193,8 @@ class AsyncStream(_Reader[C]):
                 for chunk in self._read(piece):
                     yield chunk
         except (httpx.RequestError, httpx.StreamError) as error:
-            raise self._broken(error) from error
+            if not self._done:  # what breaks after the end is no answer's
+                raise self._broken(error) from error
 
 
 def _index_of(call: ToolCall, calls: dict[int, list[ToolCall]]) -> int:

@@ -4,22 +4,28 @@ Invariant: a body costs no more to refuse than to accept. pydantic tells of ever
 it could have been: of a hundred thousand that takes seconds, in which the server would hear nobody else. The same holds
 for what is good and long, where reading an entry takes more than its bytes do: Most bounds that.
 
-    tools: Annotated[Many[Tool], Most(128)]
+A Bounded body has so many lists, objects and keys in all, wherever they stand: what goes through to a chat template, a
+tool's parameters or a key that nobody knows is walked in Python by who reads it.
+
+    class Body(Bounded): tools: Annotated[Many[Tool], Most(128)]
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    BaseModel,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+MAX_NESTED = 2**17  # lists, objects and keys of a body: some tenths of a second to walk
 TOO_MANY = "too_many"  # pydantic's word for the kind of a fault
 T = TypeVar("T")
 K = TypeVar("K")
@@ -63,6 +69,25 @@ def too_many(most: int, found: int, what: str = "entries") -> PydanticCustomErro
     """What a validator raises, and the caller reads."""
     message = "at most {most} {what} are taken, not {found}: send fewer"
     return PydanticCustomError(TOO_MANY, message, {"most": most, "found": found, "what": what})
+
+
+class Bounded(BaseModel):
+    """A body of at most MAX_NESTED lists, objects and keys in all, counted before any is read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        found, to_see = 0, [value]
+        while to_see:
+            one = to_see.pop()
+            entries = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+            inner = [entry for entry in entries if isinstance(entry, list | dict)]
+            found += len(inner) + (len(one) if isinstance(one, dict) else 0)
+            if found > MAX_NESTED:
+                message = "at most {most} lists, objects and keys are taken in all: send fewer"
+                raise PydanticCustomError(TOO_MANY, message, {"most": MAX_NESTED})
+            to_see += inner
+        return value
 
 
 Many = Annotated[list[T], Field(fail_fast=True)]

@@ -76,6 +76,7 @@ class Message(BaseModel, extra="allow"):
     tool_calls: Annotated[Many[CalledTool], Most(MAX_CALLS)] | None = None  # the assistant's
     tool_call_id: str | None = None  # of the call whose result it is
     function_call: None = None  # older than tool_calls, and not known here
+    audio: None = None  # an earlier answer's sound, by its id: nothing is stored here
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: text alone, and `system` for OpenAI's newer word `developer`. No nulls."""

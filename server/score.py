@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -20,7 +20,7 @@ from trimtab.server import foreign, openapi
 from trimtab.server.catalogue import Chosen
 from trimtab.server.choice import check_event
 from trimtab.server.engine.request import Request, SamplingParams
-from trimtab.server.many import Many
+from trimtab.server.many import Bounded, Many
 from trimtab.server.messages import Messages
 from trimtab.server.metrics import REFUSED
 from trimtab.server.prompt import Ids, replace_words
@@ -32,7 +32,7 @@ from trimtab.server.visit import note
 from trimtab.server.wire import or_gone
 
 
-class ScoreBody(BaseModel, extra="allow"):
+class ScoreBody(Bounded, extra="allow"):
     """A completion, and what it follows: a prompt or messages. Ids are taken as they are."""
 
     model: str | None = None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Structure
-from trimtab.server.many import Many, Most
+from trimtab.server.many import Bounded, Many, Most
 
 JsonSchema = dict[str, Any] | bool
 
@@ -46,7 +46,7 @@ class StructuredOutputs(BaseModel, extra="forbid"):
     disable_additional_properties: Literal[False] | None = None
 
 
-class StructuredBody(BaseModel):
+class StructuredBody(Bounded):
     """The part of a body that these words are."""
 
     response_format: ResponseFormat | None = None

@@ -18,7 +18,13 @@ from trimtab.server.receipts import receipt_json
 from trimtab.server.schema import Body
 from trimtab.server.stream import Shown, Step, Update
 
-dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # JSON as answers are written
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def dumps(value: Any) -> str:
+    """JSON as answers are written. Readers of events that split lines as Python does would split at these three too."""
+    text = _encode(value)
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 class Shape(Protocol):

@@ -7,6 +7,7 @@ also where it does not fit the context, up to a length that the prompter bounds.
 """
 
 import json
+from typing import Annotated
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,9 +17,9 @@ from trimtab import __version__
 from trimtab.clients import facts
 from trimtab.errors import InvalidRequest
 from trimtab.server import chat
-from trimtab.server.many import Many
+from trimtab.server.many import Bounded, Many, Most
 from trimtab.server.messages import Messages
-from trimtab.server.prompt import Ids
+from trimtab.server.prompt import WHOLE, Ids
 from trimtab.server.schema import ChatBody
 from trimtab.server.service import Service
 from trimtab.server.wire import or_gone
@@ -26,7 +27,7 @@ from trimtab.server.wire import or_gone
 _PATHS = {"name_or_path", "vocab_file", "tokenizer_file", "merges_file"}  # where the files lie concerns nobody
 
 
-class TokenizeBody(BaseModel, extra="allow"):
+class TokenizeBody(Bounded, extra="allow"):
     """POST /tokenize: a prompt or a chat's messages. Further keys are read as a chat's."""
 
     model: str | None = None
@@ -52,11 +53,11 @@ class TokenizeBody(BaseModel, extra="allow"):
             raise RequestValidationError(error.errors()) from error
 
 
-class DetokenizeBody(BaseModel, extra="allow"):
+class DetokenizeBody(Bounded, extra="allow"):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Many[int]
+    tokens: Annotated[Many[int], Most(WHOLE)]
 
 
 class TokenizerInfo(BaseModel, extra="allow"):

@@ -73,24 +73,25 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Read a PEFT folder. Raises CorrectionError naming the file and what is wrong."""
-    path = Path(folder) / CONFIG_FILE
     try:
-        config = json.loads(path.read_bytes())
-        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # as a folder is written from it
+        config = (Path(folder) / CONFIG_FILE).read_bytes()
         content = (Path(folder) / WEIGHTS_FILE).read_bytes()
     except OSError as error:
         hint = "; pickled adapters are not read, save it as safetensors" if WEIGHTS_FILE in str(error) else ""
         raise CorrectionError(f"{error.filename}: cannot be read ({error.strerror}){hint}") from error
-    except ValueError as error:
-        raise CorrectionError(f"{path}: is not JSON ({error})") from error
     try:
         return parse_adapter(config, content)
     except CorrectionError as error:
         raise CorrectionError(f"{folder}: {error}") from error
 
 
-def parse_adapter(config: Any, content: bytes) -> Adapter:
-    """config: adapter_config.json as JSON values; content: the bytes of adapter_model.safetensors."""
+def parse_adapter(described: bytes, content: bytes) -> Adapter:
+    """Of the bytes of adapter_config.json and adapter_model.safetensors. Raises CorrectionError."""
+    try:
+        config = json.loads(described)
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # as a folder is written from it
+    except (ValueError, RecursionError) as error:
+        raise CorrectionError(f"{CONFIG_FILE}: is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise CorrectionError(f"{CONFIG_FILE} must hold a JSON object")
     for field, plain in _PLAIN.items():

@@ -40,6 +40,7 @@ from trimtab.steering.correction import (
 from trimtab.steering.gate import Gate
 
 FORMAT = 1  # raised when an older reader would misread a newer folder
+MAX_DEPTH = 64  # of its JSON: what answers with it, pydantic among them, recurses
 
 JSON_FILE, TENSORS_FILE = "correction.json", "correction.safetensors"
 
@@ -96,7 +97,7 @@ def load(folder: str | Path) -> Correction:
         if tier == "head":
             described |= _read_tensors(files[TENSORS_FILE])
         elif tier == "lora":
-            described["adapter"] = parse_adapter(json.loads(files[CONFIG_FILE]), files[WEIGHTS_FILE])
+            described["adapter"] = parse_adapter(files[CONFIG_FILE], files[WEIGHTS_FILE])
         correction: Correction = _build(TIERS[tier], described, "correction")
         return correction
     except CorrectionError as error:
@@ -194,14 +195,25 @@ def _read_json(path: Path) -> dict[str, Any]:
         json.dumps(described, ensure_ascii=False, allow_nan=False).encode()  # as whoever asks for it will be told
     except CorrectionError as error:
         raise CorrectionError(f"{error}: is this a correction's folder?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorrectionError(f"{path}: is not JSON ({error})") from error
     if not isinstance(described, dict):
         raise CorrectionError(f"{path}: must hold a JSON object")
+    if _is_deeper(described, MAX_DEPTH):
+        raise CorrectionError(f"{path}: must not hold lists and objects in one another, {MAX_DEPTH} levels deep")
     version = described.pop("format", None)
     if version != FORMAT:
         raise CorrectionError(f"{path}: format is {version!r}; this version of trimtab reads {FORMAT}")
     return described
+
+
+def _is_deeper(described: dict[str, Any], levels: int) -> bool:
+    """Whether lists and objects stand in one another, so many levels and more."""
+    inner: list[Any] = [described]
+    for _ in range(levels):
+        entries = (entry for one in inner for entry in (one.values() if isinstance(one, dict) else one))
+        inner = [entry for entry in entries if isinstance(entry, list | dict)]
+    return bool(inner)
 
 
 def _read(path: Path) -> bytes:

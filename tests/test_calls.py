@@ -73,6 +73,7 @@ def test_changing_corrections_takes_the_admin_key(both: Both, settings: dict[str
         ("correction.json", "correction.safetensors"),
         ("correction.json", "adapter_config.json", "adapter_model.safetensors"),
         ("adapter_config.json", "adapter_model.safetensors"),
+        ("correction.json",),
     ],
 )
 def test_a_folder_is_uploaded_whole_at_every_attempt(
@@ -101,7 +102,7 @@ def test_a_folder_is_uploaded_whole_at_every_attempt(
 
 
 def test_a_folder_without_a_correction_says_what_it_lacks(both: Both, tmp_path: Path) -> None:
-    (tmp_path / "correction.json").write_text("{}")
+    (tmp_path / "correction.safetensors").write_text("{}")
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InvalidRequest, match=r"correction\.safetensors") as caught:
             both.call(Server(), "upload_correction", folder)
@@ -309,6 +310,16 @@ def test_a_response_streams_until_its_last_event(both: Both) -> None:
     assert stream.response.text == "The sky"
     assert (len(stream.receipts), stream.steering.steps) == (1, 2)
     assert stream.tool_calls[0].parse(dict) == {"name": "Ulm"}
+
+
+def test_the_end_of_a_response_tells_what_no_delta_did(both: Both) -> None:
+    """The receipts of tokens that close a call, say, and how much was cached."""
+    usage = {"input_tokens": 5, "output_tokens": 2, "total_tokens": 7, "input_tokens_details": {"cached_tokens": 3}}
+    whole = {**RESPONSE, "usage": usage, "steering": {**TOTALS, "tokens": [RECEIPT, {**RECEIPT, "entropy": 0.5}]}}
+    events = sse(text_event(1, "The", steering={"tokens": [RECEIPT]}), event("response.completed", 2, response=whole))
+    _, stream = both.stream(Server(httpx.Response(200, content=events)), "Why?", method="stream_respond")
+    assert [receipt.entropy for receipt in stream.receipts] == [RECEIPT["entropy"], 0.5]
+    assert stream.usage.prompt_tokens_details.cached_tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,13 @@ def test_a_refusal_without_an_envelope_is_quoted(both: Both, content: bytes, mes
         both.call(Server(httpx.Response(502, content=content)), "models", settings={"max_retries": 0})
 
 
+@pytest.mark.parametrize("charset", ["utf-16", "idna", "undefined", "hex"])
+def test_a_refusal_in_letters_that_cannot_be_read_is_quoted_too(both: Both, charset: str) -> None:
+    answer = httpx.Response(502, headers={"content-type": f"text/html; charset={charset}"}, content=b"\xffgateway")
+    with pytest.raises(ServerError, match="gateway"):
+        both.call(Server(answer), "models", settings={"max_retries": 0})
+
+
 BARE = {"object": "error", "message": "boom", "type": "BadRequestError", "param": None, "code": 400}
 
 
@@ -515,7 +522,7 @@ def test_retry_after_may_be_a_fraction(both: Both, naps: list[float], value: str
     assert naps == [waited]
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "1e3", "1."])
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "1e3", "1.", "1 Jan 99999999999999999999 00:00:00 GMT"])
 def test_a_retry_after_that_says_nothing_is_as_none(both: Both, naps: list[float], value: str) -> None:
     both.call(Server(refusal(503, {"retry-after": value}), httpx.Response(200, json=CHAT)), "chat", "Why?")
     assert 0.3 < naps[0] <= 0.5
@@ -637,6 +644,11 @@ def test_redirects_in_a_circle_come_to_an_end(both: Both, naps: list[float]) -> 
     with pytest.raises(BadAnswer, match=r"redirect.*base_url"):
         both.call(server, "chat", "Why?")
     assert (len(server.requests), naps) == (21, [])
+
+
+def test_a_redirect_to_a_host_that_cannot_be_is_no_answer(both: Both) -> None:
+    with pytest.raises(BadAnswer, match=r"redirects to a host.*base_url"):
+        both.call(Server(moved("http://xn--/")), "chat", "Why?")
 
 
 # streams
@@ -773,6 +785,13 @@ def test_a_connection_that_breaks_in_a_stream_is_an_error(both: Both) -> None:
     with pytest.raises(StreamFailed, match="reset"):
         both.stream(Server(httpx.Response(200, stream=body)), "Why?")
     assert body.closed
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE] \n\n"])
+def test_what_breaks_after_the_end_is_no_answers(both: Both, end: bytes) -> None:
+    body = Body(sse(piece("The")), end, httpx.ReadError("reset"))
+    chunks, stream = both.stream(Server(httpx.Response(200, stream=body)), "Why?")
+    assert ([chunk.text for chunk in chunks], stream.text) == (["The"], "The")
 
 
 def test_a_stream_goes_on_where_it_was_left_while_it_is_open() -> None:

@@ -20,6 +20,10 @@ from trimtab.steering.gate import Gate
 BASE = BaseIdentity("tiny/llama", "f" * 64, "t" * 64, "c" * 64)
 
 
+def nested(levels: int) -> dict[str, object]:
+    return {} if levels == 1 else {"in": nested(levels - 1)}
+
+
 def make(**changes: object) -> HeadCorrection:
     generator = torch.Generator().manual_seed(0)
     fields: dict[str, object] = {
@@ -89,6 +93,7 @@ def test_another_base_is_refused_with_both_names() -> None:
         ({"colour": "red"}, "unknown field: colour"),
         ({"report": {"gain": math.nan}}, "is not JSON"),
         ({"report": {"note": "\ud800"}}, "is not JSON"),
+        ({"provenance": nested(64)}, "64 levels deep"),
         ({"tensors_sha256": "0"}, "digest"),
     ],
 )
@@ -99,6 +104,11 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, object], words
     with pytest.raises(CorrectionError, match=words) as caught:
         load(tmp_path)
     assert "correction.json" in str(caught.value)
+
+
+def test_what_lies_less_deep_is_read(tmp_path: Path) -> None:
+    save(make(provenance=nested(63)), tmp_path)
+    assert load(tmp_path).provenance == nested(63)
 
 
 @pytest.mark.parametrize("name", ["correction.json", "correction.safetensors"])

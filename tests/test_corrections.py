@@ -222,7 +222,7 @@ def test_the_fleet_calls_the_same(server: Server) -> None:
         ({"path": "absent"}, "path", "no folder"),
         ({"path": "foreign"}, "correction", "fitted to"),
         ({"path": "pickled"}, "correction", "cannot be read"),
-        ({"path": "deep"}, "correction", "cannot be read"),
+        ({"path": "deep"}, "correction", "is not JSON"),
         ({"path": "head-0", "name": "../x"}, "name", "name must be"),
         ({"path": "head-0", "name": "tiny-llama"}, "name", "the model itself"),
         ({"path": "head-0", "nmae": "x"}, "nmae", "Extra"),

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from scripted import ScriptedEngine, in_memory, say
+from trimtab.server.many import MAX_NESTED
 from trimtab.server.schema import ChatBody, CompletionBody
 
 CHAT_PATH, RESPONSE_PATH, TOKENS_PATH = "/v1/chat/completions", "/v1/responses", "/tokenize"
@@ -131,6 +132,34 @@ def test_a_batch_of_prompts_is_counted_before_it_is_known_what_they_are() -> Non
         assert [found["type"] for found in caught.value.errors()] == ["too_many"]
     assert len(CompletionBody.model_validate({"prompt": [1] * 20000}).prompt) == 20000, "ids are one prompt"
     assert CompletionBody.model_validate({"prompt": []}).prompt == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT_PATH, {"messages": [{**HI, "seen": [[]] * MAX_NESTED}]}),
+        (CHAT_PATH, {"messages": [HI], "chat_template_kwargs": {f"key{i}": 1 for i in range(MAX_NESTED)}}),
+        (RESPONSE_PATH, {"input": "hi", "tools": [{**functions(1)[0], "parameters": {"x": [{}] * MAX_NESTED}}]}),
+        (TOKENS_PATH, {"messages": [{**HI, "seen": [[[]] * 300] * (MAX_NESTED // 300)}]}),
+    ],
+)
+def test_a_body_holds_so_much_wherever_it_stands(path: str, body: dict[str, Any]) -> None:
+    """A chat template is handed what a message holds, and walks it: millions of lists take seconds."""
+    with in_memory(Roomy(say("x"))) as ask:
+        error = ask("POST", path, json=body)
+    assert error.status_code == 400
+    assert f"at most {MAX_NESTED} lists, objects and keys" in error.json()["error"]["message"]
+
+
+def test_ids_are_as_many_as_they_are() -> None:
+    """They are no lists; of those that are to be read back as text there is a limit."""
+    assert len(CompletionBody.model_validate({"prompt": [1] * 2 * MAX_NESTED}).prompt) == 2 * MAX_NESTED
+    with in_memory(Roomy(say("x"))) as ask:
+        error = ask("POST", "/detokenize", json={"tokens": [1] * (2**20 + 1)}).json()["error"]
+    assert (error["param"], error["message"]) == (
+        "tokens",
+        "tokens: at most 1048576 entries are taken, not 1048577: send fewer",
+    )
 
 
 def test_what_a_tool_is_called_with_costs_no_walk_through_it() -> None:

@@ -373,6 +373,18 @@ def test_a_model_that_calls_a_function(stream: bool) -> None:
     assert [item.type for item in Response.model_validate(answer).output] == ["message", "function_call"]
 
 
+def test_what_ends_a_call_is_not_told_of_the_text_after_it() -> None:
+    told = respond(say(f"{CALLS}Done."), tools=[FUNCTION], include=["message.output_text.logprobs"])
+    _, message = told.json()["output"]
+    (part,) = message["content"]
+    assert part["text"] == "".join(token["token"] for token in part["logprobs"]) == "Done."
+
+
+def test_logprobs_are_told_in_a_chats_words_too() -> None:
+    (message,) = respond(say("x"), logprobs=True).json()["output"]
+    assert [token["token"] for token in message["content"][0]["logprobs"]] == ["x"]
+
+
 def test_a_call_and_its_output_are_told_to_the_model() -> None:
     items = [
         {"role": "user", "content": "hi"},

@@ -43,6 +43,15 @@ WORDS = (
 )
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_what_ends_a_line_for_some_readers_ends_no_event(path: str) -> None:
+    with in_memory(ScriptedEngine(say("a\u2028b\u2029c\x85d"))) as ask:
+        told = ask("POST", path, json=body_for(path, "hi", 9, stream=True))
+    lines = [line.removeprefix("data: ") for line in told.text.splitlines() if line.startswith("data: {")]
+    found = "".join(json.dumps(json.loads(line), ensure_ascii=False) for line in lines)
+    assert set("\u2028\u2029\x85") <= set(found)
+
+
 def some_text(rng: random.Random, most: int = 12) -> str:
     return "".join(rng.choice(WORDS) for _ in range(rng.randint(1, most)))
 

@@ -121,7 +121,7 @@ class ResponseBody(Body):
         own = {
             "messages": self._messages(),
             "max_completion_tokens": self.max_output_tokens,
-            "logprobs": LOGPROBS in (self.include or []) or bool(self.top_logprobs),
+            "logprobs": LOGPROBS in (self.include or []) or bool(self.top_logprobs) or None,
             "top_logprobs": self.top_logprobs,
             "response_format": None if self.format["type"] == "text" else _format(self.format),
             "tools": None if self.tools is None else [_tool(i, tool) for i, tool in enumerate(self.tools)],

@@ -48,11 +48,13 @@ class Writer:
         self._receipts += receipts
         self._untold += receipts
         self._steering = steering or self._steering
-        self._logprobs += (chunk.get("logprobs") or {}).get("content") or []
+        content = chunk["delta"].get("content")
+        if content or self._item is None or self._item["type"] == "message":  # what ends a call is no message's
+            self._logprobs += (chunk.get("logprobs") or {}).get("content") or []
         self._finish = chunk["finish_reason"] or self._finish
         events: list[Event] = []
-        if chunk["delta"].get("content"):
-            events += self._text(chunk["delta"]["content"])
+        if content:
+            events += self._text(content)
         for call in chunk["delta"].get("tool_calls") or []:
             events += self._arguments(call)
         return events
