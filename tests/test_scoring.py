@@ -183,6 +183,21 @@ def test_a_prefix_is_reused_as_far_as_no_state_is_needed(base: Base, bank: Bank)
     assert after[0].cached == 49, "what was scored is reused by others"
 
 
+@pytest.mark.parametrize("score_from", [1, 30])
+@pytest.mark.parametrize("name", ["plain", "gated", "always", "contrast"])
+def test_who_goes_on_where_a_scored_prompt_ended_reads_what_it_says(
+    base: Base, bank: Bank, name: str, score_from: int
+) -> None:
+    """Its last token's keys and values are cleared, as nobody has read what came of them: they are no prefix."""
+    prompt, steering = prompt_of(40), STEERINGS[name]
+    go_on = Request("on", prompt + prompt_of(9, seed=2), SamplingParams(0.0, max_tokens=5, ignore_eos=True), steering)
+    core = Core(base, bank, EngineConfig(slots=4, step_tokens=16))
+    list(core.run([Request("scored", prompt, ONLY_SCORE, steering, score_from=score_from)]))
+    told = list(core.run([go_on]))
+    assert told[0].cached == 39
+    assert_alike(told, run(base, bank, [go_on]))
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_the_shortest_prompts(base: Base, bank: Bank, length: int) -> None:
     prompt = prompt_of(length)

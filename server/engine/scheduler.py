@@ -104,7 +104,8 @@ class Scheduler:
         """Note that a step has computed this work. Single tokens are told to the slots a block at a time."""
         sequence, row, start, end = work
         row.computed = end
-        if (end % BLOCK == 0 or end - start > 1) and sequence.vouched:
+        # Of what samples nothing, the last token is cleared where it ends (core.py): `remove` tells what it holds then.
+        if (end % BLOCK == 0 or end - start > 1) and sequence.vouched and sequence.limit > 0:
             self._tell(row)
 
     def decoded(self, sequences: list[Sequence]) -> None:
