@@ -185,10 +185,14 @@ def _gates(run: Mapping[str, Any]) -> str:
         ["a head that learned and acts above, in nats", *(f"{r['tau']:g}" for r in found)],
         ["acts at % of steps", *(f"{100 * r['fired']:.0f}" for r in found)],
         ["minus base", *(_interval(**r["over_base"]) for r in found)],
-        ["minus itself at as many random steps, as far from the base", *(_interval(**r["over_random"]) for r in found)],
+        ["minus itself at as many random steps, as far from the base", *map(_over_random, found)],
     ]
     told = f"distilled anew above each from the LoRA of {run['run']}; {run['answered']}; {run['compared at']}"
     return f"{table(rows)}\n\n- {told}; {hardware(run['machine'])}; {run['model']} ({run['device']})"
+
+
+def _over_random(gate: Mapping[str, Any]) -> str:
+    return _interval(**gate["over_random"]) + ("" if gate["as_far_at_random"] else ", not as far")
 
 
 def _costs(run: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ positions above it alone and answers validation problems, at the strength at whi
 base is the same on the run's held-out completions: --kl nats a position where the run's own gate opens, at the run's
 temperature, so one that acts less often may push harder. What it then diverges on its own text is `kl_token`. `at
 random` is the same head acting at as many steps drawn by chance, and stronger, as a push does less where the base is
-sure: it is brought to as many nats a step at which it acts, on the base's own text (match.py).
+sure: it is brought to as many nats a token of the base's own text (match.py).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
+from trimtab.steering.commands.begin import split
 from trimtab.steering.evaluation.evaluate import Policy, answer, compare, summarise
 from trimtab.steering.evaluation.match import Matched, match_kl
 from trimtab.steering.machine import device_of
@@ -62,8 +63,8 @@ def main() -> None:
     entropy = entropies(base, watched.features.h)
     heads = {tau: learn(base, watched, entropy, tau, config, args.kl) for tau in args.taus}
     task = load_task(config.task, config.verifier, config.held_out, config.seed)
-    found, matched = online(base, task, config, heads, args)
-    problems = task.problems("validation", args.problems)
+    problems = split(task, dataclasses.replace(config, validation_problems=args.problems)).validation
+    found, matched = online(base, task, problems, config, heads, args)
     results = [line(task, problems, found, tau, heads[tau][2], matched[tau]) for tau in args.taus]
     here = machine.describe()
     mean = sum(rollout.reward for rollout in found["base"]) / len(found["base"])
@@ -113,12 +114,12 @@ def learn(
 def online(
     base: Base,
     task: Task,
+    problems: Sequence[Problem],
     config: FitConfig,
     heads: dict[float, tuple[FitConfig, Head, float]],
     args: argparse.Namespace,
 ) -> tuple[dict[str, list[Rollout]], dict[float, Matched]]:
     """What each policy answered, by its name, and by tau how the one at random was matched."""
-    problems = task.problems("validation", args.problems)
     bank = Bank(base.hidden, base.device)
     for i, (told, head, strength) in enumerate(heads.values()):
         bank.add(head.correction(f"c{i}", told.top_k, gate_of(told), base.identity, strength))
@@ -157,8 +158,8 @@ def line(
         "strength": strength,
         "strength_at_random": matched.strength,
         "as_far_at_random": matched.near,
-        "kl_a_fired_step": round(matched.wanted, 4),
-        "kl_a_fired_step_at_random": round(matched.kl, 4),
+        "kl_of_the_base": round(matched.wanted, 4),
+        "kl_of_the_base_at_random": round(matched.kl, 4),
         "fired": round(told.fired, 4),
         "flips": round(told.flips, 4),
         "kl_token": round(told.kl_token, 4),

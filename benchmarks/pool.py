@@ -71,7 +71,9 @@ def how(row: Path) -> str:
     """What decided its completions, save which problems they were."""
     path = row / "policy.json"
     told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"lacking": str(row)}
-    return json.dumps({name: value for name, value in told.items() if name != "problems"}, sort_keys=True)
+    return json.dumps(
+        {name: value for name, value in told.items() if name not in ("problems", "prompts")}, sort_keys=True
+    )
 
 
 def mean(rollouts: list[Rollout]) -> float:

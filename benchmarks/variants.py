@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trimtab.server.model.base import Base, load_base
 from trimtab.steering.bank import Bank
+from trimtab.steering.commands.begin import split
 from trimtab.steering.evaluation.evaluate import Policy, answer
 from trimtab.steering.machine import device_of
 from trimtab.steering.tasks.tasks import load_task
@@ -124,7 +125,8 @@ def online(
 ) -> dict[str, dict[str, float]]:
     """Each variant's strength and pass@1 on validation problems, and the base's."""
     task = load_task(config.task, config.verifier, config.held_out, config.seed)
-    problems = task.problems("validation", args.problems or config.validation_problems)
+    count = args.problems or config.validation_problems
+    problems = split(task, dataclasses.replace(config, validation_problems=count)).validation
     bank, policies, strengths = Bank(base.hidden, base.device), [Policy("base")], {"base": 0.0}
     for number, (name, (told, one, _)) in enumerate(found.items()):
         if name == PAIR:

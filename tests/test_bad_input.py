@@ -122,8 +122,10 @@ TWICE = [*GOOD[:-1], {**GOOD[0], "id": "39"}]
         (
             GOOD,
             f"--via lora {LORA} --lora-targets o_proj nothere",
-            "lora_targets nothere is no linear layer of tiny-ll",
+            "lora_targets nothere is no linear layer inside the decoder of tiny-ll",
         ),
+        (GOOD, f"--tier lora {LORA} --lora-targets lm_head", "lora_targets lm_head is no linear layer inside the dec"),
+        (GOOD, "--temperature 200", "temperature must be at most 100, not 200.0"),
         (GOOD, f"--tier lora {LORA} --lora-targets mlp", "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"),
         (GOOD, "--name shuffled-rewards", "name shuffled-rewards is a control's: give another --name"),
         (GOOD, "--name contrast", "name contrast is the built-in correction's name: give another --name"),

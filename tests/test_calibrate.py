@@ -105,6 +105,8 @@ def test_too_few_steps_and_rates_beyond_the_ceiling_are_refused(base: Base) -> N
     seen = np.arange(100) / 100
     with pytest.raises(TaskError, match=r"at a rate of 0\.9: ask for less"):
         calibrate(correction, Gate(tau=0.1, ceiling=0.5), seen, RATES, 0.9, base.identity, {})
+    with pytest.raises(TaskError, match=r"a rate of 0\.001 is no step of 100: ask for more"):
+        calibrate(correction, Gate(), seen, RATES, 0.001, base.identity, {})
 
 
 def test_of_a_small_task_all_problems_are_run_unless_more_are_asked_for(tmp_path: Path) -> None:

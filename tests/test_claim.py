@@ -1,13 +1,20 @@
 """A folder of completions: of one run only, and scored by the verifier of today."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tiny import tiny_base
 from trimtab.errors import InvalidRequest
+from trimtab.server.engine.config import EngineConfig
+from trimtab.server.engine.core import Core
+from trimtab.server.model.base import Base
+from trimtab.steering.bank import Bank
 from trimtab.steering.tasks.problem import Problem, Split
-from trimtab.steering.training.claim import claim, score_again
+from trimtab.steering.training.claim import claim, describe_run, score_again
 from trimtab.steering.training.journal import Journal, Rollout
+from trimtab.steering.training.rollouts import Sampling
 
 PROBLEMS = [Problem(name, None, prompt=name) for name in ("short", "long")]
 
@@ -41,6 +48,26 @@ def test_a_folder_holds_completions_of_one_policy_only(tmp_path: Path) -> None:
     claim(tmp_path / "other", {"problems": "a3c5"})
     with pytest.raises(InvalidRequest, match="holds completions of other problems: give the task and the number"):
         claim(tmp_path / "other", {"problems": "b4d6"})
+
+
+def test_a_run_is_of_its_prompts_as_the_model_reads_them_and_of_its_ends(tmp_path: Path) -> None:
+    problems = [Problem("a", None, messages=({"role": "user", "content": "hi"},))]
+    sampling = Sampling(1, 0, 1.0, 1.0, 4)
+
+    def facts(base: Base) -> dict[str, Any]:
+        core = Core(base, Bank(base.hidden, base.device), EngineConfig(slots=1, max_model_len=64))
+        return describe_run(core, problems, sampling)
+
+    base = tiny_base()
+    claim(tmp_path, facts(base))
+    claim(tmp_path, facts(base))
+    base.tokenizer.chat_template = "Be brief. " + base.tokenizer.chat_template
+    with pytest.raises(InvalidRequest, match="as another chat template wrote them"):
+        claim(tmp_path, facts(base))
+    other = tiny_base()
+    other.eos = frozenset({7})
+    with pytest.raises(InvalidRequest, match=r"eos = .*, and this run has \[7\]"):
+        claim(tmp_path, facts(other))
 
 
 def test_what_is_kept_is_scored_again_whether_its_file_is_whole_or_growing(tmp_path: Path) -> None:

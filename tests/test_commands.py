@@ -165,6 +165,25 @@ def test_a_teacher_that_reads_less_than_the_base_writes_is_refused(
 
 
 @pytest.mark.usefixtures("_inside")
+def test_what_a_teacher_learned_is_not_held_out_from_whom_it_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    lora = f"{SMALL} --tier lora --lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0"
+    assert run(f"fit --model tiny {TASK} --out adapter {lora}") == 0
+    learned = {problem.id for problem in load_task("task.jsonl", "odd_grading:odd").problems("train", 16)}
+    lines = [line for line in Path("task.jsonl").read_text().splitlines() if str(json.loads(line)["id"]) in learned]
+    Path("judge.jsonl").write_text("\n".join(lines))
+    new = [json.dumps({"id": f"n{i}", "prompt": f"Other {i}:", "answer": None}) for i in range(60)]
+    Path("new.jsonl").write_text("\n".join(new))
+    other = "--task new.jsonl --verifier odd_grading:odd"
+    capsys.readouterr()
+    options = f"{lora} --teacher-samples 2"
+    assert run(f"distill tiny adapter {other} --held-out judge.jsonl --out leaky {options}") == 1
+    assert "8 of the 8 problems are no held-out ones: adapter was fitted or chosen on them" in capsys.readouterr().err
+    assert not Path("leaky/run").exists()
+    assert run(f"distill tiny adapter {other} --out passed-on {options}") == 0
+    assert set(load("adapter").provenance["learned"]) < set(load("passed-on").provenance["learned"])
+
+
+@pytest.mark.usefixtures("_inside")
 def test_distill_makes_a_lora_of_the_rank_that_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
     lora = "--lora-targets down_proj --lora-rate 0.05 --lora-kl-limit 0 --teacher-samples 2"
     options = f"{SMALL} --tier lora {lora} --gate always"

@@ -148,6 +148,14 @@ def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
             climb(base, EXAM, entrants._replace(without=frozenset({name})), folder)
 
 
+def test_a_lora_may_be_judged_beside_another(base: Base, tmp_path: Path) -> None:
+    entrants = Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0)), lora=tiny_lora(base, "papers", seed=1))
+    without = frozenset({"contrast", "base-t0.67", "base-t0.5", "base-open-t0.5", "random-gate", "random-gate-matched"})
+    found = climb(base, EXAM._replace(problems=EXAM.problems[:2]), entrants._replace(without=without), tmp_path)
+    tiers = {row.policy.name for row in found.rows if row.role == "tier"}
+    assert {"lora-gated", "lora-always", "papers-gated", "papers-always"} < tiers
+
+
 def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -> None:
     exam = EXAM._replace(problems=EXAM.problems[:2])
     control = tiny_lora(base, "shuffled-rewards", seed=1)
@@ -166,7 +174,9 @@ def test_the_report_has_every_figure_and_a_sentence_for_each_tier(
 ) -> None:
     report = json.loads(json.dumps(build(base, EXAM, entrants, climbed), allow_nan=False))
     assert [row["policy"] for row in report["rows"]] == [row.policy.name for row in climbed.rows]
-    assert len(report["verdict"]) == sum(role == "tier" for role in ROWS.values())
+    *sentences, few = report["verdict"]
+    assert len(sentences) == sum(role == "tier" for role in ROWS.values())
+    assert few == f"{len(EXAM.problems)} problems are few: their intervals are too narrow"
     pairs = {(d["policy"], d["against"]) for d in report["differences"]}
     assert {("head", "shuffled-rewards"), ("head", "random-gate"), ("head", "lora-always")} <= pairs
     assert {("head", "base-prompted"), ("lora-gated", "lora-always"), ("head-greedy", "base-greedy")} <= pairs

@@ -87,6 +87,8 @@ GOOD = {"id": "x", "messages": [{"role": "user", "content": "Hi"}], "answer": "3
         ({**GOOD, "answer": 3}, "regex", "answer must be a string"),
         ({**GOOD, "answer": None}, "math", "answer must be a string or a number"),
         ({**GOOD, "answer": ""}, "math", "answer is not a number or formula"),
+        ({**GOOD, "answer": True}, "exact", "answer must be a string or a number"),
+        ({**GOOD, "answer": float("inf")}, "math", "answer must be a string or a number"),
         ({**GOOD, "answer": "18 dollars"}, "math", "answer has a word"),
         ({**GOOD, "answer": "["}, "math", "answer is not a number or formula"),
         ({**GOOD, "answer": "\\sqrt"}, "math", "answer is not a number or formula"),

@@ -1,5 +1,6 @@
 """Teachers: what they say of the base's candidates, and who may not be one."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny import tiny_base
+from tiny import tiny_base, tiny_lora
 from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
+from trimtab.steering.folder import save
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training import lora, teacher
 from trimtab.steering.training.config import FitConfig
@@ -101,6 +103,39 @@ def test_who_cannot_teach_is_refused_in_words(base: Base, tmp_path: Path, monkey
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CorrectionError, match="pickled adapters are not read"):
         load_teacher(str(folder), base)
+
+
+def test_a_correction_teaches_its_own_base_and_as_it_is_served(base: Base, tmp_path: Path) -> None:
+    made = dataclasses.replace(tiny_lora(base, "mine"), strength=1.0)
+    save(made, tmp_path / "mine")
+    assert load_teacher(str(tmp_path / "mine"), base).hidden == base.hidden
+    with pytest.raises(CorrectionError, match="'mine' was fitted to"):
+        load_teacher(str(tmp_path / "mine"), tiny_base(seed=1))
+    save(dataclasses.replace(made, strength=0.5), tmp_path / "half")
+    with pytest.raises(CorrectionError, match=r"a correction of strength 0\.5, and would teach at 1"):
+        load_teacher(str(tmp_path / "half"), base)
+
+
+def test_an_adapters_scale_makes_another_teacher_of_it(base: Base, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path)
+    before = adapt(base, folder).identity.fingerprint
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | {"lora_alpha": 8 * described["lora_alpha"]}))
+    assert adapt(base, folder).identity.fingerprint not in (before, base.identity.fingerprint)
+
+
+def test_a_teacher_of_fewer_rows_gives_the_others_no_probability(base: Base, tmp_path: Path) -> None:
+    small = tiny_base(vocab_size=258)
+    features = cache_features(base, PROBLEMS, ITEMS, FitConfig(), tmp_path / "features")
+    features.ids[0, 1] = 300
+    found = cache_targets(small, PROBLEMS, ITEMS, features, 1.0, tmp_path / "targets", "teacher")
+    assert found.log_p[0, 1] == teacher.NEVER
+    assert bool((found.log_p[0, 0] > teacher.NEVER).all())
+
+
+def test_a_teacher_writes_no_more_than_its_base_reads(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "load_base", lambda *_: tiny_base(seed=1, max_position_embeddings=4096))
+    assert load_teacher("tuned", base).max_len == base.max_len
 
 
 def test_a_folder_that_asks_for_more_than_a_lora_is_refused(base: Base, tmp_path: Path) -> None:

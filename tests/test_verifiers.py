@@ -301,6 +301,33 @@ def test_a_digest_is_of_the_verifier_and_of_what_it_imports_beside_it(
     assert source_digest("math") == built_in
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "import functools\ndef _at(completion, answer, least): ...\nright = functools.partial(_at, least={})\n",
+        "from grading_table import LEAST\ndef right(completion, answer): return LEAST\n",
+        "def right(completion, answer):\n    import grading_table\n    return grading_table.LEAST\n",
+        "from .grading_table import grade as right\n",
+    ],
+    ids=["partial", "constant", "inside", "elsewhere"],
+)
+def test_a_digest_is_of_all_that_a_verifier_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = f"grading_{request.node.callspec.id}"
+    folder = tmp_path / package if "from ." in written else tmp_path
+    folder.mkdir(exist_ok=True)
+    name = f"{package}.marks" if "from ." in written else f"marks_{package}"
+    file, table = folder / f"{name.rpartition('.')[2]}.py", folder / "grading_table.py"
+    table.write_text("LEAST = 1\ndef grade(completion, answer): return LEAST\n")
+    file.write_text(written.format(1))
+    first = source_digest(f"{name}:right")
+    file.write_text(written.format(2))
+    table.write_text("LEAST = 0\ndef grade(completion, answer): return LEAST\n")
+    assert source_digest(f"{name}:right") != first
+
+
 def test_what_a_verifier_prints_is_none_of_the_answer_and_its_exit_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from trimtab.kernels.race import DRAW
 from trimtab.server.model.base import Base
 from trimtab.server.model.linear import PackedLinear
 from trimtab.steering.atomic import read_json, write_json
+from trimtab.steering.commands.setting import refuse_learned
 from trimtab.steering.correction import TAKEN
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint, text_of
@@ -25,6 +26,7 @@ from trimtab.steering.training.config import FREE, SAMPLED, FitConfig
 from trimtab.steering.training.controls import CONTROLS
 from trimtab.steering.training.progress import say
 from trimtab.steering.training.rollouts import encode
+from trimtab.steering.training.teacher import correction_of
 
 
 class Problems(NamedTuple):
@@ -113,6 +115,8 @@ def _check(config: FitConfig, base: Base, task: Task, problems: Problems, teache
     if whose := {**dict.fromkeys(CONTROLS, "a control's"), **TAKEN}.get(config.name):
         raise InvalidRequest(f"name {config.name} is {whose}: give another --name, or another --out", "name")
     _refuse_repeats(task, problems)
+    if config.teacher is not None and (made := correction_of(config.teacher)) is not None:
+        refuse_learned(made, problems.test)
     if config.via == "lora" or config.tier == "lora":
         _check_layers(config, base)
     for model in (base, teacher):
@@ -149,10 +153,13 @@ def _refuse_repeats(task: Task, problems: Problems) -> None:
 
 
 def _check_layers(config: FitConfig, base: Base) -> None:
-    linear = [name for name, layer in base.model.named_modules() if isinstance(layer, nn.Linear | PackedLinear)]
+    inside = set(base.model.get_decoder().modules())  # elsewhere, the engine has no place for a LoRA
+    named = ((name, layer) for name, layer in base.model.named_modules() if layer in inside)
+    linear = [name for name, layer in named if isinstance(layer, nn.Linear | PackedLinear)]
     for target in config.lora_targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise InvalidRequest(
-                f"lora_targets {target} is no linear layer of {base.name}: it has {known}", "lora_targets"
+                f"lora_targets {target} is no linear layer inside the decoder of {base.name}: it has {known}",
+                "lora_targets",
             )

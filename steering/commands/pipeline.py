@@ -45,6 +45,7 @@ from trimtab.steering.training.rollouts import Exam, Sampling, collect, open_cor
 from trimtab.steering.training.routes import SELECT, Route, choose_route
 from trimtab.steering.training.selection import Item
 from trimtab.steering.training.study import Study
+from trimtab.steering.training.teacher import correction_of
 
 
 def run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | None = None) -> Correction:
@@ -188,6 +189,7 @@ def _control(folder: Path, route: Route, kind: str, kl: float) -> Correction | s
         shutil.rmtree(folder, ignore_errors=True)
         write_json(failed, {"kl_wanted": kl, "why": str(error)})
         return str(error)
+    shutil.rmtree(folder, ignore_errors=True)  # of a kill between two files, the old one and the new would not match
     save(made, folder)
     return made
 
@@ -208,12 +210,14 @@ def _provenance(
 ) -> dict[str, Any]:
     """How the correction was made. No times of day: equal runs make equal files."""
     training = features.at(features.gated & ~features.held_out)
+    made = None if config.teacher is None else correction_of(config.teacher)
+    taught = [] if made is None else made.provenance.get("learned", [])  # by heart, perhaps, and passed on
     return {
         "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
         "task": task.name,
         "problems_sha256": problems.digest,
-        "learned": sorted(map(digest_of, [*problems.training, *problems.validation])),
+        "learned": sorted({*map(digest_of, [*problems.training, *problems.validation]), *taught}),
         "judged": sorted(map(digest_of, problems.test)),
         "rollouts": len(rollouts),
         "pass_rate": sum(r.reward for r in rollouts) / len(rollouts),

@@ -87,15 +87,15 @@ def settle(args: argparse.Namespace, correction: "Correction | None", needs_task
 
 def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> None:
     """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
-    file it is in. An older correction does not list them, nor does a LoRA made elsewhere: what could not be checked is
-    said."""
+    file it is in. An older correction does not list them, nor does a control, nor a LoRA made elsewhere: what could
+    not be checked is said."""
     from trimtab.steering.tasks.tasks import digest_of, load_task
     from trimtab.steering.training.progress import say
 
     fitted = correction.provenance.get("config", {})
     learned = correction.provenance.get("learned")
     unchecked = f"whether {correction.name} was fitted on some of these problems was not checked"
-    if learned is None and correction.tier == "lora" and not fitted:
+    if learned is None and correction.tier != "contrast" and not fitted:
         say("problems", f"{unchecked}: it does not list its own")
     if learned is None and fitted:
         try:

@@ -153,7 +153,7 @@ class _Pair:
     """Both engines, and a folder for what each rule writes."""
 
     def __init__(self, exam: Exam, base: Base, tuned: Tuned, gate: Gate, folder: Path) -> None:
-        self._exam, self._tuned, self._folder = exam, tuned, folder
+        self._exam, self._tuned, self._gate, self._folder = exam, tuned, gate, folder
         bank, self._watch = watched(base, gate)
         its, self._steer = _steered(tuned)
         self._cores = exam.open(base, bank), exam.open(tuned.model, its)
@@ -190,7 +190,8 @@ class _Pair:
         learned = None if correction is None else [digest(correction), correction.strength]
         acts = None if self._tuned.gate is None else str(self._tuned.gate)
         fingerprint = self._tuned.model.identity.fingerprint
-        return {"marks": _MARKS, "tuned": fingerprint, "correction": learned, "acts": acts}
+        told = {"tuned": fingerprint, "correction": learned, "acts": acts}
+        return {"marks": _MARKS, "gate": str(self._gate), **told}
 
 
 def _steered(tuned: Tuned) -> tuple[Bank, Steering]:

@@ -93,6 +93,8 @@ def calibrate(
     if rate is not None:
         own = tabulate(seen, [rate], gate.ceiling)
         if not own:
+            if not round(rate * len(seen)):
+                raise TaskError(f"a rate of {rate:g} is no step of {len(seen)}: ask for more, or give more prompts")
             raise TaskError(f"no threshold below the ceiling opens the gate at a rate of {rate:g}: ask for less")
         gate = dataclasses.replace(gate, tau=own[0][1])
     known = dict(correction.provenance) | {"calibration": dict(facts) | {"steps": len(seen)}}

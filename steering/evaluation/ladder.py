@@ -191,7 +191,10 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
         rows.append(Row(first, "tier", f"{entrants.correction.name}, gate {gate}{asked}"))
         greedy = first._replace(name=f"{first.name}-greedy", greedy=True)
         rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
-    loras = [(LORA_GATED, LORA_ALWAYS, _LORA)] if entrants.lora and entrants.lora is not entrants.correction else []
+    loras = []
+    if entrants.lora and entrants.lora is not entrants.correction:
+        prefix = entrants.lora.name if isinstance(entrants.correction, LoraCorrection) else "lora"
+        loras.append((f"{prefix}-gated", f"{prefix}-always", _LORA))
     for other in (entrants.correction, *entrants.others):
         if isinstance(other, LoraCorrection):
             prefix = "lora" if other is entrants.correction else other.name

@@ -26,6 +26,7 @@ from trimtab.steering.evaluation.ladder import (
 )
 from trimtab.steering.evaluation.match import TOKEN, Matched
 from trimtab.steering.evaluation.plot import Bar, gains_svg
+from trimtab.steering.evaluation.report import few
 from trimtab.steering.machine import ran_on
 from trimtab.steering.tasks.tasks import fingerprint
 from trimtab.steering.training.rollouts import Exam
@@ -63,7 +64,7 @@ def build(base: Base, exam: Exam, entrants: Entrants, climbed: Climbed) -> dict[
         "differences": [d._asdict() for d in differences],
         "shares": [s._asdict() for s in shares if s],
         "matched": [m._asdict() for m in climbed.matched],
-        "verdict": judge(climbed.rows, differences, climbed.matched),
+        "verdict": [*judge(climbed.rows, differences, climbed.matched), *few(len(exam.problems))],
     }
 
 

@@ -199,10 +199,13 @@ def judge(
     if not ship:
         undecided = gain.low > 0 and not shuffled and not missed
         words.append("not decided without one" if undecided else "do not serve it")
-    problems = len({rollout.problem for rollout in rollouts})
-    if problems < ENOUGH:
-        words.append(f"{problems} problems are few: their intervals are too narrow")
+    words += few(len({rollout.problem for rollout in rollouts}))
     return {"ship": ship, "beats": beats, "summary": "; ".join(words)}
+
+
+def few(problems: int) -> list[str]:
+    """What a verdict adds where its problems are too few."""
+    return [f"{problems} problems are few: their intervals are too narrow"] if problems < ENOUGH else []
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

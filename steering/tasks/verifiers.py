@@ -61,12 +61,14 @@ def load_extractor(name: str) -> Extractor | None:
 
 
 def source_digest(name: str) -> str | None:
-    """Of the file that holds the verifier, and of those beside it that it imports: a resumed run notices an edited one.
-
-    None where there is no file.
+    """Of the file that is named, of the one that the verifier is written in, and of those beside each that it imports:
+    a resumed run notices an edited one. None where there is no file.
     """
-    found = load_verifier if name in _BUILT_IN else getattr(_import(name), name.partition(":")[2], None)
-    return sources.digest(sys.modules.get(getattr(found, "__module__", "")))
+    if name in _BUILT_IN:
+        return sources.digest([sys.modules[__name__]])
+    module = _import(name)
+    found = getattr(module, name.partition(":")[2], None)
+    return sources.digest([module, sys.modules.get(getattr(found, "__module__", ""))])
 
 
 def _import(name: str) -> ModuleType:
@@ -97,8 +99,10 @@ def check_answer(verifier: str, answer: Any) -> str | None:
             return f"is not a regular expression ({error})"
         if not answer:
             return "must not be empty: every completion matches that"
-    if verifier in ("math", "final", "exact") and not isinstance(answer, str | int | float):
-        return "must be a string or a number"
+    if verifier in ("math", "final", "exact"):
+        a_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+        if not a_number and not isinstance(answer, str):
+            return "must be a string or a number"
     if verifier == "math":
         return formulas.check(written(answer))
     if verifier == "final":

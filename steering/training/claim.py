@@ -6,6 +6,7 @@ scored does not, so kept ones are scored again, by the verifier as it is now: an
     claim(folder, describe_run(core, problems, sampling));  score_again(task, problems, folder)
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,18 @@ from trimtab.steering.atomic import read_json, write_json
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.tasks.tasks import Task, fingerprint
 from trimtab.steering.training.journal import Journal, Rollout
-from trimtab.steering.training.rollouts import Sampling
+from trimtab.steering.training.rollouts import Sampling, encode
 
 
 def describe_run(core: Core, asked: Sequence[Problem], sampling: Sampling) -> dict[str, Any]:
-    """What decides the base's completions, as JSON values. asked: the problems as they are put to it."""
+    """What decides the base's completions, as JSON values. asked: the problems as they are put to it.
+
+    Their token ids too: a chat template may have changed, or write the date."""
+    prompts = [encode(core.base, problem) for problem in asked]
     return {
         "problems": fingerprint(asked),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:32],
+        "eos": sorted(core.base.eos),
         "sampling": sampling._asdict(),
         "slots": core.config.slots,
         "base": core.base.identity.fingerprint,
@@ -49,6 +55,12 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
             raise InvalidRequest(
                 f"{folder} holds completions of other problems: give the task and the number of problems that it was "
                 "made with, another --out, or delete the folder",
+                name,
+            )
+        if name == "prompts":
+            raise InvalidRequest(
+                f"{folder} holds completions of these problems as another chat template wrote them (or the same one on "
+                "another day, if it writes the date): restore that, give another --out, or delete the folder",
                 name,
             )
         raise InvalidRequest(

@@ -212,6 +212,7 @@ class FitConfig:
         for name in ("learning_rate", "lora_rate"):
             value = getattr(self, name)
             self._require(name, value is None or value <= 1, "must be at most 1")
+        self._require("temperature", self.temperature <= 100, "must be at most 100")
         self._require("tau", math.isfinite(self.tau), "must be a finite number")
         self._require("tau", self.gate != "margin" or -1 <= self.tau < 0, "must be -1 to 0 for the gate margin")
         for name in ("kl_weight", "kl_limit", "lora_kl", "lora_kl_limit"):

@@ -64,7 +64,11 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
     del core  # its cache
     held_out = {item.problem for item in study.items if item.held_out}
     say(stage, f"mean reward {_tell_rewards(study, rollouts, held_out)}")
-    own = [Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out) for r in rollouts]
+    own = [  # but for a token that the base has no row for, as a teacher may of those beyond the tokenizer's
+        Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out)
+        for r in rollouts
+        if max(r.tokens) < study.base.vocab
+    ]
     stage = f"{study.label}features of the teacher's"
     with clock.time(stage):
         features = cache_features(study.base, study.by_id, own, config, folder / "features", stage)

@@ -7,6 +7,8 @@ a LoRA is added to the outputs of a copy's layers (merged into bfloat16 weights,
     targets = cache_targets(teacher, problems, items, features, temperature, folder, "teacher")
 """
 
+import dataclasses
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +22,16 @@ from torch import Tensor
 from trimtab.errors import CorrectionError, UnsupportedModel
 from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.server.model.linear import copy_unpacked
-from trimtab.steering.adapter import CONFIG_FILE, read_adapter
+from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_files, read_adapter
+from trimtab.steering.correction import Correction, check
+from trimtab.steering.folder import JSON_FILE, load
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.training.selection import Item
+
+# The logarithm of what is no probability, and yet a number: beyond the tokenizer's ids, a teacher may have fewer rows
+# than its base.
+NEVER = -100.0
 
 
 class Targets(NamedTuple):
@@ -38,14 +46,29 @@ class Targets(NamedTuple):
 
 
 def load_teacher(model: str, base: Base, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:
-    """MODEL: a PEFT folder made for this base, or what load_base takes. Raises CorrectionError, UnsupportedModel."""
+    """MODEL: a PEFT folder made for this base, or what load_base takes. It reads and writes no more than the base can.
+
+    Raises CorrectionError, UnsupportedModel."""
     if (Path(model) / CONFIG_FILE).is_file():
+        if (made := correction_of(model)) is not None:
+            check(made, base.identity)
+            if made.strength != 1:
+                raise CorrectionError(
+                    f"{model} is a correction of strength {made.strength:g}, and would teach at 1: give a folder of "
+                    f"its {CONFIG_FILE} and {WEIGHTS_FILE} alone, if that is what is meant"
+                )
         return adapt(base, Path(model))
     teacher = load_base(model, dtype, device, threads)
     if teacher.identity.tokenizer != base.identity.tokenizer:
         raise UnsupportedModel(f"{teacher.name} has another tokenizer than {base.name}: it cannot teach it")
     teacher.tokenizer = base.tokenizer
+    teacher.max_len = min(teacher.max_len, base.max_len)
     return teacher
+
+
+def correction_of(model: str) -> Correction | None:
+    """The correction that a teacher's folder holds, if it is one of ours. Raises CorrectionError."""
+    return load(model) if (Path(model) / JSON_FILE).is_file() else None
 
 
 def adapt(base: Base, folder: Path) -> Base:
@@ -64,7 +87,11 @@ def adapt(base: Base, folder: Path) -> Base:
             raise CorrectionError(
                 f"{folder} acts on {path}, which {base.name} does not have or target_modules leaves out"
             )
-    return prepare(tuned.get_base_model(), base.tokenizer, f"{base.name} with {folder.name}")
+    made = prepare(tuned.get_base_model(), base.tokenizer, f"{base.name} with {folder.name}")
+    files = b"".join(adapter_files(adapter).values())  # the scale is in no weight
+    both = hashlib.sha256(made.identity.fingerprint.encode() + files).hexdigest()[:32]
+    made.identity = dataclasses.replace(made.identity, fingerprint=both)
+    return made
 
 
 def cache_targets(
@@ -91,7 +118,8 @@ def cache_targets(
         parts = []
         for some, candidates in zip(*(torch.split(t, LOGIT_ROWS[h.device.type]) for t in (h, ids)), strict=True):
             log_p = teacher.logits(some).float().log_softmax(1)
-            parts.append((log_p.gather(1, candidates), (log_p / temperature).logsumexp(1)))
+            of = log_p.gather(1, candidates.clamp(max=teacher.vocab - 1))
+            parts.append((of.masked_fill(candidates >= teacher.vocab, NEVER), (log_p / temperature).logsumexp(1)))
         log_p, lse = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         return {"log_p": log_p, "lse": lse}
 
