@@ -125,14 +125,20 @@ def status_error(response: httpx.Response, retry_after: float | None) -> StatusE
         fields = read_envelope(response.json())
     except (ValueError, RecursionError):
         fields = read_envelope(None)
-    quoted = response.content.decode("utf-8", "replace")[:200]  # whatever charset is named: not all that are decode
     return kind(
-        fields.pop("message") or f"HTTP {response.status_code}: {quoted or response.reason_phrase}",
+        fields.pop("message") or f"HTTP {response.status_code}: {_text_of(response)[:200] or response.reason_phrase}",
         response.status_code,
         request_id=response.headers.get("x-request-id"),
         retry_after=retry_after,
         **fields,
     )
+
+
+def _text_of(response: httpx.Response) -> str:
+    try:
+        return response.text
+    except (AssertionError, LookupError, ValueError):  # not every codec that a header can name makes text of bytes
+        return response.content.decode("utf-8", "replace")
 
 
 def transport_error(error: httpx.RequestError, base_url: str) -> ConnectionFailed | BadAnswer:

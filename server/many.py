@@ -25,7 +25,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MAX_NESTED = 2**17  # lists, objects and keys of a body: some tenths of a second to walk
+MAX_NESTED = 2**16  # lists, objects and keys of a body: some tenths of a second to walk
+_NESTED = (list, dict)
 TOO_MANY = "too_many"  # pydantic's word for the kind of a fault
 T = TypeVar("T")
 K = TypeVar("K")
@@ -81,7 +82,8 @@ class Bounded(BaseModel):
         while to_see:
             one = to_see.pop()
             entries = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-            inner = [entry for entry in entries if isinstance(entry, list | dict)]
+            plain = set(map(type, entries)).isdisjoint(_NESTED)  # as most are: a prompt may be a million ids
+            inner = [] if plain else [entry for entry in entries if isinstance(entry, _NESTED)]
             found += len(inner) + (len(one) if isinstance(one, dict) else 0)
             if found > MAX_NESTED:
                 message = "at most {most} lists, objects and keys are taken in all: send fewer"

@@ -200,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise CorrectionError(f"{path}: must hold a JSON object")
     if _is_deeper(described, MAX_DEPTH):
-        raise CorrectionError(f"{path}: must not hold lists and objects in one another, {MAX_DEPTH} levels deep")
+        raise CorrectionError(f"{path}: must not hold lists and objects more than {MAX_DEPTH} levels deep")
     version = described.pop("format", None)
     if version != FORMAT:
         raise CorrectionError(f"{path}: format is {version!r}; this version of trimtab reads {FORMAT}")

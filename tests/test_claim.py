@@ -59,6 +59,10 @@ def test_a_run_is_of_its_prompts_as_the_model_reads_them_and_of_its_ends(tmp_pat
         return describe_run(core, problems, sampling)
 
     base = tiny_base()
+    older = {name: fact for name, fact in facts(base).items() if name != "eos"}
+    claim(tmp_path / "older", older)
+    with pytest.raises(InvalidRequest, match="of an earlier version of trimtab, which did not note their eos"):
+        claim(tmp_path / "older", facts(base))
     claim(tmp_path, facts(base))
     claim(tmp_path, facts(base))
     base.tokenizer.chat_template = "Be brief. " + base.tokenizer.chat_template

@@ -149,11 +149,11 @@ def test_rows_may_be_left_out_but_those_that_all_are_compared_with(
 
 
 def test_a_lora_may_be_judged_beside_another(base: Base, tmp_path: Path) -> None:
-    entrants = Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0)), lora=tiny_lora(base, "papers", seed=1))
+    entrants = Entrants(tiny_lora(base, "adapter", gate=Gate(tau=3.0)), lora=tiny_lora(base, "lora", seed=1))
     without = frozenset({"contrast", "base-t0.67", "base-t0.5", "base-open-t0.5", "random-gate", "random-gate-matched"})
     found = climb(base, EXAM._replace(problems=EXAM.problems[:2]), entrants._replace(without=without), tmp_path)
     tiers = {row.policy.name for row in found.rows if row.role == "tier"}
-    assert {"lora-gated", "lora-always", "papers-gated", "papers-always"} < tiers
+    assert {"lora-gated", "lora-always", "other-lora-gated", "other-lora-always"} < tiers
 
 
 def test_a_lora_alone_is_compared_gated_and_always(base: Base, tmp_path: Path) -> None:

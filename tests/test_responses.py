@@ -373,11 +373,13 @@ def test_a_model_that_calls_a_function(stream: bool) -> None:
     assert [item.type for item in Response.model_validate(answer).output] == ["message", "function_call"]
 
 
-def test_what_ends_a_call_is_not_told_of_the_text_after_it() -> None:
-    told = respond(say(f"{CALLS}Done."), tools=[FUNCTION], include=["message.output_text.logprobs"])
+@pytest.mark.parametrize("text", ["Done.", "<b>Done", "<tool_cal Done", "\n\nDone é"])
+def test_what_ends_a_call_is_not_told_of_the_text_after_it(text: str) -> None:
+    told = respond(say(f"{CALLS}{text}"), tools=[FUNCTION], include=["message.output_text.logprobs"])
     _, message = told.json()["output"]
     (part,) = message["content"]
-    assert part["text"] == "".join(token["token"] for token in part["logprobs"]) == "Done."
+    assert part["text"].encode() == bytes(byte for token in part["logprobs"] for byte in token["bytes"])
+    assert part["text"].strip() == text.strip()
 
 
 def test_logprobs_are_told_in_a_chats_words_too() -> None:

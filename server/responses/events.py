@@ -48,13 +48,11 @@ class Writer:
         self._receipts += receipts
         self._untold += receipts
         self._steering = steering or self._steering
-        content = chunk["delta"].get("content")
-        if content or self._item is None or self._item["type"] == "message":  # what ends a call is no message's
-            self._logprobs += (chunk.get("logprobs") or {}).get("content") or []
+        self._logprobs += (chunk.get("logprobs") or {}).get("content") or []
         self._finish = chunk["finish_reason"] or self._finish
         events: list[Event] = []
-        if content:
-            events += self._text(content)
+        if chunk["delta"].get("content"):
+            events += self._text(chunk["delta"]["content"])
         for call in chunk["delta"].get("tool_calls") or []:
             events += self._arguments(call)
         return events
@@ -85,6 +83,8 @@ class Writer:
     def _text(self, text: str) -> list[Event]:
         events = []
         if self._item is None or self._item["type"] != "message":
+            if self._item is not None:
+                self._logprobs = _last(self._logprobs, text)
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             message: dict[str, Any] = {
                 "type": "message",
@@ -175,6 +175,17 @@ class Writer:
         event = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return event
+
+
+def _last(logprobs: list[Any], text: str) -> list[Any]:
+    """Those of the tokens that write this text and what comes with it: the others ended the call before it.
+
+    A text may come in pieces, all of whose tokens are here: so it begins at the last of them that can begin it."""
+    written = [bytes(token["bytes"]) for token in logprobs]
+    for first in range(len(written) - 1, -1, -1):
+        if b"".join(written[first:]).startswith(text.encode()):
+            return logprobs[first:]
+    return []
 
 
 def _new(prefix: str) -> str:

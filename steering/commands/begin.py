@@ -64,7 +64,7 @@ def begin(work: Path, config: FitConfig, base: Base, task: Task, problems: Probl
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     identity = dataclasses.asdict(base.identity) | {**place(base), "problems": problems.digest, "draw": DRAW}
     if teacher is not None:
-        identity["teacher"] = teacher.identity.fingerprint
+        identity |= {"teacher": teacher.identity.fingerprint, "teacher_eos": sorted(teacher.eos)}
     identity["verifier_source"] = source = None if config.verifier is None else source_digest(config.verifier)
     now: dict[str, Any] = json.loads(json.dumps({"config": fields, "made_with": identity}))
     if not path.exists():

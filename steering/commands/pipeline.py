@@ -27,6 +27,7 @@ from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trimtab.steering.atomic import read_json, write_bytes, write_json, write_text
 from trimtab.steering.bank import Bank
 from trimtab.steering.commands.begin import Problems, begin, place, split
+from trimtab.steering.commands.setting import learned_of
 from trimtab.steering.correction import Correction
 from trimtab.steering.evaluation import report as reports
 from trimtab.steering.evaluation.evaluate import Policy, answer, summarise
@@ -62,6 +63,8 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     work = out / "run"
     problems = split(task, config)
     begin(work, config, base, task, problems, teacher)
+    made = None if config.teacher is None else correction_of(config.teacher)
+    taught = (made and learned_of(made)) or []  # by heart, perhaps, and passed on
     if is_saved(out):  # written last; since then it may have been calibrated
         say("fit", f"{out} holds the finished correction; delete its {JSON_FILE} to have it judged and written again")
         return load(out)
@@ -84,7 +87,7 @@ def _run(config: FitConfig, out: Path, base: Base, task: Task, teacher: Base | N
     judged = reports.Judged(correction, controls, route.teacher, lacking=lacking)
     with clock.time("report"):
         report = reports.make(base, exam, judged, work / "report")
-    provenance = _provenance(route, config, base, task, problems, rollouts, features, chosen)
+    provenance = _provenance(route, config, base, task, problems, rollouts, features, chosen, taught)
     shipped = dataclasses.replace(correction, report=report, provenance=provenance)
     write_text(out / "report.md", reports.to_markdown(report))
     for control in controls:
@@ -207,11 +210,10 @@ def _provenance(
     rollouts: Sequence[Rollout],
     features: Features,
     chosen: Correction,
+    taught: Sequence[str],
 ) -> dict[str, Any]:
     """How the correction was made. No times of day: equal runs make equal files."""
     training = features.at(features.gated & ~features.held_out)
-    made = None if config.teacher is None else correction_of(config.teacher)
-    taught = [] if made is None else made.provenance.get("learned", [])  # by heart, perhaps, and passed on
     return {
         "method": route.method,
         "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},

@@ -1,4 +1,5 @@
-"""What the commands of evidence.py and studies.py run on: a base, a task and how completions are drawn.
+"""What the commands of evidence.py and studies.py run on: a base, a task and how completions are drawn; and, for fits
+too, which problems a correction has learned.
 
 Invariant: importing this imports neither torch nor a model. Options left out are those that a correction was fitted
 with, or else `trimtab fit`'s own; those of the machine (dtype, device, slots, threads) have defaults of their own.
@@ -89,22 +90,14 @@ def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> N
     """Raises InvalidRequest for a problem that the correction was fitted or chosen on: it is not held out, whatever
     file it is in. An older correction does not list them, nor does a control, nor a LoRA made elsewhere: what could
     not be checked is said."""
-    from trimtab.steering.tasks.tasks import digest_of, load_task
+    from trimtab.steering.tasks.tasks import digest_of
     from trimtab.steering.training.progress import say
 
-    fitted = correction.provenance.get("config", {})
-    learned = correction.provenance.get("learned")
-    unchecked = f"whether {correction.name} was fitted on some of these problems was not checked"
-    if learned is None and correction.tier != "contrast" and not fitted:
-        say("problems", f"{unchecked}: it does not list its own")
-    if learned is None and fitted:
-        try:
-            task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
-            used = task.problems("train", fitted["problems"])
-            used += task.problems("validation", fitted["validation_problems"])
-            learned = list(map(digest_of, used))
-        except (KeyError, TaskError):
-            say("problems", f"{unchecked}: it does not list its own, and {fitted.get('task')} is not here")
+    learned = learned_of(correction)
+    if learned is None:
+        task = correction.provenance.get("config", {}).get("task")
+        lacking = "it does not list its own" + (f", and {task} is not here" if task else "")
+        say("problems", f"whether {correction.name} was fitted on some of these problems was not checked: {lacking}")
     known = frozenset(learned or ())
     shared = [problem.label for problem in problems if digest_of(problem) in known]
     if shared:
@@ -113,6 +106,22 @@ def refuse_learned(correction: "Correction", problems: "Sequence[Problem]") -> N
             f"chosen on them ({shared[0]} is one): name another --task, or a --held-out file",
             "task",
         )
+
+
+def learned_of(correction: "Correction") -> list[str] | None:
+    """Digests of the problems that it was fitted or chosen on; None where nobody can tell any more."""
+    from trimtab.steering.tasks.tasks import digest_of, load_task
+
+    fitted, learned = correction.provenance.get("config", {}), correction.provenance.get("learned")
+    if learned is not None or correction.tier == "contrast":
+        return list(learned or ())
+    try:
+        task = load_task(*_task_of(fitted), int(fitted.get("seed", 0)))
+        used = [*task.problems("train", fitted["problems"])]
+        used += task.problems("validation", fitted["validation_problems"])
+    except (KeyError, TaskError):
+        return None
+    return list(map(digest_of, used))
 
 
 def _task_of(asked: Mapping[str, Any]) -> tuple[str, Any, Any]:

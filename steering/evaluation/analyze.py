@@ -190,7 +190,7 @@ class _Pair:
         learned = None if correction is None else [digest(correction), correction.strength]
         acts = None if self._tuned.gate is None else str(self._tuned.gate)
         fingerprint = self._tuned.model.identity.fingerprint
-        told = {"tuned": fingerprint, "correction": learned, "acts": acts}
+        told = {"tuned": fingerprint, "tuned_eos": sorted(self._tuned.model.eos), "correction": learned, "acts": acts}
         return {"marks": _MARKS, "gate": str(self._gate), **told}
 
 

@@ -193,7 +193,7 @@ def _of_tiers(entrants: Entrants) -> list[Row]:
         rows.append(Row(greedy, "tier", f"{first.name}, greedy"))
     loras = []
     if entrants.lora and entrants.lora is not entrants.correction:
-        prefix = entrants.lora.name if isinstance(entrants.correction, LoraCorrection) else "lora"
+        prefix = "other-lora" if isinstance(entrants.correction, LoraCorrection) else "lora"
         loras.append((f"{prefix}-gated", f"{prefix}-always", _LORA))
     for other in (entrants.correction, *entrants.others):
         if isinstance(other, LoraCorrection):

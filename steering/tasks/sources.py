@@ -2,9 +2,12 @@
 
 import ast
 import hashlib
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+
+_PYTHON = Path(sysconfig.get_path("stdlib"))
 
 
 def digest(modules: Iterable[ModuleType | None]) -> str | None:
@@ -14,14 +17,16 @@ def digest(modules: Iterable[ModuleType | None]) -> str | None:
 
 
 def _files(modules: Iterable[ModuleType | None]) -> list[Path]:
-    """Of what is installed, the modules' own alone."""
+    """Python's own are left out; of other installed ones, these modules' alone are taken."""
     waiting = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     found: set[Path] = set()
     while waiting:
         path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting += [] if "site-packages" in path.parts else _imported(path)
+        installed = any(part in path.parts for part in ("site-packages", "dist-packages"))
+        if path in found or (path.is_relative_to(_PYTHON) and not installed):
+            continue
+        found.add(path)
+        waiting += [] if installed else _imported(path)
     return sorted(found)
 
 
@@ -31,10 +36,17 @@ def _imported(path: Path) -> list[Path]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # as of what is compiled
         return []
-    names: set[str] = set()
+    found: list[Path] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            told = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            names.update(part for name in told for part in name.split("."))
-    beside = (path.with_name(f"{name}.py") for name in sorted(names) if name)
-    return [file for file in beside if file.is_file()]
+            names = [alias.name for alias in node.names]
+            beside = _beside(path, names)
+            if not beside and isinstance(node, ast.ImportFrom):  # else what it is imported from is a package
+                beside = _beside(path, [node.module or ""])
+            found += beside
+    return found
+
+
+def _beside(path: Path, names: Iterable[str]) -> list[Path]:
+    files = (path.with_name(f"{name.rpartition('.')[2] or '-'}.py") for name in names)
+    return [file for file in files if file.is_file()]

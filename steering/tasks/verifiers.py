@@ -100,9 +100,9 @@ def check_answer(verifier: str, answer: Any) -> str | None:
         if not answer:
             return "must not be empty: every completion matches that"
     if verifier in ("math", "final", "exact"):
-        a_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
-        if not a_number and not isinstance(answer, str):
-            return "must be a string or a number"
+        known = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
+        if not known or isinstance(answer, bool):
+            return "must be a string or a finite number"
     if verifier == "math":
         return formulas.check(written(answer))
     if verifier == "final":

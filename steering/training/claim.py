@@ -57,6 +57,12 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
                 "made with, another --out, or delete the folder",
                 name,
             )
+        if name not in before:
+            raise InvalidRequest(
+                f"{folder} holds completions of an earlier version of trimtab, which did not note their {name}: give "
+                "another --out, or delete the folder",
+                name,
+            )
         if name == "prompts":
             raise InvalidRequest(
                 f"{folder} holds completions of these problems as another chat template wrote them (or the same one on "

@@ -64,7 +64,7 @@ def watch(study: Study, teacher: Base) -> list[Seen]:
     del core  # its cache
     held_out = {item.problem for item in study.items if item.held_out}
     say(stage, f"mean reward {_tell_rewards(study, rollouts, held_out)}")
-    own = [  # but for a token that the base has no row for, as a teacher may of those beyond the tokenizer's
+    own = [  # not those with a token that the base has no row for: a teacher may have more than its tokenizer has ids
         Item(r.problem, r.sample, r.tokens, 0.0, r.problem in held_out)
         for r in rollouts
         if max(r.tokens) < study.base.vocab

@@ -24,7 +24,7 @@ from trimtab.server.model.base import Base, load_base, prepare
 from trimtab.server.model.linear import copy_unpacked
 from trimtab.steering.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_files, read_adapter
 from trimtab.steering.correction import Correction, check
-from trimtab.steering.folder import JSON_FILE, load
+from trimtab.steering.folder import holds_correction, load
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training.features import LOGIT_ROWS, READ_AT_ONCE, Features, bounds, read_in_shards, states_of
 from trimtab.steering.training.selection import Item
@@ -46,17 +46,17 @@ class Targets(NamedTuple):
 
 
 def load_teacher(model: str, base: Base, dtype: str = "auto", device: str = "auto", threads: int = 1) -> Base:
-    """MODEL: a PEFT folder made for this base, or what load_base takes. It reads and writes no more than the base can.
+    """MODEL: a PEFT folder made for this base, or what load_base takes. It writes no longer than the base reads.
 
     Raises CorrectionError, UnsupportedModel."""
     if (Path(model) / CONFIG_FILE).is_file():
-        if (made := correction_of(model)) is not None:
-            check(made, base.identity)
-            if made.strength != 1:
-                raise CorrectionError(
-                    f"{model} is a correction of strength {made.strength:g}, and would teach at 1: give a folder of "
-                    f"its {CONFIG_FILE} and {WEIGHTS_FILE} alone, if that is what is meant"
-                )
+        made = load(model)
+        check(made, base.identity)
+        if made.strength != 1:
+            raise CorrectionError(
+                f"{model} is a correction of strength {made.strength:g}, and would teach at 1: give a folder of its "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE} alone, if that is what is meant"
+            )
         return adapt(base, Path(model))
     teacher = load_base(model, dtype, device, threads)
     if teacher.identity.tokenizer != base.identity.tokenizer:
@@ -67,8 +67,8 @@ def load_teacher(model: str, base: Base, dtype: str = "auto", device: str = "aut
 
 
 def correction_of(model: str) -> Correction | None:
-    """The correction that a teacher's folder holds, if it is one of ours. Raises CorrectionError."""
-    return load(model) if (Path(model) / JSON_FILE).is_file() else None
+    """The correction that a teacher's folder holds, a PEFT folder included. Raises CorrectionError."""
+    return load(model) if holds_correction(Path(model)) else None
 
 
 def adapt(base: Base, folder: Path) -> Base:
@@ -108,7 +108,8 @@ def cache_targets(
 
     @torch.inference_mode()
     def read(group: Sequence[Item], first: int) -> dict[str, Tensor]:
-        states = states_of(teacher, problems, group)
+        last = teacher.vocab - 1  # of its rows: the base may have more
+        states = states_of(teacher, problems, [i._replace(tokens=[min(t, last) for t in i.tokens]) for i in group])
         begin, end = begins[first], begins[first + len(group)]
         before = torch.tensor([0, *(len(item.tokens) for item in group)]).cumsum(0)  # tokens of the completions before
         which = features.item[begin:end].cpu() - first
