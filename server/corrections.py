@@ -22,6 +22,7 @@ from trimtab.clients import facts
 from trimtab.errors import CorrectionError, InvalidRequest, NotFound
 from trimtab.server import openapi
 from trimtab.server.http_errors import parse
+from trimtab.server.many import Closed
 from trimtab.server.service import Service
 from trimtab.server.sources import FILES, read_files, read_named, rename
 from trimtab.steering.bank import Entry
@@ -32,7 +33,7 @@ MAX_UPLOAD = 256 * 2**20  # bytes
 _PUT = {**openapi.plain(facts.Correction, "It replaced one."), **openapi.plain(facts.Correction, "It is new.", 201)}
 
 
-class _Put(BaseModel, extra="forbid"):
+class _Put(Closed):
     """POST /v1/corrections, of what is on this machine or on a hub."""
 
     name: str | None = None  # None: what its folder calls it

@@ -7,6 +7,8 @@ for what is good and long, where reading an entry takes more than its bytes do: 
 A Bounded body has so many lists, objects and keys in all, wherever they stand: what goes through to a chat template, a
 tool's parameters or a key that nobody knows is walked in Python by who reads it.
 
+A Closed object has no keys but its own, and of those that it does not know the first is told.
+
     class Body(Bounded): tools: Annotated[Many[Tool], Most(128)]
 """
 
@@ -90,6 +92,19 @@ class Bounded(BaseModel):
                 raise PydanticCustomError(TOO_MANY, message, {"most": MAX_NESTED})
             to_see += inner
         return value
+
+
+class Closed(BaseModel, extra="forbid"):
+    """No keys but its own: the first other one is refused, and those after it are not looked at."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_others(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        first = next((key for key in value if key not in known), None)
+        return {key: one for key, one in value.items() if key in known or key == first}
 
 
 Many = Annotated[list[T], Field(fail_fast=True)]

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server import foreign
 from trimtab.server.engine.request import SamplingParams
-from trimtab.server.many import Many, Most, Table
+from trimtab.server.many import Closed, Many, Most, Table
 from trimtab.server.messages import Messages
 from trimtab.server.prompt import Long
 from trimtab.server.steering_body import Report, SteeringBody
@@ -29,7 +29,7 @@ MAX_PROMPTS = 2**14  # in a body; how many a server takes, its queue says
 MAX_BIASES = 1024  # each acts at every step; neither OpenAI nor vLLM names a limit
 
 
-class StreamOptions(BaseModel, extra="forbid"):
+class StreamOptions(Closed):
     """`stream_options`: include_usage adds a last chunk with the usage; with continuous_usage_stats all have it."""
 
     include_usage: bool | None = None

@@ -7,17 +7,15 @@ caller is told the field. null is the same as not sent.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
-
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import MAX_MIX, MAX_SPANS, Budget, Mode, Steering
-from trimtab.server.many import Many, Most, Table
+from trimtab.server.many import Closed, Many, Most, Table
 from trimtab.steering.gate import GateKind
 
 Report = Literal["none", "summary", "tokens"]
 
 
-class BudgetBody(BaseModel, extra="forbid"):
+class BudgetBody(Closed):
     """`steering.budget`: how often it may act, and where. See request.Budget."""
 
     max_steps: int | None = None
@@ -36,7 +34,7 @@ class BudgetBody(BaseModel, extra="forbid"):
         return Budget(**given)
 
 
-class SteeringBody(BaseModel, extra="forbid"):
+class SteeringBody(Closed):
     """`steering` in a body: which correction acts (or several, with weights), how, and what is told about it."""
 
     correction: str | None = None

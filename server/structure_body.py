@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from trimtab.errors import InvalidRequest
 from trimtab.server.engine.request import Structure
-from trimtab.server.many import Bounded, Many, Most
+from trimtab.server.many import Bounded, Closed, Many, Most
 
 JsonSchema = dict[str, Any] | bool
 
@@ -32,7 +32,7 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchemaBody | None = None
 
 
-class StructuredOutputs(BaseModel, extra="forbid"):
+class StructuredOutputs(Closed):
     """`structured_outputs`, vLLM's word: one of json, regex, choice, grammar and json_object."""
 
     json_: JsonSchema | str | None = Field(default=None, alias="json")

@@ -1,5 +1,6 @@
 """How much one body may hold. What is longer is refused before it is read: on the event loop, everybody would wait."""
 
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from trimtab.server.schema import ChatBody, CompletionBody
 
 CHAT_PATH, RESPONSE_PATH, TOKENS_PATH = "/v1/chat/completions", "/v1/responses", "/tokenize"
 HI: dict[str, Any] = {"role": "user", "content": "hi"}
+MANY_KEYS = {f"key{i}": 1 for i in range(1000)}
 
 
 class Roomy(ScriptedEngine):
@@ -149,6 +151,25 @@ def test_a_body_holds_so_much_wherever_it_stands(path: str, body: dict[str, Any]
         error = ask("POST", path, json=body)
     assert error.status_code == 400
     assert f"at most {MAX_NESTED} lists, objects and keys" in error.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("steering", {"steering": MANY_KEYS}),
+        ("steering.budget", {"steering": {"budget": MANY_KEYS}}),
+        ("structured_outputs", {"structured_outputs": {"json": {}, **MANY_KEYS}}),
+        ("stream_options", {"stream": True, "stream_options": MANY_KEYS}),
+    ],
+)
+def test_of_keys_that_nobody_knows_the_first_is_told(field: str, body: dict[str, Any]) -> None:
+    """pydantic has a finding for each of them."""
+    with pytest.raises(ValidationError) as raised:
+        ChatBody.model_validate_json(json.dumps({"messages": [HI], **body}))
+    assert [error["loc"] for error in raised.value.errors()] == [(*field.split("."), "key0")]
+    with in_memory(Roomy(say("x"))) as ask:
+        error = ask("POST", CHAT_PATH, json={"messages": [HI], **body}).json()["error"]
+    assert error["param"] == f"{field}.key0"
 
 
 def test_ids_are_as_many_as_they_are() -> None:
