@@ -18,6 +18,7 @@ from trimtab.steering.correction import ContrastCorrection, HeadCorrection
 from trimtab.steering.evaluation.analyze import Tuned, analyze, count, mark, place
 from trimtab.steering.evaluation.analyze_report import to_markdown
 from trimtab.steering.evaluation.lockstep import Turn
+from trimtab.steering.evaluation.report import ENOUGH
 from trimtab.steering.gate import Gate
 from trimtab.steering.tasks.problem import Problem
 from trimtab.steering.training.journal import Journal, Rollout
@@ -81,6 +82,8 @@ def test_rules_take_what_they_say(base: Base, tmp_path: Path, kind: str) -> None
     shown = to_markdown(study)
     for words in ("| completions of | positions | unshifted |", "| oracle | ", "| entropy > 3.2 | "):
         assert words in shown
+    assert shown.endswith(f"- {len(PROBLEMS)} problems are few: their intervals are too narrow.\n")
+    assert "are few" not in to_markdown(study | {"problems": ENOUGH})
 
 
 @pytest.mark.parametrize("kind", ["lora", "head"])

@@ -120,21 +120,27 @@ def test_a_control_that_cannot_be_learned_ends_no_fit(
     assert len(tried) == 3, "but where it is not known at which KL that was"
 
 
-def test_controls_of_another_candidate_are_made_anew(
-    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Validation scored otherwise, as by a verifier that was changed, may choose another one."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    first = load(tmp_path)
+def to_choose_again(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Correction:
+    """A copy of the finished run that has still to choose, and will take another candidate. -> what it chose before."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    first = load(folder)
     for name in ("correction.json", "correction.safetensors", "report.md"):
-        (tmp_path / name).unlink()
-    shutil.rmtree(tmp_path / "run" / "report")
+        (folder / name).unlink()
+    shutil.rmtree(folder / "run" / "report")
 
     def choose_the_other(*choices: Any) -> Correction:
         (other,) = (one for one in choices[-1] if one.provenance["kl"] != first.provenance["fit"]["kl"])
         return dataclasses.replace(other, provenance=dict(other.provenance))
 
     monkeypatch.setattr(pipeline, "_choose", choose_the_other)
+    return first
+
+
+def test_controls_of_another_candidate_are_made_anew(
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation scored otherwise, as by a verifier that was changed, may choose another one."""
+    first = to_choose_again(finished, tmp_path, monkeypatch)
     second = pipeline.run(CONFIG, tmp_path, base, Odd())
     assert second.provenance["fit"]["kl"] != first.provenance["fit"]["kl"]
     for kind in ("shuffled-rewards", "random-positions"):
@@ -142,6 +148,22 @@ def test_controls_of_another_candidate_are_made_anew(
         assert control.provenance["kl_wanted"] == second.provenance["fit"]["kl"]
         assert second.report is not None
         assert second.report["strengths"][kind] == control.strength
+
+
+def test_a_control_that_a_kill_leaves_half_replaced_is_made_anew(
+    base: Base, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    to_choose_again(finished, undisturbed, monkeypatch)
+    written: list[str] = []
+    with writing(written):
+        pipeline.run(CONFIG, undisturbed, base, Odd())
+    first = next(i for i, path in enumerate(written) if Path(path).parent.name == "shuffled-rewards")
+    to_choose_again(finished, killed, monkeypatch)
+    with pytest.raises(Killed), writing([], first + 1):
+        pipeline.run(CONFIG, killed, base, Odd())
+    pipeline.run(CONFIG, killed, base, Odd())
+    assert contents(killed) == contents(undisturbed)
 
 
 def test_a_resumed_run_with_another_config_is_refused_by_field(base: Base, finished: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from trimtab.steering.evaluation.report import few
+
 _TOKENS = {
     "unshifted": "{:.2%}",
     "reranked": "{:.2%}",
@@ -50,6 +52,7 @@ def to_markdown(study: Mapping[str, Any]) -> str:
     for share in study["shares"]:
         span = f"[{share['low']:.0%}, {share['high']:.0%}]"
         lines.append(f"- {share['policy']} has {share['mean']:.0%} {span} of the tuned model's gain.")
+    lines += [f"- {warning}." for warning in few(study["problems"])]
     return "\n".join([*lines, ""])
 
 
